@@ -1,0 +1,257 @@
+"""What the config files share: defaults, model sizes and control arms.
+
+This file is not run; a config file starts from it:
+
+  from configs import common
+
+  def get_config(preset: str = ''):
+    c = common.base()
+    ...
+
+Every field is defined in `refrag_jax/config.py`; the fields of a stage are
+explained here, once, in `stage`.
+"""
+
+import ml_collections
+
+# Paper section 2 (LLaMA-2-7B) and its ablation (13B); `tiny` and `small` train
+# from nothing, on a laptop and on one accelerator.
+DECODERS = {
+  'tiny': dict(
+    num_layers=4,
+    width=128,
+    mlp_width=384,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+  ),
+  'small': dict(
+    num_layers=6,
+    width=256,
+    mlp_width=768,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+  ),
+  'llama2_7b': dict(
+    num_layers=32,
+    width=4096,
+    mlp_width=11008,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+  ),
+  'llama2_13b': dict(
+    num_layers=40,
+    width=5120,
+    mlp_width=13824,
+    num_heads=40,
+    num_kv_heads=40,
+    head_dim=128,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+  ),
+}
+
+# RoBERTa counts positions from 2 and takes 512 tokens, specials included.
+ENCODERS = {
+  'tiny': dict(
+    num_layers=2,
+    width=128,
+    mlp_width=512,
+    num_heads=4,
+    max_length=64,
+    position_offset=0,
+    norm_eps=1e-5,
+    pooling='cls',
+  ),
+  'small': dict(
+    num_layers=3,
+    width=256,
+    mlp_width=1024,
+    num_heads=8,
+    max_length=128,
+    position_offset=0,
+    norm_eps=1e-5,
+    pooling='cls',
+  ),
+  'roberta_base': dict(
+    num_layers=12,
+    width=768,
+    mlp_width=3072,
+    num_heads=12,
+    max_length=512,
+    position_offset=2,
+    norm_eps=1e-5,
+    pooling='cls',
+  ),
+  'roberta_large': dict(
+    num_layers=24,
+    width=1024,
+    mlp_width=4096,
+    num_heads=16,
+    max_length=512,
+    position_offset=2,
+    norm_eps=1e-5,
+    pooling='cls',
+  ),
+}
+
+
+def base() -> ml_collections.ConfigDict:
+  """A config without stages: what a file does not set stays as it is here."""
+  c = ml_collections.ConfigDict()
+  c.name = 'unnamed'
+  c.seed = 0
+  c.stages = ()
+  c.evals = ('log_perplexity', 'reconstruction', 'selection')
+  c.init_from = ''
+  c.log_every_steps = 20
+  c.eval_every_steps = 0  # 0: at the start and the end of a stage only
+  c.checkpoint_every_steps = 0  # 0: by time only, and at the end of a stage
+  c.checkpoint_every_seconds = 300.0
+  c.sample_every_steps = 0  # 0: at the end of a stage only
+  c.tensorboard = False
+
+  c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+
+  c.model = ml_collections.ConfigDict()
+  c.model.decoder = decoder('tiny', vocab_size=264)
+  c.model.encoder = encoder('tiny', vocab_size=264)
+  # Paper A.1: two transformer layers over the c_i; sizes are not stated.
+  c.model.policy = ml_collections.ConfigDict(
+    dict(
+      num_layers=2,
+      num_heads=4,
+      mlp_width=512,
+      positions=True,
+      rope_theta=10_000.0,
+      norm_eps=1e-5,
+    )
+  )
+  c.model.chunk_size = 8
+  c.model.compute_dtype = 'float32'
+  c.model.remat = 'none'
+  c.model.loss_block = 0
+
+  c.data = ml_collections.ConfigDict()
+  c.data.text = ('stdlib',)
+  c.data.weights = ()
+  c.data.tokenizer = 'bytes'
+  c.data.encoder_tokenizer = 'bytes'
+  c.data.max_encoder_tokens = 16
+  c.data.heldout_fraction = 0.1
+  c.data.cache_dir = ''
+  c.data.questions = 'stdlib'
+  # Question first, then the passages, then the answer (paper Figure 1). The
+  # paper prints no template; this is RA-DIT's in the paper's order.
+  c.data.question_template = 'Q: {question}\n'
+  c.data.passage_template = '{title}.{text}\n'
+  c.data.answer_template = 'A: '
+  c.data.num_passages = 4
+  # Of the embedded questions, in bytes: 85 the longest question with BOS, 128
+  # the longest passage, 9 of 10 answers with prompt and EOS within 27.
+  c.data.question_length = 88
+  c.data.passage_chunks = 16
+  c.data.answer_length = 40
+
+  c.stage = ml_collections.ConfigDict()
+
+  c.eval = ml_collections.ConfigDict()
+  c.eval.data = ()
+  c.eval.num_windows = 512
+  c.eval.batch_size = 64
+  c.eval.output_lengths = (16,)
+  c.eval.reconstruct_lengths = (8,)
+  c.eval.expand_fractions = (0.25,)
+  c.eval.selectors = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
+  c.eval.tail_chunks = 0
+  c.eval.num_questions = 256
+  return c
+
+
+def decoder(size: str, vocab_size: int) -> ml_collections.ConfigDict:
+  """One of DECODERS; `vocab_size` is its tokenizer's, 264 for 'bytes'."""
+  return ml_collections.ConfigDict(dict(DECODERS[size], vocab_size=vocab_size))
+
+
+def encoder(size: str, vocab_size: int) -> ml_collections.ConfigDict:
+  """One of ENCODERS; `vocab_size` is its tokenizer's, 264 for 'bytes'."""
+  return ml_collections.ConfigDict(dict(ENCODERS[size], vocab_size=vocab_size))
+
+
+def stage(**fields) -> ml_collections.ConfigDict:
+  """A stage's budget and task; what a stage does not use keeps 0 or ()."""
+  c = ml_collections.ConfigDict()
+  c.num_train_steps = 0
+  # Sequences a step, over all devices; for `grpo` contexts, each with its
+  # num_generations rollouts.
+  c.batch_size = 0
+  # Parts that a step's batch is computed in, one after the other, where it
+  # does not fit into memory at once; the result is that of one whole batch.
+  c.accumulation_steps = 1
+  # AdamW's, after 4 % linear warm-up; cosine to zero from there (paper p. 19).
+  c.peak_learning_rate = 0.0
+  # s: decoder tokens that are read as chunks. Must be a multiple of k.
+  c.context_length = 0
+  # o: decoder tokens that are predicted after them; for `lm` the window.
+  c.output_length = 0
+  # Curriculum factors (chunks) that Table 8's weights are laid over, those
+  # above s / k being dropped; (): every sequence has s / k chunks.
+  c.factors = ()
+  # p: shares of the chunks that stay tokens. One of them is drawn per step,
+  # and floor(p L) must not be 0.
+  c.expand_fractions = ()
+  # What a control arm's decoder reads in place of the chunk embeddings:
+  # 'none', 'last_k' (as many last tokens as there are chunks) or 'full'; with
+  # several, one decoder is trained on an equal mixture.
+  c.contexts = ()
+  # G: rollouts of one context that an advantage compares (paper eq. 1).
+  c.num_generations = 0
+  # epsilon: probability ratios are clipped to 1 -+ this (paper eq. 1).
+  c.clip_eps = 0.0
+  # Optimizer steps on one set of rollouts; with 1 the clip never acts.
+  c.updates_per_rollout = 0
+  # Share of `lm` windows that repeat a span, from which a decoder trained
+  # from nothing learns to copy: `reconstruct` needs that of a frozen one.
+  c.periodic_fraction = 0.0
+  # The stage's starting point; '': its predecessor's checkpoint in the same
+  # workdir.
+  c.init_from = ''
+  c.update(fields)
+  return c
+
+
+def control(
+  of: ml_collections.ConfigDict, **fields
+) -> ml_collections.ConfigDict:
+  """A control arm of another stage: its budget follows that stage's.
+
+  The fields are lazy references, so that an override such as
+  --config.stage.cpt.num_train_steps=10 shortens `cpt_trained` as well and the
+  two stay comparable.
+
+  Args:
+    of: the stage whose windows, order and learning rate the arm repeats.
+    **fields: what differs.
+
+  Returns:
+    The arm's stage.
+  """
+  c = ml_collections.ConfigDict()
+  for name in of:
+    if name in fields:
+      c[name] = fields[name]
+    else:
+      c[name] = of.get_oneway_ref(name)
+  return c

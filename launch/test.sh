@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# launch/test.sh ARGS: pytest ARGS, in .venv, which is made first if need be.
+# Without ARGS the quick suite, in two processes.
+set -uo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$root" || exit 1
+[ $# -gt 0 ] || set -- -n 2
+exec "$venv_python" -m pytest "$@"

@@ -1,0 +1,184 @@
+"""The frozen dataclasses that every module below `main` is written against.
+
+A config file yields an ml-collections ConfigDict; `build` turns it into these,
+once, and refuses what cannot work before anything is allocated. Below this
+border nothing knows ml-collections or flags.
+"""
+
+import dataclasses
+from typing import Any
+
+from refrag_jax import typed
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """A Llama-type decoder (paper section 2: LLaMA-2-7B, unchanged)."""
+
+  vocab_size: int
+  num_layers: int
+  width: int
+  mlp_width: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float
+  norm_eps: float
+  tie_embeddings: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+  """A RoBERTa/BERT-type bidirectional encoder (paper: RoBERTa-Large)."""
+
+  vocab_size: int
+  num_layers: int
+  width: int
+  mlp_width: int
+  num_heads: int
+  max_length: int  # positions, special tokens included
+  position_offset: int  # of position 0: RoBERTa pad_id + 1 = 2, BERT 0
+  norm_eps: float
+  pooling: str  # 'cls' (first position) or 'mean' over real tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+  """The chunk-expansion policy g_theta (paper A.1: two transformer layers)."""
+
+  num_layers: int
+  num_heads: int
+  mlp_width: int
+  positions: bool  # rotary positions over the chunk index
+  rope_theta: float
+  norm_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  decoder: DecoderConfig
+  encoder: EncoderConfig
+  policy: PolicyConfig
+  chunk_size: int  # k, in decoder tokens
+  compute_dtype: str  # 'float32' or 'bfloat16'; parameters are always float32
+  remat: str  # 'none', 'dots' or 'full': what a layer keeps for its backward
+  loss_block: int  # targets of a row whose logits exist at once; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  text: tuple[str, ...]  # sources; see data/text.py
+  weights: tuple[float, ...]  # mixture weights, one a source; (): equal shares
+  tokenizer: str  # 'bytes' or a Hugging Face tokenizer directory
+  encoder_tokenizer: str
+  max_encoder_tokens: int  # a chunk's encoder tokens, special tokens included
+  heldout_fraction: float  # of documents, by content hash
+  cache_dir: str  # '' means <workdir>/data
+  questions: str  # 'stdlib', or a JSONL of {"question", "answers", "ctxs"}
+  question_template: str  # '{question}' is replaced
+  passage_template: str  # '{title}' and '{text}'
+  answer_template: str  # what stands between the context and the answer
+  num_passages: int  # passages a question brings
+  question_length: int  # decoder tokens, caps for the static shapes
+  passage_chunks: int
+  answer_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+  """One training stage's budget and task. Unused fields are 0 or ()."""
+
+  num_train_steps: int
+  batch_size: int  # sequences a step, over all devices
+  accumulation_steps: int
+  peak_learning_rate: float
+  context_length: int  # s, decoder tokens
+  output_length: int  # o; for `lm` the window
+  factors: tuple[int, ...]  # curriculum factors (chunks); () = always s / k
+  expand_fractions: tuple[float, ...]  # p of `mixed` and `grpo`
+  contexts: tuple[str, ...]  # control arms: 'none', 'last_k', 'full'
+  num_generations: int  # G of GRPO
+  clip_eps: float
+  updates_per_rollout: int
+  periodic_fraction: float  # share of `lm` windows that repeat a span
+  init_from: str  # '' = the stage's predecessor in this workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  data: tuple[str, ...]  # '' or () = the held-out split of data.text
+  num_windows: int  # held-out windows a data set
+  batch_size: int
+  output_lengths: tuple[int, ...]  # the o of P<o>
+  reconstruct_lengths: tuple[int, ...]  # the n of P<n>
+  expand_fractions: tuple[float, ...]
+  selectors: tuple[str, ...]
+  tail_chunks: int  # tail chunks expanded in every row of selection's 2nd table
+  num_questions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  data: int  # -1 takes the devices that the other axes leave
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  name: str
+  seed: int
+  stages: tuple[str, ...]  # run order, control arms included
+  evals: tuple[str, ...]  # of EVALS in evals/__init__.py
+  init_from: str  # eval: the checkpoint; train: start of the first stage
+  log_every_steps: int
+  eval_every_steps: int
+  checkpoint_every_steps: int
+  checkpoint_every_seconds: float
+  sample_every_steps: int
+  tensorboard: bool
+  mesh: MeshConfig
+  model: ModelConfig
+  data: DataConfig
+  stage: dict[str, StageConfig]
+  eval: EvalConfig
+
+
+def build(config: Any) -> Config:
+  """Turns a ConfigDict or nested dict into a `Config`.
+
+  Args:
+    config: as a config file's `get_config` returns it. `data.weights` may be
+      () for equal shares.
+
+  Returns:
+    The checked, frozen config.
+
+  Raises:
+    UserError: a key is unknown or missing, a type is wrong, or the
+      combination cannot work; one line that says what to do.
+  """
+  from refrag_jax import validate  # not above: its checks are of our classes
+
+  values = config.to_dict() if hasattr(config, 'to_dict') else config
+  built = typed.convert(values, Config, '')
+  if not built.data.weights and built.data.text:
+    num = len(built.data.text)
+    data = dataclasses.replace(built.data, weights=(1.0 / num,) * num)
+    built = dataclasses.replace(built, data=data)
+  validate.check(built)
+  return built
+
+
+def expanded_chunks(fraction: float, num_chunks: int) -> int:
+  """T' = floor(p L) (paper A.1; Table 13's odd rates fix the rounding).
+
+  The small term undoes the rounding of p itself: 0.29 * 100 is 28.999...
+  """
+  return int(fraction * num_chunks + 1e-9)
+
+
+def context_chunks(stage: StageConfig, chunk_size: int) -> tuple[int, ...]:
+  """The chunk counts L that a stage trains at: its factors that fit s / k."""
+  limit = stage.context_length // chunk_size
+  return tuple(f for f in stage.factors if f <= limit) or (limit,)

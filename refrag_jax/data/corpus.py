@@ -1,0 +1,185 @@
+"""The token index: text, tokenised once, split, and cached by its content.
+
+An index is a directory of flat arrays that are read as memory maps:
+
+  tokens.npy        uint16 or int32[N]   all documents' tokens in turn
+  starts.npy        int32[N]             byte of its document's text where the
+                                         token's span begins (tokenizers.py)
+  text.npy          uint8[bytes]         the documents as UTF-8
+  token_offsets.npy int64[D + 1]         document d has tokens [d] to [d + 1]
+  text_offsets.npy  int64[D + 1]
+  source.npy        int32[D]             number of the document's source
+  heldout.npy       bool[D]              which side of the split it is on
+  meta.json         counts, hashes, what was left out and why
+
+It is built in a directory of its own and renamed when it is complete. Its name
+is a hash of the text, the tokenizer and the settings; a small file beside it
+remembers which sizes and times of the user's files led to it, so that a
+second start reads no text.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from refrag_jax.data import index
+from refrag_jax.data import text as text_lib
+from refrag_jax.data.tokenizers import Tokenizer
+from refrag_jax.errors import UserError
+
+FORMAT = 1
+ARRAYS = (
+  'tokens', 'starts', 'text', 'token_offsets', 'text_offsets', 'source',
+  'heldout',
+)  # fmt: skip
+
+is_heldout = index.is_heldout
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  directory: str
+  hash: str  # of the kept text, its sides and the tokenizer
+  sources: tuple[str, ...]
+  weights: tuple[float, ...]
+  meta: dict[str, Any]
+  tokens: np.ndarray
+  starts: np.ndarray
+  text: np.ndarray
+  token_offsets: np.ndarray
+  text_offsets: np.ndarray
+  source: np.ndarray
+  heldout: np.ndarray
+
+  def documents(self, split: str, source: int | None = None) -> np.ndarray:
+    """Returns the numbers of a side's documents, of one source or of all."""
+    side = self.heldout if split == 'heldout' else ~self.heldout
+    if source is not None:
+      side = side & (self.source == source)
+    return np.flatnonzero(side)
+
+  def document_text(self, doc: int) -> str:
+    begin, end = self.text_offsets[doc : doc + 2]
+    return self.text[begin:end].tobytes().decode('utf-8')
+
+  def summary(self) -> str:
+    """Returns a few lines for the terminal: sizes, split, what was left out."""
+    lines = [f'corpus {self.hash[:12]}']
+    shares = np.asarray(self.weights) / sum(self.weights)
+    for name, share, count in zip(
+      self.sources, shares, self.meta['sources'], strict=True
+    ):
+      lines.append(
+        f'  {name} ({share:.0%}): '
+        f'{count["train_documents"]:,} documents, '
+        f'{count["train_tokens"]:,} tokens to train on; '
+        f'{count["heldout_documents"]:,} and {count["heldout_tokens"]:,} '
+        'held out'
+      )
+      left_out = [f'{n:,} with {why}' for why, n in count['skipped'].items()]
+      if left_out:
+        lines.append(f'    left out: {", ".join(left_out)}')
+      if count['shared_lines']:
+        lines.append(
+          f'    {count["shared_lines"]:,} lines dropped that stand on both '
+          'sides of the split'
+        )
+    return '\n'.join(lines)
+
+
+def prepare(
+  sources: Sequence[str],
+  weights: Sequence[float],
+  tokenizer: Tokenizer,
+  cache_dir: str,
+  heldout_fraction: float,
+) -> Corpus:
+  """Returns the index of these sources, building it if it is not there yet.
+
+  Args:
+    sources: as in text.py.
+    weights: mixture weights, one a source; not part of the index.
+    heldout_fraction: share of documents held out, by a hash of their text; 0
+      and 1 leave the other side empty, anything between fills both.
+  """
+  if not sources:
+    raise UserError('data.text names no source')
+  if len(weights) != len(sources) or min(weights) <= 0:
+    raise UserError(
+      f'data.weights {tuple(weights)}: one positive weight for each of the '
+      f'{len(sources)} sources of data.text'
+    )
+  if not 0 <= heldout_fraction <= 1:
+    raise UserError(f'data.heldout_fraction {heldout_fraction}: from 0 to 1')
+  settings = [
+    FORMAT, index.SHARED_LINE, tokenizer.fingerprint, heldout_fraction
+  ]  # fmt: skip
+  stats = [text_lib.stat(source) for source in sources]
+  pointer = os.path.join(cache_dir, f'{_digest([settings, stats])}.json')
+  if os.path.exists(pointer):
+    with open(pointer, encoding='utf-8') as f:
+      directory = os.path.join(cache_dir, json.load(f)['index'])
+    if corpus := _open(directory, sources, weights):
+      return corpus
+
+  os.makedirs(cache_dir, exist_ok=True)
+  _sweep(cache_dir)
+  temporary = os.path.join(cache_dir, f'.building-{uuid.uuid4().hex}')
+  os.mkdir(temporary)
+  try:
+    content = index.spool(sources, temporary)
+    name = _digest([settings, content['hash']])
+    directory = os.path.join(cache_dir, name)
+    if _open(directory, sources, weights) is None:
+      index.build(temporary, content, sources, tokenizer, heldout_fraction)
+      if _open(directory, sources, weights) is None:
+        shutil.rmtree(directory, ignore_errors=True)  # damaged, if there
+      # Another process may have been quicker: then theirs is as good.
+      try:
+        os.rename(temporary, directory)
+      except OSError as e:
+        if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+          raise
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  index.write_json(pointer, {'index': name, 'sources': list(sources)})
+  return _open(directory, sources, weights)
+
+
+def _sweep(cache_dir: str) -> None:
+  """Removes what runs that were killed while building left, a day later."""
+  for entry in os.scandir(cache_dir):
+    old = time.time() - entry.stat().st_mtime > 86400
+    if old and entry.name.startswith('.building-'):
+      shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _digest(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
+
+
+def _open(directory, sources, weights) -> Corpus | None:
+  """Returns the index in a directory, or None if it is not (all) there."""
+  try:
+    with open(os.path.join(directory, 'meta.json'), encoding='utf-8') as f:
+      meta = json.load(f)
+    arrays = {}
+    for name in ARRAYS:
+      path = os.path.join(directory, f'{name}.npy')
+      arrays[name] = np.load(path, mmap_mode='r')
+  except (OSError, ValueError):  # ValueError: shorter than its header says
+    return None
+  for name in ARRAYS[3:]:  # small, and read at every step
+    arrays[name] = np.array(arrays[name])
+  return Corpus(
+    directory, meta['hash'], tuple(sources), tuple(weights), meta, **arrays
+  )

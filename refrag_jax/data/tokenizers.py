@@ -1,0 +1,197 @@
+"""Tokenizers: bytes, built in, and Hugging Face tokenizers by directory.
+
+Every tokenizer tells, beside its ids, where each token's span of the text
+begins, so that a chunk of decoder tokens can be handed to the encoder as the
+text it stands for and never has to be decoded and encoded again.
+
+The spans partition the text: a character belongs to the first token that
+covers it, and what no token covers (white space, mostly) belongs to the token
+after it; behind the last token, to the last one. When one character is many
+tokens, the spans of all but the first are empty:
+
+  text    a     é           b            starts of byte tokens
+  bytes   0x61  0xc3  0xa9  0x62         0  1  2  2
+  span    [0,1) [1,2) [2,2) [2,3)
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from refrag_jax.errors import UserError
+
+# ids and starts, both int32[n].
+Encoded = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """What the project needs of a tokenizer; equal fingerprint, equal ids.
+
+  `encode_batch` adds no special tokens, and a special token's name inside a
+  text is text like any other: a passage cannot end its own context.
+  """
+
+  name: str
+  vocab_size: int
+  bos_id: int
+  eos_id: int
+  pad_id: int
+  cls_id: int
+  sep_id: int
+  fingerprint: str
+  encode_batch: Callable[[Sequence[str]], list[Encoded]]
+  decode: Callable[[Sequence[int]], str]
+
+  def encode(self, text: str) -> Encoded:
+    """Returns the text's ids and the character where each span begins."""
+    return self.encode_batch([text])[0]
+
+
+@functools.lru_cache(maxsize=8)
+def load(name: str) -> Tokenizer:
+  """Returns the tokenizer in directory `name`, or the one called 'bytes'."""
+  if name == 'bytes':
+    return _bytes()
+  if not os.path.isdir(name):
+    raise UserError(
+      f'tokenizer {name!r}: neither "bytes" nor a directory; give the '
+      'directory of a Hugging Face tokenizer (with its tokenizer.json)'
+    )
+  return _hugging_face(name)
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int, which: str) -> None:
+  """Refuses a vocabulary larger than the model's (`which`: its config)."""
+  if tokenizer.vocab_size > vocab_size:
+    raise UserError(
+      f'tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, but '
+      f'{which}.vocab_size is {vocab_size}: raise it to '
+      f'{tokenizer.vocab_size} or take another tokenizer'
+    )
+
+
+def starts_of(offsets_N2: np.ndarray) -> np.ndarray:
+  """Span starts from the (begin, end) characters that each token covers."""
+  starts_N = np.zeros(len(offsets_N2), np.int32)
+  starts_N[1:] = np.maximum.accumulate(offsets_N2[:-1, 1])
+  return starts_N
+
+
+def _bytes() -> Tokenizer:
+  # 259 ids are used; 264 so that the table divides over 8 devices.
+  return Tokenizer(
+    name='bytes',
+    vocab_size=264,
+    bos_id=256,
+    eos_id=257,
+    pad_id=258,
+    cls_id=256,
+    sep_id=257,
+    fingerprint=hashlib.sha256(b'refrag_jax bytes 1').hexdigest(),
+    encode_batch=lambda texts: [_encode_bytes(text) for text in texts],
+    decode=_decode_bytes,
+  )
+
+
+def _encode_bytes(text: str) -> Encoded:
+  # A lone surrogate has no UTF-8; '?' keeps one character one byte.
+  data_N = np.frombuffer(text.encode('utf-8', errors='replace'), np.uint8)
+  continues_N = (data_N & 0xC0) == 0x80
+  starts_N = np.cumsum(~continues_N, dtype=np.int32) - 1 + continues_N
+  return data_N.astype(np.int32), starts_N.astype(np.int32)
+
+
+def _decode_bytes(ids: Sequence[int]) -> str:
+  data = bytes(int(i) for i in ids if 0 <= i < 256)
+  return data.decode('utf-8', errors='replace')
+
+
+def _hugging_face(path: str) -> Tokenizer:
+  os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # no torch: silence
+  import transformers  # a second of import that byte runs do not pay
+
+  try:
+    hf = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+  except Exception as e:  # whatever it trips over, the directory is at fault
+    reason = str(e).strip().split('\n')[0][:200]
+    raise UserError(f'no tokenizer could be read from {path}: {reason}') from e
+  if not hf.is_fast:
+    raise UserError(
+      f'the tokenizer in {path} gives no character offsets; it needs a '
+      'tokenizer.json (save it with transformers as a fast tokenizer)'
+    )
+
+  def first(*names: str) -> int:
+    for name in names:
+      if getattr(hf, f'{name}_token_id') is not None:
+        return int(getattr(hf, f'{name}_token_id'))
+    raise UserError(
+      f'the tokenizer in {path} has none of the special tokens '
+      f'{", ".join(names)}; the model needs one of them'
+    )
+
+  special = {
+    'bos_id': first('bos', 'cls', 'eos'),
+    'eos_id': first('eos', 'sep', 'bos'),
+    'pad_id': first('pad', 'eos', 'sep', 'unk'),
+    'cls_id': first('cls', 'bos', 'eos'),
+    'sep_id': first('sep', 'eos', 'bos'),
+  }
+  backend = hf.backend_tokenizer
+  backend.no_padding()
+  backend.no_truncation()
+  identity = json.dumps([backend.to_str(), special], sort_keys=True)
+  backend.encode_special_tokens = True  # in text they stay text
+  reserved = sorted(set(hf.all_special_ids) - {hf.unk_token_id})
+  reserved_names = [hf.convert_ids_to_tokens(i) for i in reserved]
+  # One character before the rest: cutting here leaves no special token whole.
+  cut = re.compile(
+    '|'.join(
+      f'(?<={re.escape(n[0])})(?={re.escape(n[1:])})'
+      for n in reserved_names
+      if len(n) > 1
+    )
+    or r'(?!)'
+  )
+
+  def encode(text: str, encoding) -> Encoded:
+    ids_N = np.asarray(encoding.ids, np.int32)
+    offsets_N2 = np.asarray(encoding.offsets, np.int32).reshape(-1, 2)
+    if not np.isin(ids_N, reserved).any():
+      return ids_N, starts_of(offsets_N2)
+    # A unigram vocabulary holds its special tokens as ordinary pieces and
+    # matches them in spite of `encode_special_tokens`: cut them up.
+    ids, offsets, begin = [], [], 0
+    for end in [m.start() for m in cut.finditer(text)] + [len(text)]:
+      part = backend.encode(text[begin:end], add_special_tokens=False)
+      ids += part.ids
+      offsets += [(a + begin, b + begin) for a, b in part.offsets]
+      begin = end
+    return (
+      np.asarray(ids, np.int32),
+      starts_of(np.asarray(offsets, np.int32).reshape(-1, 2)),
+    )
+
+  def encode_batch(texts: Sequence[str]) -> list[Encoded]:
+    texts = [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
+    encodings = backend.encode_batch(texts, add_special_tokens=False)
+    return [encode(t, e) for t, e in zip(texts, encodings, strict=True)]
+
+  def decode(ids: Sequence[int]) -> str:
+    return hf.decode([int(i) for i in ids], skip_special_tokens=True)
+
+  return Tokenizer(
+    name=path,
+    vocab_size=len(hf),
+    fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+    encode_batch=encode_batch,
+    decode=decode,
+    **special,
+  )

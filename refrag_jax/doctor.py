@@ -1,0 +1,247 @@
+"""`--mode=doctor`: versions, known-bad pairs, devices, disk, what to fix.
+
+Every check is a function of plain facts (versions, environment variables), so
+that a test can hand it the facts of a broken machine.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+
+from refrag_jax import environment
+from refrag_jax.errors import UserError
+
+# Runs need room for two checkpoints at least; less is worth a warning.
+_LOW_DISK_BYTES = 5 * 2**30
+_REQUIREMENTS = environment.ROOT / 'requirements.txt'
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  level: str  # 'ok', 'warning' or 'problem'
+  what: str
+  fix: str = ''
+
+
+def run(config=None, workdir: str = '') -> int:
+  """Prints all findings; returns 1 if one of them is a problem, else 0."""
+  del config  # only its name counts here, and the workdir holds that
+  installed = environment.versions()
+  hardware = environment.accelerator()
+  print(*(f'{name} {version}' for name, version in installed.items()), sep='\n')
+  findings = [
+    *check_versions(installed, tested_versions()),
+    *check_pairs(installed),
+    *check_accelerator(hardware, installed, os.environ),
+    *check_environment(os.environ),
+    *check_workdir(workdir or '.'),
+    *check_devices(hardware, os.environ),
+  ]
+  print()
+  for finding in findings:
+    print(f'{finding.level:8} {finding.what}')
+    if finding.fix:
+      print(f'{"":8} -> {finding.fix}')
+  problems = sum(finding.level == 'problem' for finding in findings)
+  print(f'\n{problems} problems' if problems else '\nready to run')
+  return 1 if problems else 0
+
+
+def tested_versions() -> dict[str, str]:
+  """The pins of requirements.txt; empty where there is no checkout."""
+  if not _REQUIREMENTS.exists():
+    return {}
+  pins = re.findall(
+    r'^([\w.-]+)==([\w.]+)', _REQUIREMENTS.read_text(), flags=re.MULTILINE
+  )
+  return {_normal(name): version for name, version in pins}
+
+
+def _normal(name: str) -> str:
+  return re.sub(r'[-_.]+', '-', name).lower()
+
+
+def _number(version: str) -> tuple[int, ...]:
+  """'0.11.1rc2' as (0, 11, 1), to compare by."""
+  return tuple(int(n) for n in re.findall(r'\d+', version)[:3])
+
+
+def check_versions(
+  installed: Mapping[str, str], tested: Mapping[str, str]
+) -> list[Finding]:
+  """Installed packages against those that the tests ran with."""
+  have = {_normal(name): version for name, version in installed.items()}
+  findings = []
+  watched = {_normal(name) for name in environment.PACKAGES}
+  for name in sorted(watched & set(tested)):
+    pip = f'pip install {name}=={tested[name]}'
+    if name not in have:
+      findings.append(Finding('problem', f'{name} is not installed', pip))
+    elif have[name] != tested[name]:
+      what = f'{name} {have[name]} is installed, {tested[name]} was tested'
+      findings.append(Finding('warning', what, f'if something fails: {pip}'))
+  if not findings and tested:
+    findings.append(Finding('ok', 'the tested versions are installed'))
+  return findings
+
+
+def check_pairs(installed: Mapping[str, str]) -> list[Finding]:
+  """Combinations that are known not to work together."""
+  have = {_normal(name): version for name, version in installed.items()}
+  number = {name: _number(version) for name, version in have.items()}
+  problems = []
+
+  def bad(what: str, fix: str) -> None:
+    problems.append(Finding('problem', what, fix))
+
+  pair = 'pip install jax==0.10.2 jaxlib==0.10.2 flax==0.12.8'
+  jax, flax = number.get('jax', ()), number.get('flax', ())
+  both = f'flax {have.get("flax")} with jax {have.get("jax")}'
+  # flax issue 5596 and others: `import flax.nnx`, and so `import flax`, fails.
+  if flax == (0, 12, 8) and jax >= (0, 11, 1):
+    bad(f'{both} cannot be imported', pair)
+  if flax == (0, 12, 9) and jax >= (0, 11, 2):
+    bad(f'{both} cannot be imported', pair)
+  if jax and jax < (0, 10):
+    bad(f'jax {have["jax"]} lacks jax.set_mesh and others', pair)
+  if number.get('python', (3, 11)) < (3, 11):
+    bad(f'Python {have["python"]} is too old', 'use Python 3.11 or later')
+  if have.get('jax') and have.get('jaxlib') and jax != number['jaxlib']:
+    bad(
+      f'jax {have["jax"]} with jaxlib {have["jaxlib"]}: they must be equal',
+      f'pip install jaxlib=={have["jax"]}',
+    )
+  for plugin in ('jax-cuda12-plugin', 'jax-cuda13-plugin'):
+    if plugin in have and jax and number[plugin] != jax:
+      bad(
+        f'{plugin} {have[plugin]} with jax {have["jax"]}: they must be equal',
+        f'pip install "jax[{plugin[4:10]}]=={have["jax"]}"',
+      )
+  if 'tensorflow-datasets' in have and 'importlib-resources' not in have:
+    # It imports the package, but asks for it on Python 3.8 only (tensorflow/
+    # datasets issue 11212).
+    bad(
+      'tensorflow-datasets lacks importlib_resources',
+      'pip install importlib_resources',
+    )
+  if 'transformers' in have and number['transformers'] < (5,):
+    bad(
+      f'transformers {have["transformers"]} keeps rope_theta elsewhere',
+      'pip install "transformers>=5.13,<6"',
+    )
+  if 'orbax-checkpoint' in have and not (
+    (0, 12, 3) <= number['orbax-checkpoint'] < (0, 13)
+  ):
+    bad(
+      f'orbax-checkpoint {have["orbax-checkpoint"]} has another interface',
+      'pip install "orbax-checkpoint>=0.12.3,<0.13"',
+    )
+  return problems or [Finding('ok', 'no known-bad pair of packages')]
+
+
+def check_accelerator(
+  hardware: str, installed: Mapping[str, str], environ: Mapping[str, str]
+) -> list[Finding]:
+  """An accelerator is there, and JAX was installed with it."""
+  lacks = environment.jax_build(hardware, installed)
+  if not lacks:
+    return [Finding('ok', f'accelerator of this machine: {hardware}')]
+  level = 'warning' if environ.get('JAX_PLATFORMS') == 'cpu' else 'problem'
+  return [
+    Finding(
+      level,
+      f'this machine has an accelerator ({hardware}), JAX was installed '
+      'without it: everything would run on the CPU',
+      f'pip install "{lacks}", or let launch/run.sh do it',
+    )
+  ]
+
+
+def check_environment(environ: Mapping[str, str]) -> list[Finding]:
+  """Variables that change what a run does, often unnoticed."""
+  findings = []
+  proxies = [
+    name
+    for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')
+    if environ.get(name)
+  ]
+  if proxies:
+    findings.append(
+      Finding(
+        'warning',
+        f'{", ".join(proxies)} set: processes on several machines may not '
+        'find each other through a proxy',
+        'name the machines in no_proxy, or unset it for the run',
+      )
+    )
+  for name, why in (
+    ('XLA_FLAGS', 'changes what is compiled'),
+    ('JAX_PLATFORMS', 'chooses the device'),
+    ('JAX_ENABLE_X64', 'makes numbers 64 bits wide'),
+    ('XLA_PYTHON_CLIENT_MEM_FRACTION', "limits the device's memory"),
+  ):
+    if environ.get(name):
+      findings.append(Finding('ok', f'{name}={environ[name]} {why}'))
+  try:
+    arguments = environment.cluster(environ, 'cpu')
+    if arguments is not None:
+      findings.append(Finding('ok', 'this is one process of several'))
+  except UserError as e:
+    findings.append(Finding('problem', 'half a cluster is described', str(e)))
+  return findings
+
+
+def check_workdir(workdir: str) -> list[Finding]:
+  """There is room in the workdir (or where it will be) and it is writable."""
+  there = os.path.abspath(workdir)
+  while not os.path.isdir(there):
+    there = os.path.dirname(there)
+  try:
+    with tempfile.NamedTemporaryFile(dir=there):
+      pass
+  except OSError as e:
+    return [
+      Finding(
+        'problem',
+        f'cannot write to {there}: {e.strerror}',
+        'choose another --workdir',
+      )
+    ]
+  free = shutil.disk_usage(there).free
+  text = f'{free / 2**30:.1f} GiB free in {there}'
+  if free < _LOW_DISK_BYTES:
+    return [Finding('warning', text, 'checkpoints may not fit; make room')]
+  return [Finding('ok', text)]
+
+
+def check_devices(hardware: str, environ: Mapping[str, str]) -> list[Finding]:
+  """Starts JAX and looks at what it found."""
+  try:
+    import jax  # last and here: a broken pair must not hide the other findings
+
+    devices, backend = jax.devices(), jax.default_backend()
+  except Exception as e:
+    text = ' '.join(str(e).split())
+    return [
+      Finding(
+        'problem',
+        f'JAX does not start: {type(e).__name__}: {text}',
+        'see the findings above; else: pip install -r requirements.txt',
+      )
+    ]
+  text = f'JAX sees {len(devices)} x {devices[0].device_kind} ({backend})'
+  if backend == 'cpu' and hardware != 'cpu':
+    asked = environ.get('JAX_PLATFORMS') == 'cpu'
+    return [
+      Finding(
+        'warning' if asked else 'problem',
+        f'{text}, but the machine has {hardware}',
+        'unset JAX_PLATFORMS'
+        if asked
+        else 'look at the driver (nvidia-smi) and at who else uses the device',
+      )
+    ]
+  return [Finding('ok', text)]

@@ -1,0 +1,28 @@
+"""The two ways in which a run ends early on purpose, and their exit codes."""
+
+
+class UserError(Exception):
+  """The user's input is wrong: one line that says what, and what to do.
+
+  `main` prints the message without a traceback and exits with 2.
+  """
+
+  exit_code = 2
+
+
+class Stopped(Exception):
+  """Asked to stop (SIGTERM, SIGINT); the state is saved, the same command
+  continues it.
+
+  `main` prints the message and exits with 75 (EX_TEMPFAIL: run me again).
+  """
+
+  exit_code = 75
+
+
+class NonFinite(Exception):
+  """A loss or gradient overflowed; the message names step, batch and the last
+  good checkpoint. One line, exit code 1.
+  """
+
+  exit_code = 1

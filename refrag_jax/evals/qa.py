@@ -1,0 +1,116 @@
+"""Questions over passages: NLL of the gold answer, exact match and F1.
+
+Dimension key: W questions, B batch of them, C chunks, O output slots.
+
+Rows: REFRAG fine-tuned with compressed passages (no passage, the gold one,
+gold among distractors, BM25's, another question's), beside its twins fine-tuned
+alike on full text and on no passage. Where full text does not help its twin,
+the questions cannot tell compression from ignorance, and the table says so.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refrag_jax import forward, generate, losses, results
+from refrag_jax.data import rag, tokenizers
+from refrag_jax.evals import common, text_metrics
+
+# row: (role, passages, as tokens)
+ROWS = {
+  'no_passage': ('sft', 'none', False),
+  'gold': ('sft', 'gold', False),
+  'gold_distractors': ('sft', 'gold_distractors', False),
+  'bm25': ('sft', 'bm25', False),
+  'shuffled': ('sft', 'shuffled', False),
+  'full_context_twin': ('sft_full', 'gold_distractors', True),
+  'full_context_twin_gold': ('sft_full', 'gold', True),
+  'no_context_twin': ('sft_none', 'none', True),
+}
+REFERENCES = ('no_passage', 'shuffled', 'full_context_twin', 'no_context_twin')
+
+
+def run(context: common.Context) -> dict:
+  """The `qa` table of results.json."""
+  config = context.session.config
+  if not config.eval.num_questions or not context.available('sft'):
+    return {}
+  tokenizer = context.session.tokenizer
+  source = rag.build(
+    config,
+    tokenizer,
+    tokenizers.load(config.data.encoder_tokenizer),
+    'heldout',
+  )
+  rows, docs = {}, None
+  for row, (role, kind, as_tokens) in ROWS.items():
+    if not context.available(role) or kind not in source.kinds:
+      continue
+    batch = source.examples(kind, config.eval.num_questions)
+    docs = batch['doc_B']
+    nll_W, texts = answer(context, role, batch, as_tokens, source.answer_prompt)
+    answers = [source.questions[i].answers for i in batch['id_B']]
+    pairs = list(zip(texts, answers, strict=True))
+    rows[row] = {
+      'gold_nll': nll_W,
+      'em': np.array([text_metrics.exact_match(*p) for p in pairs], float),
+      'f1': np.array([text_metrics.f1(*p) for p in pairs], float),
+    }
+  out = common.table(rows, docs, REFERENCES)
+  if {'full_context_twin', 'no_context_twin'} <= out.keys():
+    gain = out['full_context_twin']['vs']['no_context_twin']['gold_nll']
+    if not (results.significant(gain) and gain['mean'] < 0):
+      out['note'] = (
+        'uninformative: full context does not beat no context for its own '
+        'twin, so these questions cannot show what compression keeps'
+      )
+  return {config.data.questions: out}
+
+
+def answer(context, role, batch, as_tokens: bool, prompt: int):
+  """(mean NLL of the gold answer (W,), greedy answers as text)."""
+  session = context.session
+  params, eos_id = context.params(role), session.tokenizer.eos_id
+  nll_fn, generate_fn = _functions(session.model, as_tokens, prompt, eos_id)
+  run = lambda function: common.map_batches(
+    context, lambda piece: function(params, piece), batch
+  )
+  ids_WT = run(generate_fn)
+  texts = []
+  for ids in ids_WT.tolist():
+    end = ids.index(eos_id) if eos_id in ids else len(ids)
+    texts.append(session.tokenizer.decode(ids[:end]).strip())
+  return run(nll_fn), texts
+
+
+@functools.lru_cache(maxsize=8)
+def _functions(model, as_tokens: bool, prompt: int, eos_id: int):
+  @jax.jit
+  def nll(params, batch):
+    if as_tokens:
+      nll_BO = forward.plain_nll(model, params, batch, 'full')
+    else:
+      nll_BO = forward.compressed_nll(model, params, batch)
+    return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
+
+  @jax.jit
+  def greedy(params, batch):
+    B, C, _ = batch['chunks_BCK'].shape
+    num_tokens = batch['output_BO'].shape[1] - prompt
+    forced = batch | {
+      'output_BO': batch['output_BO'][:, :prompt],
+      'output_len_B': jnp.full((B,), prompt, jnp.int32),
+    }
+    e_BCD = None
+    if not as_tokens:
+      c_BCE = forward.chunk_vectors(model, params, batch)
+      e_BCD = model.apply({'params': params}, c_BCE, method='project')
+    expand_BC = jnp.full((B, C), as_tokens)
+    return generate.greedy(
+        model, params, forced, e_BCD, expand_BC, C if as_tokens else 0,
+        num_tokens, eos_id,
+    )  # fmt: skip
+
+  return nll, greedy

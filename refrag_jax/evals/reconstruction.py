@@ -1,0 +1,66 @@
+"""Reconstruction: text regenerated from its own chunk embeddings (Table 11).
+
+P<n>: n tokens from the n / k embeddings of those tokens, teacher-forced,
+through the frozen decoder. The rows beside it: another document's embeddings,
+and none at all.
+"""
+
+import jax
+
+from refrag_jax import forward
+from refrag_jax.data import pipeline
+from refrag_jax.evals import common
+
+
+def run(context: common.Context) -> dict:
+  """The `reconstruction` table of results.json."""
+  if not context.available('reconstruct'):
+    return {}
+  config, model = context.session.config, context.session.model
+  k, params = config.model.chunk_size, context.params('reconstruct')
+  row = f'refrag_k{k}'
+
+  @jax.jit
+  def compressed(batch):
+    return forward.compressed_nll(model, params, batch)
+
+  @jax.jit
+  def nothing(batch):
+    return forward.plain_nll(model, params, batch, 'none')
+
+  out = {}
+  for name, corpus in context.datasets.items():
+    rows = {row: {}, f'{row}_shuffled': {}, 'no_context': {}}
+    # The same windows for every n, cut to their first n tokens.
+    longest = max(config.eval.reconstruct_lengths)
+    windows = pipeline.reconstruction_windows(
+      config, corpus, longest, config.eval.num_windows
+    )
+    other_W = common.other_document(windows['doc_B'])
+    for n in config.eval.reconstruct_lengths:
+      cut = _first(windows, n, k)
+      others = {
+        key: cut[key][other_W] for key in ('encoder_BCM', 'encoder_len_BC')
+      }
+      for label, function, data in (
+        (row, compressed, cut),
+        (f'{row}_shuffled', compressed, cut | others),
+        ('no_context', nothing, cut),
+      ):
+        nll_WO = common.map_batches(context, function, data)
+        rows[label][f'P{n}'] = nll_WO.mean(1)
+    out[name] = common.table(
+      rows,
+      windows['doc_B'],
+      (f'{row}_shuffled', 'no_context'),
+      common.bits_per_nat(corpus),
+    )
+  return out
+
+
+def _first(windows: dict, n: int, k: int) -> dict:
+  """Windows cut to n tokens of output and the n / k chunks that hold them."""
+  chunk_keys = ('chunks_BCK', 'chunk_len_BC', 'encoder_BCM', 'encoder_len_BC')
+  cut = {key: windows[key][:, : n // k] for key in chunk_keys}
+  cut |= {key: windows[key][:, :n] for key in ('output_BO', 'loss_mask_BO')}
+  return windows | cut | {'output_len_B': windows['output_len_B'] * 0 + n}

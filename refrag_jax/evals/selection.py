@@ -1,0 +1,240 @@
+"""Which chunks to expand: the policy against simple rules (paper Figure 3).
+
+Dimension key: W windows, B batch of them, C chunks, K chunk size, O outputs, R
+expanded chunks.
+
+Each selector is a score per chunk; the T' highest are expanded. So all of them
+run through one program, and differ in nothing but the score:
+
+  rl         the policy's logits (greedy: the mode of the policy)
+  ppl_desc   the chunk's own perplexity in context under the decoder before
+             REFRAG: expand what is hard (paper section 4: compresses the easy)
+  ppl_asc    the opposite
+  random     one draw
+  last       the nearest to the output
+  oracle     how much expanding this chunk alone lowers the output's NLL
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refrag_jax import forward, losses, results
+from refrag_jax.config import expanded_chunks
+from refrag_jax.data import pipeline
+from refrag_jax.evals import common
+from refrag_jax.models import policy
+
+
+def scores(context: common.Context, windows: dict, tail: int) -> dict:
+  """float32 (W, C) for each configured selector that has its checkpoint."""
+  config, model = context.session.config, context.session.model
+  params, before = context.params('policy'), context.params('before')
+  params = params or context.params('mixed')
+  W, C = windows['chunk_len_BC'].shape
+  wanted = config.eval.selectors
+  out = {}
+  if 'rl' in wanted and context.available('policy'):
+
+    @jax.jit
+    def logits(batch):
+      c_BCE = forward.chunk_vectors(model, params, batch)
+      return forward.policy_scores(model, params, batch, c_BCE)
+
+    out['rl'] = common.map_batches(context, logits, windows)
+  if {'ppl_desc', 'ppl_asc'} & set(wanted) and before is not None:
+
+    @jax.jit
+    def perplexity(batch):
+      return chunk_nll(model, before, batch)
+
+    nll_WC = common.map_batches(context, perplexity, windows)
+    out['ppl_desc'], out['ppl_asc'] = nll_WC, -nll_WC
+  out['random'] = np.random.default_rng(config.seed).random((W, C))
+  out['last'] = np.broadcast_to(np.arange(C, dtype=np.float64), (W, C))
+  if 'oracle' in wanted:
+
+    @jax.jit
+    def gains(batch):
+      return single_gains(model, params, batch, tail)
+
+    out['oracle'] = common.map_batches(context, gains, windows)
+  return {name: out[name] for name in wanted if name in out}
+
+
+def chunk_nll(model, params, batch) -> jax.Array:
+  """Mean NLL of each chunk's tokens after all text before it, (B, C)."""
+  chunks_BCK = batch['chunks_BCK']
+  B, C, K = chunks_BCK.shape
+  as_output = batch | {
+    'chunks_BCK': chunks_BCK[:, :0],
+    'chunk_len_BC': batch['chunk_len_BC'][:, :0],
+    'output_BO': chunks_BCK.reshape(B, C * K),
+    'output_len_B': jnp.full((B,), C * K, jnp.int32),
+  }
+  none_BC = jnp.zeros((B, 0), bool)
+  nll_BO = forward.output_nll(model, params, as_output, None, none_BC, 0)
+  return nll_BO.reshape(B, C, K).mean(-1)
+
+
+def with_tail(expand_BC, tail: int):
+  """Adds the last `tail` chunks to an expansion mask."""
+  C = expand_BC.shape[-1]
+  return expand_BC | (jnp.arange(C) >= C - tail)[None]
+
+
+def single_gains(model, params, batch, tail: int) -> jax.Array:
+  """-NLL of the output with each chunk expanded alone (plus tail), (B, C)."""
+  c_BCE = forward.chunk_vectors(model, params, batch)
+  B, C, _ = c_BCE.shape
+
+  def one(i):
+    expand_BC = with_tail(jnp.arange(C)[None] == jnp.full((B, 1), i), tail)
+    nll_BO = forward.output_nll(
+      model, params, batch, c_BCE, expand_BC, 1 + tail
+    )
+    return -losses.masked_mean(nll_BO, batch['loss_mask_BO'])
+
+  return jax.lax.map(one, jnp.arange(C)).T
+
+
+def expand_top(score_BC, draws: int, tail: int):
+  """The mask of the `draws` best chunks outside the tail, and the tail."""
+  C = score_BC.shape[1]
+  in_tail_C = jnp.arange(C) >= C - tail
+  score_BC = jnp.where(in_tail_C[None], policy.NEG, score_BC)
+  picks_BR = policy.greedy(score_BC, draws)
+  return with_tail(policy.to_mask(picks_BR, C), tail)
+
+
+def selected_nll(
+  context: common.Context, role: str, windows: dict, score_WC, draws, tail=0
+) -> np.ndarray:
+  """NLL of the outputs with the best chunks expanded, (W, O)."""
+  run = _expanded_nll(context.session.model, draws, tail)
+  params = context.params(role)
+  return common.map_batches(
+    context,
+    lambda batch: run(params, batch),
+    windows | {'score_BC': np.asarray(score_WC, np.float32)},
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def _expanded_nll(model, draws: int, tail: int):
+  @jax.jit
+  def run(params, batch):
+    c_BCE = forward.chunk_vectors(model, params, batch)
+    expand_BC = expand_top(batch['score_BC'], draws, tail)
+    return forward.output_nll(
+      model, params, batch, c_BCE, expand_BC, draws + tail
+    )
+
+  return run
+
+
+def rate(chunk_size: int, expanded: int, chunks: int) -> float:
+  """Effective compression k / (1 - p + kp) at the realised p (paper 2)."""
+  p = expanded / chunks
+  return chunk_size / (1 - p + chunk_size * p)
+
+
+def run(context: common.Context) -> dict:
+  """The `selection` table of results.json, a list of rows a dataset."""
+  config = context.session.config
+  if not context.available('mixed'):
+    return {}
+  role = 'policy' if context.available('policy') else 'mixed'
+  cfg, k = config.stage['mixed'], config.model.chunk_size
+  out = {}
+  for name, corpus in context.datasets.items():
+    windows = pipeline.eval_windows(
+        config, corpus, cfg.context_length, max(config.eval.output_lengths),
+        config.eval.num_windows,
+    )  # fmt: skip
+    C = windows['chunk_len_BC'].shape[1]
+    rows = []
+    for tail in dict.fromkeys((0, config.eval.tail_chunks)):
+      rows += _rows(context, role, windows, scores(context, windows, tail),
+                    C, k, tail)  # fmt: skip
+    out[name] = rows
+  return out
+
+
+def _rows(context, role, windows, score, C, k, tail) -> list[dict]:
+  config, docs = context.session.config, windows['doc_B']
+  mean = lambda nll_WO: results.by_document(nll_WO.mean(1), docs)
+  tail_key = {'tail_expanded': True} if tail else {}
+  nobody_WC = np.zeros((len(docs), C))
+  base = mean(selected_nll(context, role, windows, nobody_WC, 0, tail))
+  rows = [{
+      'selector': 'none', 'p': 0.0, 'expanded': tail, 'rate': rate(k, tail, C),
+      'nll': results.stat(base), **tail_key,
+  }]  # fmt: skip
+  for p in config.eval.expand_fractions:
+    draws = expanded_chunks(p, C)
+    if not 0 < draws <= C - tail:
+      continue
+    nll = {
+      name: mean(selected_nll(context, role, windows, s, draws, tail))
+      for name, s in score.items()
+    }
+    for name, values in nll.items():
+      rows.append(
+        {
+          'selector': name,
+          'p': p,
+          'expanded': draws + tail,
+          'rate': rate(k, draws + tail, C),
+          'nll': results.stat(values),
+          **{
+            f'vs_{other}': results.paired(values, nll[other])
+            for other in ('random', 'last')
+            if other in nll
+          },
+          'vs_none': results.paired(values, base),
+          **tail_key,
+        }
+      )
+  return rows
+
+
+def policy_pictures(context: common.Context, num: int = 6) -> list[dict]:
+  """Contexts with the policy's score of each chunk, for the report."""
+  if not context.available('policy'):
+    return []
+  config, tokenizer = context.session.config, context.session.tokenizer
+  name, corpus = next(iter(context.datasets.items()))
+  cfg = config.stage['mixed']
+  windows = pipeline.eval_windows(
+    config, corpus, cfg.context_length, max(config.eval.output_lengths), num
+  )
+  model, params = context.session.model, context.params('policy')
+
+  @jax.jit
+  def logits(batch):
+    c_BCE = forward.chunk_vectors(model, params, batch)
+    return forward.policy_scores(model, params, batch, c_BCE)
+
+  score_WC = common.map_batches(context, logits, windows)
+  draws = max(
+    1, expanded_chunks(max(config.eval.expand_fractions), score_WC.shape[1])
+  )
+  expand_WC = np.asarray(expand_top(jnp.asarray(score_WC), draws, 0))
+  return [
+    {
+      'doc': f'{name} {windows["doc_B"][w]}',
+      'text_chunks': [
+        tokenizer.decode(ids[:n])
+        for ids, n in zip(
+          windows['chunks_BCK'][w].tolist(), windows['chunk_len_BC'][w]
+        )
+      ],
+      'scores': score_WC[w].tolist(),
+      'expanded': expand_WC[w].tolist(),
+      'output': tokenizer.decode(windows['output_BO'][w].tolist()),
+    }
+    for w in range(len(score_WC))
+  ]

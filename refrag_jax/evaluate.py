@@ -1,0 +1,155 @@
+"""Evals over checkpoints: at the end of a run, or on any devices later.
+
+Which weights answer for which rows is in evals/common.py.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import threading
+from typing import Any
+
+import jax
+
+from refrag_jax import checkpoint, environment, report, results
+from refrag_jax.config import Config
+from refrag_jax.data import corpus as corpus_lib
+from refrag_jax.data import tokenizers
+from refrag_jax.errors import UserError
+from refrag_jax.evals import EVALS, selection
+from refrag_jax.evals.common import ROLES, Context
+from refrag_jax.progress import say
+from refrag_jax.session import Session, abstract_params, open_session
+
+
+def run(config: Config, workdir: str) -> int:
+  """`--mode=eval`: restores what there is and runs the evals.
+
+  `config.init_from` names a stage's checkpoint directory; the other roles are
+  played by its siblings. Empty: the checkpoints of this workdir.
+  """
+  session = open_session(config, workdir)
+  directory = os.path.join(workdir, 'checkpoints')
+  if config.init_from:
+    given = os.path.abspath(config.init_from)
+    directory = os.path.dirname(given)
+    checkpoint.require(given, session.identity, f'evals read {given}')
+  found = [os.path.join(directory, stage) for stage in ROLES.values()]
+  if not any(checkpoint.latest_step(path) is not None for path in found):
+    raise UserError(
+      f'evals read {directory}, but no stage has a checkpoint there: train '
+      'first, or name one with --config.init_from=DIR/checkpoints/STAGE'
+    )
+  with jax.set_mesh(session.mesh):
+    evals = run_evals(session, directory, threading.Event())
+  path = os.path.join(workdir, 'results.json')
+  old = results.read_json(path) if os.path.exists(path) else {}
+  if jax.process_index() == 0:
+    new = head(session)
+    if old.get('fingerprint') == new['fingerprint']:
+      evals = old.get('evals', {}) | evals
+    else:
+      new['fingerprint'] = ''  # the stages in there are not of this config
+    results.write_json(path, old | new | {'evals': evals})
+    report.write(workdir)
+  say(f'done: {path}, {workdir}/report.html')
+  return 0
+
+
+def write_results(session: Session, stop: threading.Event) -> None:
+  """The end of a training run: evals, and `results.json` whole."""
+  directory = os.path.join(session.workdir, 'checkpoints')
+  evals = run_evals(session, directory, stop)
+  stages = {
+    name: results.read_json(session.record_path(name))
+    for name in session.config.stages
+  }
+  for record in stages.values():
+    del record['settings']
+  out = head(session) | {'stages': stages, 'evals': evals}
+  results.write_json(os.path.join(session.workdir, 'results.json'), out)
+
+
+def is_complete(config: Config, workdir: str) -> bool:
+  """Whether results.json holds all of this config's stages and evals."""
+  path = os.path.join(workdir, 'results.json')
+  if not os.path.exists(path):
+    return False
+  done = results.read_json(path)
+  return (
+    done.get('fingerprint') == fingerprint(config)
+    and set(config.stages) <= done.get('stages', {}).keys()
+    and set(config.evals) <= done.get('evals', {}).keys()
+  )
+
+
+def run_evals(
+  session: Session, directory: str, stop: threading.Event
+) -> dict[str, Any]:
+  """Runs `config.evals` on the checkpoints under `directory`."""
+  context = Context(
+    session, _loader(session, directory), _datasets(session), stop
+  )
+  evals = {}
+  for name in session.config.evals:
+    say(f'eval {name}')
+    evals[name] = EVALS[name](context)
+  if 'selection' in evals:
+    examples = selection.policy_pictures(context)
+    path = os.path.join(session.workdir, 'policy_scores.json')
+    results.write_json(path, {'examples': examples})
+  return evals
+
+
+def head(session: Session) -> dict[str, Any]:
+  """What identifies a results.json."""
+  return {
+    'config': session.config.name,
+    'fingerprint': fingerprint(session.config),
+    'versions': environment.versions(),
+    'git': environment.git_commit(),
+    'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'corpus': session.corpus.hash,
+  }
+
+
+def fingerprint(config: Config) -> str:
+  """Changes with any value that can change a number in results.json."""
+  text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _loader(session: Session, directory: str):
+  """Role -> parameters of its stage's newest checkpoint, loaded once."""
+
+  @functools.cache
+  def params(role: str):
+    path = os.path.join(directory, ROLES[role])
+    if checkpoint.latest_step(path) is None:
+      return None
+    checkpoint.require(path, session.identity, f'evals read {path}')
+    return checkpoint.load_params(path, abstract_params(session))
+
+  return params
+
+
+def _datasets(session: Session) -> dict[str, Any]:
+  """The corpora to measure: eval.data, or the held-out side of data.text."""
+  config = session.config
+  if not config.eval.data:
+    return {'+'.join(map(_dataset_name, config.data.text)): session.corpus}
+  cache = config.data.cache_dir or os.path.join(session.workdir, 'data')
+  names = [_dataset_name(path) for path in config.eval.data]
+  return {
+    # Two files of one name would be one row: then the paths tell them apart.
+    name if names.count(name) == 1 else path: corpus_lib.prepare(
+      (path,), (1.0,), tokenizers.load(config.data.tokenizer), cache, 1.0
+    )
+    for name, path in zip(names, config.eval.data, strict=True)
+  }
+
+
+def _dataset_name(source: str) -> str:
+  return os.path.basename(source.rstrip('/')).split('.')[0] or source

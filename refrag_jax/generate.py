@@ -1,0 +1,69 @@
+"""Greedy generation after any layout: prefill, then one token at a time.
+
+Dimension key: B batch, C chunks, O forced output tokens, T prefill positions,
+W new tokens, S = T + W cache slots.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from refrag_jax.models.decoder import init_cache
+from refrag_jax.models.refrag import Refrag
+
+
+def greedy(
+    model: Refrag, params, batch, e_BCD, expand_BC, num_expanded: int,
+    num_tokens: int, eos_id: int,
+) -> jax.Array:  # fmt: skip
+  """The most likely continuation, int32 (B, W); `eos_id` from its end on.
+
+  The first token comes from the prefill's logits. `batch['output_BO']` holds
+  what the answer starts with (a prompt's "Answer:"), `output_len_B` >= 0 of it.
+
+  Args:
+    e_BCD: projected chunk embeddings, None with every chunk expanded.
+    num_expanded: static bound on expanded chunks in a row.
+    num_tokens: W, static.
+  """
+  variables = {'params': params}
+  # One slot more than training's layout: the last forced token is an input.
+  forced = jnp.pad(batch['output_BO'], ((0, 0), (0, 1)))
+  layout = model.apply(
+    variables,
+    batch | {'output_BO': forced},
+    expand_BC,
+    num_expanded,
+    method='layout',
+  )
+  B, T = layout.token_BT.shape
+  cache = init_cache(
+    model.cfg.decoder, B, T + num_tokens, jnp.dtype(model.cfg.compute_dtype)
+  )
+  hidden_BTD, cache = model.apply(variables, layout, e_BCD, cache, method='run')
+  head_DV = model.apply(variables, method='head')
+  length_B = layout.valid_BT.sum(1).astype(jnp.int32)
+  last_BD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], 1)[
+    :, 0
+  ]
+
+  def choose(hidden_BD):
+    logits_BV = jnp.einsum(
+      'BD,DV->BV',
+      hidden_BD,
+      head_DV.astype(hidden_BD.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+
+  def body(carry, i):
+    hidden_BD, cache, done_B = carry
+    token_B = jnp.where(done_B, eos_id, choose(hidden_BD))
+    done_B |= token_B == eos_id
+    hidden_BD, cache = model.apply(
+      variables, token_B, length_B + i, cache, method='step'
+    )
+    return (hidden_BD, cache, done_B), token_B
+
+  start = (last_BD, cache, jnp.zeros((B,), bool))
+  _, tokens_WB = jax.lax.scan(body, start, jnp.arange(num_tokens))
+  return tokens_WB.T

@@ -1,0 +1,85 @@
+"""Losses over arrays; no model in here. Everything in float32, nats.
+
+Dimension key: B batch, O output slots, D width, V vocabulary, P pieces of X
+output slots, G rollouts of a context, R draws.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def token_nll(hidden_BOD, head_DV, target_BO, block: int) -> jax.Array:
+  """-log p(target), float32 (B, O), without ever holding all logits.
+
+  Args:
+    hidden_BOD: the states that predict each target.
+    head_DV: the output matrix.
+    target_BO: ids in [0, V); checked on the host, JAX would clamp.
+    block: targets of each row whose logits exist at once, recomputed in the
+      backward; 0 takes all at once and keeps them. Pieces hold some of every
+      row, never some of the rows: those lie on other devices.
+  """
+
+  def piece(hidden_BOD, target_BO):
+    logits_BOV = jax.lax.dot_general(
+      hidden_BOD,
+      head_DV.astype(hidden_BOD.dtype),
+      (((2,), (0,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+    picked_BO = jnp.take_along_axis(logits_BOV, target_BO[..., None], 2)[..., 0]
+    return jax.nn.logsumexp(logits_BOV, axis=-1) - picked_BO
+
+  B, O, D = hidden_BOD.shape
+  if not block or block >= O:
+    return piece(hidden_BOD, target_BO)
+  pad = -O % block
+  hidden_BOD = jnp.pad(hidden_BOD, ((0, 0), (0, pad), (0, 0)))
+  target_BO = jnp.pad(target_BO, ((0, 0), (0, pad)))
+  nll_PBX = jax.lax.map(
+    jax.checkpoint(lambda args: piece(*args)),
+    (
+      hidden_BOD.reshape(B, -1, block, D).swapaxes(0, 1),
+      target_BO.reshape(B, -1, block).swapaxes(0, 1),
+    ),
+  )
+  return nll_PBX.swapaxes(0, 1).reshape(B, -1)[:, :O]
+
+
+def masked_sum(nll_BO, mask_BO) -> tuple[jax.Array, jax.Array]:
+  """(sum of the NLL where the mask holds, how many): accumulation adds both."""
+  mask_BO = mask_BO.astype(jnp.float32)
+  return (nll_BO * mask_BO).sum(), mask_BO.sum()
+
+
+def masked_mean(nll_BO, mask_BO) -> jax.Array:
+  """Mean NLL of each row, float32 (B,); 0 where a row has no target."""
+  mask_BO = mask_BO.astype(jnp.float32)
+  return (nll_BO * mask_BO).sum(-1) / jnp.maximum(mask_BO.sum(-1), 1.0)
+
+
+def group_advantage(reward_BG: jax.Array) -> jax.Array:
+  """(r - mean_G r) / std_G r within each context's group (paper A.1).
+
+  A group whose rollouts all earn the same teaches nothing: its advantage is 0.
+  Rewards count from the group's first, so that it is: the mean of equal numbers
+  is rounded, and noise over its own deviation would be near 1.
+  """
+  reward_BG = reward_BG - reward_BG[:, :1]
+  centred_BG = reward_BG - reward_BG.mean(1, keepdims=True)
+  return centred_BG / (reward_BG.std(1, keepdims=True) + 1e-8)
+
+
+def clipped_surrogate(logp_XR, old_logp_XR, advantage_X, clip_eps: float):
+  """Paper A.1, equation 1: per-step ratios, mean over the T' steps.
+
+  Returns the negated objective of each rollout (X,), to be minimised, and the
+  share of its steps whose ratio the clip cut off (X,).
+  """
+  ratio_XR = jnp.exp(logp_XR - old_logp_XR)
+  advantage_X1 = advantage_X[:, None]
+  clipped_XR = jnp.clip(ratio_XR, 1 - clip_eps, 1 + clip_eps) * advantage_X1
+  unclipped_XR = ratio_XR * advantage_X1
+  cut_XR = clipped_XR < unclipped_XR
+  loss_X = -jnp.minimum(unclipped_XR, clipped_XR).mean(-1)
+  return loss_X, cut_XR.astype(jnp.float32).mean(-1)

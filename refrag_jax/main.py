@@ -1,0 +1,92 @@
+"""Entry point: python -m refrag_jax.main --config=FILE.py[:preset] ...
+
+Kept short: it parses, dispatches and turns errors into exit codes. A mode's
+module is imported when it is asked for, so that --help needs no JAX.
+"""
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+
+from refrag_jax import cli, environment, typed
+from refrag_jax.errors import NonFinite, Stopped, UserError
+
+# mode: (module, function called with (config, workdir), what it does)
+MODES = {
+  'train': ('refrag_jax.train', 'run', 'run the stages, then the evals'),
+  'eval': ('refrag_jax.evaluate', 'run', 'restore a checkpoint, run the evals'),
+  'data': ('refrag_jax.show', 'run', 'show examples as the model sees them'),
+  'doctor': ('refrag_jax.doctor', 'run', 'check this machine and its packages'),
+}
+LATER = {
+  'repro': 'run the ablations of a repro config, write verdicts',
+  'plan': 'memory and time of every stage on a named topology',
+  'index': 'store the chunk vectors of passages',
+  'ask': 'answer one question over a store',
+  'chat': 'converse over a store',
+  'serve': 'answer over HTTP',
+  'bench': 'measure latency',
+  'import': 'read a Hugging Face directory',
+  'export': 'write a Hugging Face directory',
+}
+# The disk's fault, not the program's: one line says more than a traceback.
+_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT)
+
+
+def main(argv: list[str]) -> int:
+  """Runs one mode and returns the exit code: 0, 1, 2 or 75."""
+  try:
+    return _dispatch(argv) or 0
+  except (UserError, Stopped, NonFinite) as e:
+    _say(str(e))
+    return e.exit_code
+  except KeyboardInterrupt:
+    _say('interrupted; the same command continues from the last checkpoint')
+    return 1
+  except BrokenPipeError:  # as of `... | head`: whoever read has enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+  except OSError as e:
+    if e.errno not in _DISK:
+      raise
+    _say(f'cannot write or read {e.filename or "a file"}: {e.strerror}')
+    return 1
+
+
+def _dispatch(argv: list[str]) -> int | None:
+  command = cli.parse(argv)
+  if command.help:
+    print(cli.usage(MODES, LATER))
+    return 0
+  if command.mode in LATER:
+    raise UserError(f'--mode={command.mode} is not there yet; see --help')
+  if command.mode not in MODES:
+    hint = typed.did_you_mean(command.mode, [*MODES, *LATER])
+    hint = hint or f'; there are {", ".join(MODES)}'
+    raise UserError(f'there is no --mode={command.mode}{hint}')
+  module, function, _ = MODES[command.mode]
+  config, workdir = None, command.workdir
+  if command.config_file or command.mode != 'doctor':
+    loaded = cli.load(command)
+    config, workdir = loaded.config, workdir or f'runs/{loaded.config.name}'
+  if command.mode != 'doctor':
+    environment.set_compilation_cache(os.environ)
+    if environment.join_cluster():
+      cli.announce(loaded, workdir)
+  run = getattr(importlib.import_module(module), function)
+  return run(config, workdir)
+
+
+def _say(message: str) -> None:
+  print(f'refrag_jax: {message}', file=sys.stderr, flush=True)
+
+
+if __name__ == '__main__':
+  try:
+    code = main(sys.argv[1:])
+  except Exception:  # anything else is a bug, or the machine's: show it whole
+    traceback.print_exc()
+    code = 1
+  sys.exit(code)

@@ -1,0 +1,130 @@
+"""A Llama-type causal decoder over embeddings (paper section 2: unchanged).
+
+Dimension key: B batch, T positions, S cache slots, D width, N query heads,
+M key/value heads, H head dimension, F MLP width, V vocabulary, Y layers.
+
+The decoder takes embeddings, not ids: chunk embeddings stand where tokens
+would. The key/value cache is a plain pytree, in and out; slot = position,
+because positions are contiguous over the compressed sequence.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from refrag_jax.config import DecoderConfig
+from refrag_jax.models import layers
+from refrag_jax.sharding import constrain
+
+REMAT = {
+  'none': jax.checkpoint_policies.everything_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+  """Pre-norm attention and SwiGLU, residual each."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, cache, angles, mask_BTS, slots_BT):
+    c = self.cfg
+    D, N, M, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
+    dense = layers.Projection
+    h_BTD = layers.RMSNorm(c.norm_eps, name='input_layernorm')(x_BTD)
+    q_BTNH = dense((D, N, H), 1, False, name='q_proj')(h_BTD)
+    k_BTMH = dense((D, M, H), 1, False, name='k_proj')(h_BTD)
+    v_BTMH = dense((D, M, H), 1, False, name='v_proj')(h_BTD)
+    q_BTNH = layers.apply_rope(q_BTNH, angles)
+    k_BTMH = layers.apply_rope(k_BTMH, angles)
+    if cache is not None:
+      rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+      cache = {
+        'k': cache['k'].at[rows_B1, slots_BT].set(k_BTMH),
+        'v': cache['v'].at[rows_B1, slots_BT].set(v_BTMH),
+      }
+      k_BTMH, v_BTMH = cache['k'], cache['v']
+    out_BTNH = layers.attention(q_BTNH, k_BTMH, v_BTMH, mask_BTS)
+    x_BTD += dense((N, H, D), 2, False, name='o_proj')(out_BTNH)
+
+    h_BTD = layers.RMSNorm(c.norm_eps, name='post_attention_layernorm')(x_BTD)
+    gate_BTF = dense((D, c.mlp_width), 1, False, name='gate_proj')(h_BTD)
+    up_BTF = dense((D, c.mlp_width), 1, False, name='up_proj')(h_BTD)
+    h_BTF = constrain(nn.silu(gate_BTF) * up_BTF, 'batch', None, 'mlp')
+    x_BTD += dense((c.mlp_width, D), 1, False, name='down_proj')(h_BTF)
+    return constrain(x_BTD, 'batch', None, None), cache
+
+
+class Decoder(nn.Module):
+  """Embedding, scanned blocks, final norm and head."""
+
+  cfg: DecoderConfig
+  dtype: jnp.dtype
+  remat: str
+
+  def setup(self):
+    c = self.cfg
+    init = nn.initializers.normal(c.width**-0.5)
+    self.embed_tokens = self.param(
+      'embed_tokens', init, (c.vocab_size, c.width), jnp.float32
+    )
+    if not c.tie_embeddings:
+      self.lm_head = self.param(
+        'lm_head', init, (c.width, c.vocab_size), jnp.float32
+      )
+    block = Block
+    if self.remat != 'none':
+      block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+    self.layers = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      length=c.num_layers,
+    )(c)
+    self.norm = layers.RMSNorm(c.norm_eps)
+
+  def embed(self, ids_BT: jax.Array) -> jax.Array:
+    """Token embeddings (B, T, D). Ids are checked on the host: JAX clamps."""
+    return self.embed_tokens.astype(self.dtype)[ids_BT]
+
+  def head(self) -> jax.Array:
+    """The output matrix, float32 (D, V)."""
+    c = self.cfg
+    return self.embed_tokens.T if c.tie_embeddings else self.lm_head
+
+  def __call__(self, embeds_BTD, positions_BT, segment_ids_BT=None, cache=None):
+    """Runs the decoder.
+
+    Args:
+      embeds_BTD: what stands at each position, tokens and chunks alike.
+      positions_BT: int32 rotary positions; with a cache also the slots.
+      segment_ids_BT: packing: a position sees earlier ones of its own segment
+        only; 0 is padding. None: one segment a row, padding at the end.
+      cache: None, or {'k', 'v'}: (Y, B, S, M, H) as from `init_cache`.
+
+    Returns:
+      hidden_BTD after the final norm, and the new cache (None without one).
+    """
+    T = embeds_BTD.shape[1]
+    if cache is not None:
+      slots_S = jnp.arange(cache['k'].shape[2])
+      mask_BTS = slots_S[None, None] <= positions_BT[..., None]
+    else:
+      mask_BTS = jnp.tril(jnp.ones((1, T, T), bool))
+      if segment_ids_BT is not None:
+        mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    angles = layers.rope_angles(
+      positions_BT, self.cfg.head_dim, self.cfg.rope_theta
+    )
+    x_BTD = constrain(embeds_BTD.astype(self.dtype), 'batch', None, None)
+    x_BTD, cache = self.layers(x_BTD, cache, angles, mask_BTS, positions_BT)
+    return self.norm(x_BTD), cache
+
+
+def init_cache(cfg: DecoderConfig, batch: int, slots: int, dtype) -> dict:
+  """An empty key/value cache: two arrays (Y, B, S, M, H)."""
+  shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
+  return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}

@@ -1,0 +1,301 @@
+"""The tables of a report: stages, comparisons, selection, questions.
+
+A STAT is `{"mean", "se", "n"}`; a difference is row minus other, paired.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from refrag_jax import report_figures, results
+from refrag_jax import report_page as page
+
+Stat = Mapping[str, Any]
+
+NLL = 'mean NLL, nats per token'
+MARKS = (
+  f'{page.GOOD} better, {page.BAD} worse than the other row by more than three '
+  'standard errors; unmarked differences are within three. Differences are row '
+  'minus other, paired on the same documents; standard errors and n are over '
+  'documents.'
+)
+# Without reading its context a model can beat `no_context`, by having had more
+# training on such text; it cannot beat these two.
+CONTROLS = {
+  r'no_context_trained': 'no_context_trained',
+  r'.*shuffled': 'shuffled',
+}
+# Higher is better only for these.
+SCORES = ('em', 'f1')
+
+
+def stage_table(stages: Mapping[str, Any]) -> str:
+  head = (
+    'stage', 'steps', 'held out before', 'after', 'paired gain', 'n', 'wall',
+    'compile', 'tokens/s', 'trained', 'frozen', 'unchanged',
+  )  # fmt: skip
+  rows = []
+  for stage, value in stages.items():
+    gain = value.get('paired_gain')
+    reward = value.get('measures') == 'reward'
+    rows.append((
+      page.name(stage) + ' <span class="se">reward</span>' * reward,
+      page.number(value.get('steps')),
+      page.measured(value.get('heldout_before')),
+      page.measured(value.get('heldout_after')),
+      difference(gain, higher_is_better=True),
+      _count([gain]),
+      _seconds(value.get('wall_s')),
+      _seconds(value.get('compile_s')),
+      _whole(value.get('tokens_per_s')),
+      _whole(value.get('trainable_params')),
+      _whole(value.get('frozen_params')),
+      _unchanged(value),
+    ))  # fmt: skip
+  note = (
+    'On one fixed held-out batch a stage: mean NLL in nats per token, or mean '
+    'reward, before and after it. A positive gain is an improvement, of the '
+    f'loss as of the reward; {page.GOOD} {page.BAD}: above three standard '
+    'errors. Trained and frozen: parameters; unchanged: the frozen ones, '
+    'compared bit by bit.'
+  )
+  return page.table(head, rows, note)
+
+
+def comparison(datasets: Mapping[str, Any]) -> str:
+  """Each row's NLL, then its differences from the two controls."""
+  parts = []
+  for dataset, value in datasets.items():
+    rows = list(rows_of(value))
+    parts += [
+      f'<h3>{page.text(dataset)}</h3>',
+      _notes(value),
+      _levels(rows),
+      _control_differences(rows),
+      page.details('All paired differences', _all_differences(rows)),
+    ]
+  return '\n'.join(part for part in parts if part)
+
+
+def _levels(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+  lengths = lengths_of([row for _, row in rows])
+  bits = [x for x in lengths if any(_bits(row, x) for _, row in rows)]
+  body = [
+    [
+      page.name(name),
+      *(page.measured(row.get(x)) for x in lengths),
+      *(page.number(_bits(row, x)) for x in bits),
+      _count([row.get(x) for x in lengths]),
+    ]
+    for name, row in rows
+    if lengths_of([row])
+  ]
+  groups = [('', 1), (NLL, len(lengths))]
+  groups += [('bits per byte', len(bits))] if bits else []
+  head = ['row', *lengths, *bits, 'n']
+  note = (
+    'Lower is better. P and a number: the mean over that many first tokens of '
+    'the output. ± standard error over documents, n: documents.'
+  )
+  return page.table(head, body, note, [*groups, ('', 1)])
+
+
+def _control_differences(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+  lengths = lengths_of([row for _, row in rows])
+  controls = {
+    pattern: label
+    for pattern, label in CONTROLS.items()
+    if any(_against(row, pattern) for _, row in rows)
+  }
+  body = [
+    [
+      page.name(name),
+      *(
+        difference(_against(row, pattern).get(length))
+        for pattern in controls
+        for length in lengths
+      ),
+      _count([_against(row, c).get(x) for c in controls for x in lengths]),
+    ]
+    for name, row in rows
+    if any(_against(row, pattern) for pattern in controls)
+  ]
+  groups = [(f'minus {page.name(c)}', len(lengths)) for c in controls.values()]
+  head = ['row', *lengths * len(controls), 'n']
+  return page.table(head, body, MARKS, [('', 1), *groups, ('', 1)])
+
+
+def selection(datasets: Mapping[str, Any]) -> str:
+  """The two figures of a data set side by side, then their tables."""
+  parts = []
+  for dataset, rows in datasets.items():
+    pictures, tables = '', []
+    for tail in (False, True):
+      own = [r for r in rows if bool(r.get('tail_expanded')) == tail]
+      title = (
+        'tail chunks expanded in every row' if tail else 'chosen chunks only'
+      )
+      drawn = [r for r in own if (r.get('nll') or {}).get('mean') is not None]
+      if drawn:
+        name = f'{dataset}: {title}'
+        picture = report_figures.selection_curve(name, title, drawn, NLL)
+        pictures += f'<figure>{picture}</figure>'
+      table = _selection_table(own, MARKS if not tables else '')
+      if table:
+        tables += [f'<h3>{page.text(dataset)}: {title}</h3>', table]
+    if pictures:
+      pictures = (
+        f'<div class="grid wide">{pictures}</div><p class="note">Lower is '
+        'better, further right is shorter for the decoder. Bars: one standard '
+        'error over documents. It is the same documents for every selector, so '
+        'the paired differences below can be sure where bars overlap.</p>'
+      )
+    parts += [f'<h3>{page.text(dataset)}</h3>', pictures, *tables]
+  return '\n'.join(part for part in parts if part)
+
+
+def _selection_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
+  others = dict.fromkeys(k for r in rows for k in r if k.startswith('vs_'))
+  body = [
+    [
+      page.name(row['selector'] if row['p'] else 'none'),
+      f'{row["p"]:g}',
+      page.number(row.get('rate'), 2),
+      page.measured(row.get('nll')),
+      *(difference(row.get(key)) for key in others),
+      _count([row.get('nll')]),
+    ]
+    for row in rows
+  ]
+  names = [f'minus {page.name(key.removeprefix("vs_"))}' for key in others]
+  return page.table(['selector', 'p', 'rate', NLL, *names, 'n'], body, note)
+
+
+def questions(datasets: Mapping[str, Any]) -> str:
+  parts = []
+  for dataset, value in datasets.items():
+    parts.append(f'<h3>{page.text(dataset)}</h3>')
+    parts.append(_notes(value))
+    rows = list(rows_of(value))
+    measures = [
+      m for m in ('gold_nll', *SCORES) if any(m in row for _, row in rows)
+    ]
+    body = [
+      [
+        page.name(name) + _uninformative(row),
+        *(page.measured(row.get(m)) for m in measures),
+        _count([row.get(m) for m in measures]),
+      ]
+      for name, row in rows
+    ]
+    names = {'gold_nll': 'gold answer NLL', 'em': 'exact match', 'f1': 'F1'}
+    note = (
+      'Gold-answer NLL in nats per token (lower is better); exact match and '
+      'F1 (higher is better). ± standard error.'
+    )
+    head = ['row', *(names[m] for m in measures), 'n']
+    parts.append(page.table(head, body, note))
+    parts.append(page.details('All paired differences', _all_differences(rows)))
+  return '\n'.join(part for part in parts if part)
+
+
+def rows_of(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Mapping]]:
+  """The rows of a data set; other values beside them are its notes."""
+  return ((k, v) for k, v in dataset.items() if isinstance(v, Mapping))
+
+
+def lengths_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  names = {key for row in rows for key in row if re.fullmatch(r'P\d+', key)}
+  return sorted(names, key=lambda key: int(key[1:]))
+
+
+def difference(value: Stat | None, higher_is_better: bool = False) -> str:
+  if not value or value.get('mean') is None:
+    return page.MISSING + page.UNDECIDED
+  mark = page.UNDECIDED
+  if results.significant(value):
+    better = (value['mean'] > 0) == higher_is_better
+    mark = page.GOOD if better else page.BAD
+  return f'{page.measured(value, 4, sign=True)} {mark}'
+
+
+def _all_differences(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+  body = [
+    [
+      page.name(name),
+      page.name(other),
+      page.text(measure),
+      difference(value, higher_is_better=measure in SCORES),
+      _count([value]),
+    ]
+    for name, row in rows
+    for other, values in row.get('vs', {}).items()
+    for measure, value in values.items()
+    if isinstance(value, Mapping)
+  ]
+  head = ['row', 'minus', 'of', 'difference', 'n']
+  return page.table(head, body, MARKS)
+
+
+def _against(row: Mapping[str, Any], pattern: str) -> Mapping[str, Any]:
+  """The differences from the first other row of that name."""
+  for other, values in row.get('vs', {}).items():
+    if re.fullmatch(pattern, other):
+      return values
+  return {}
+
+
+def _bits(row: Mapping[str, Any], length: str) -> float | None:
+  beside = row.get('bits_per_byte')
+  if isinstance(beside, Mapping):
+    value = beside.get(length)
+  else:
+    value = (row.get(length) or {}).get('bits_per_byte')
+  return value.get('mean') if isinstance(value, Mapping) else value
+
+
+def _count(values: Sequence[Stat | None]) -> str:
+  counts = {value['n'] for value in values if value and 'n' in value}
+  if not counts:
+    return page.MISSING
+  low, high = min(counts), max(counts)
+  return page.number(low) if low == high else f'{low:,}–{high:,}'
+
+
+def _notes(dataset: Mapping[str, Any]) -> str:
+  lines = []
+  for key, value in dataset.items():
+    if isinstance(value, Mapping) or value in (False, None):
+      continue
+    words = key if value is True else f'{key}: {value}'
+    alarming = 'uninformative' in words.lower()
+    style = 'banner' if alarming else 'note'
+    if alarming:
+      words += ' (full context does not beat no context here: these questions '
+      words += 'cannot tell whether passages are read)'
+    lines.append(f'<p class="{style}">{page.text(words)}</p>')
+  return ''.join(lines)
+
+
+def _uninformative(row: Mapping[str, Any]) -> str:
+  said = any(
+    'uninformative' in (key if value is True else str(value)).lower()
+    for key, value in row.items()
+    if not isinstance(value, Mapping)
+  )
+  return ' <span class="bad">uninformative</span>' if said else ''
+
+
+def _unchanged(value: Mapping[str, Any]) -> str:
+  unchanged = value.get('frozen_unchanged')
+  if unchanged is None or not value.get('frozen_params'):
+    return page.MISSING
+  return 'yes' if unchanged else '<span class="bad">no: changed</span>'
+
+
+def _seconds(value: float | None) -> str:
+  return page.MISSING if value is None else f'{page.number(float(value), 1)} s'
+
+
+def _whole(value: float | None) -> str:
+  return page.MISSING if value is None else page.number(round(value))

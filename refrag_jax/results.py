@@ -1,0 +1,157 @@
+"""What every number of a run goes through: standard errors and JSON files.
+
+A number that is reported is a STAT, `{"mean", "se", "n"}`. The unit is the
+document: windows of one document are not independent and tokens even less, so
+values are first averaged within a document, and the standard error is the one
+of the document means. Comparisons are paired on the same documents.
+
+Dimension key:
+  W: windows (or examples)
+  N: documents
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from refrag_jax.errors import UserError
+
+STANDARD_ERRORS = 3.0  # a difference counts from here on
+
+
+def by_document(values_W: np.ndarray, doc_W: np.ndarray) -> np.ndarray:
+  """Averages windows within their documents.
+
+  Args:
+    values_W: float[W], one value a window.
+    doc_W: int[W], the document of each window.
+
+  Returns:
+    float64[N], in the order of the sorted document numbers, so that two calls
+    over the same documents can be paired.
+  """
+  values_W = np.asarray(values_W, np.float64)
+  doc_W = np.asarray(doc_W)
+  if values_W.shape != doc_W.shape or values_W.ndim != 1:
+    raise ValueError(f'one document a value: {values_W.shape}, {doc_W.shape}')
+  _, index_W = np.unique(doc_W, return_inverse=True)
+  count_N = np.bincount(index_W)
+  return np.bincount(index_W, weights=values_W) / count_N
+
+
+def stat(values_N: np.ndarray) -> dict[str, float | int | None]:
+  """Mean and standard error of document means; `se` is None below two."""
+  values_N = np.asarray(values_N, np.float64)
+  n = values_N.size
+  return {
+    'mean': _finite(np.mean(values_N)) if n else None,
+    'se': _finite(np.std(values_N, ddof=1) / np.sqrt(n)) if n > 1 else None,
+    'n': n,
+  }
+
+
+def paired(a_N: np.ndarray, b_N: np.ndarray) -> dict[str, float | int | None]:
+  """The STAT of a - b over the same documents."""
+  a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
+  if a_N.shape != b_N.shape:
+    raise ValueError(f'not the same documents: {a_N.shape} and {b_N.shape}')
+  return stat(a_N - b_N)
+
+
+def significant(value: dict[str, Any]) -> bool:
+  """Whether a difference is above three of its own standard errors."""
+  mean, se = value.get('mean'), value.get('se')
+  if mean is None or se is None:
+    return False
+  return abs(mean) > STANDARD_ERRORS * se
+
+
+def plain(value: Any) -> Any:
+  """NumPy and JAX values as what JSON knows; non-finite numbers as None.
+
+  JSON has no NaN, and a file that other tools cannot read is worth nothing.
+  """
+  if isinstance(value, dict):
+    return {str(k): plain(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [plain(v) for v in value]
+  if isinstance(value, bool | int | str | None):
+    return value
+  if isinstance(value, float):
+    return _finite(value)
+  if hasattr(value, 'tolist'):
+    return plain(np.asarray(value).tolist())
+  return str(value)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a whole file or nothing: a temporary file, then a rename."""
+  folder = os.path.dirname(os.path.abspath(path))
+  os.makedirs(folder, exist_ok=True)
+  handle, temporary = tempfile.mkstemp(dir=folder, prefix='.writing-')
+  try:
+    with os.fdopen(handle, 'w', encoding='utf-8', newline='\n') as f:
+      f.write(text)
+      f.flush()
+      os.fsync(f.fileno())
+    os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 hides results
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+  write_text(path, text + '\n')
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  with open(path, encoding='utf-8') as f:
+    try:
+      return json.load(f)
+    except ValueError as e:
+      raise UserError(
+        f'{os.fspath(path)} is not JSON ({e}); move it away and run again'
+      ) from e
+
+
+def json_line(value: dict[str, Any]) -> str:
+  return json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + '\n'
+
+
+def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The records of a JSONL file; [] if there is none.
+
+  A process that is killed while it appends leaves a torn line. It is skipped:
+  the run that continues writes that step again.
+  """
+  if not os.path.exists(path):
+    return []
+  with open(path, encoding='utf-8', errors='replace') as f:
+    return list(_records(f))
+
+
+def _records(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+  for line in lines:
+    try:
+      record = json.loads(line)
+    except ValueError:
+      continue
+    if isinstance(record, dict):
+      yield record
+
+
+def _finite(value: float) -> float | None:
+  return float(value) if math.isfinite(value) else None
+
+
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask

@@ -1,0 +1,97 @@
+"""What training and evaluation both start from: mesh, model, data, shapes."""
+
+import dataclasses
+import os
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from refrag_jax import sharding
+from refrag_jax.config import Config
+from refrag_jax.data import pipeline, tokenizers
+from refrag_jax.errors import UserError
+from refrag_jax.models.refrag import Refrag, init_params
+
+
+class Session(NamedTuple):
+  config: Config
+  workdir: str
+  mesh: jax.sharding.Mesh
+  model: Refrag
+  tokenizer: Any
+  corpus: Any
+  identity: dict[str, Any]  # what a checkpoint must agree with
+
+  def checkpoint_dir(self, stage: str) -> str:
+    return os.path.join(self.workdir, 'checkpoints', stage)
+
+  def record_path(self, stage: str) -> str:
+    return os.path.join(self.workdir, 'stages', f'{stage}.json')
+
+
+def open_session(config: Config, workdir: str) -> Session:
+  """Checks what no config check can, then opens the data.
+
+  Raises:
+    UserError: the mesh, the vocabulary or the text does not fit.
+  """
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  for name in config.stages:
+    cfg = config.stage[name]
+    if (cfg.batch_size // cfg.accumulation_steps) % ways:
+      raise UserError(
+        f'stage {name}: batch_size {cfg.batch_size} / accumulation_steps '
+        f'{cfg.accumulation_steps} does not divide over {ways} devices '
+        '(mesh data x fsdp)'
+      )
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  encoder_tokenizer = tokenizers.load(config.data.encoder_tokenizer)
+  tokenizers.check_vocab(
+    tokenizer, config.model.decoder.vocab_size, 'model.decoder'
+  )
+  tokenizers.check_vocab(
+    encoder_tokenizer, config.model.encoder.vocab_size, 'model.encoder'
+  )
+  corpus = pipeline.prepare_corpus(config, os.path.join(workdir, 'data'))
+  identity = {
+    'model': {
+      # What shapes the parameters; the rest may change between runs.
+      key: value
+      for key, value in dataclasses.asdict(config.model).items()
+      if key in ('decoder', 'encoder', 'policy', 'chunk_size')
+    },
+    'tokenizers': {
+      'decoder': tokenizer.fingerprint,
+      'encoder': encoder_tokenizer.fingerprint,
+    },
+  }
+  return Session(
+    config, workdir, mesh, Refrag(config.model), tokenizer, corpus, identity
+  )
+
+
+def abstract_params(session: Session) -> dict:
+  """Shapes and shardings of the parameters; nothing is allocated."""
+  shapes = jax.eval_shape(
+    lambda key: init_params(session.config.model, key), jax.random.key(0)
+  )
+  return with_shardings(shapes, session.mesh)
+
+
+def with_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    sharding.infer_shardings(tree, mesh),
+  )
+
+
+def to_device(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict:
+  """This process's rows of a batch, as global arrays over the mesh."""
+  rows = sharding.batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(rows, values)
+    for name, values in batch.items()
+  }

@@ -1,0 +1,453 @@
+"""The one training loop, and the run that chains stages and evals.
+
+A stage starts, in this order of preference, from its own newest checkpoint
+(resume), from `init_from` where the config names one, or from its predecessor
+in this workdir. Batch, key and variant of a step are pure functions of (seed,
+stage, step), so a checkpoint holds no iterator.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from refrag_jax import (
+  checkpoint,
+  evaluate,
+  optimizer,
+  programs,
+  report,
+  results,
+  samples,
+  sharding,
+)
+from refrag_jax import state as state_lib
+from refrag_jax.config import Config, context_chunks
+from refrag_jax.data import curriculum, pipeline
+from refrag_jax.errors import NonFinite, Stopped, UserError
+from refrag_jax.metrics import Writer
+from refrag_jax.models.projection import match_embedding_scale
+from refrag_jax.models.refrag import init_params
+from refrag_jax.progress import Progress, machine_peak, say
+from refrag_jax.session import (
+  Session,
+  abstract_params,
+  open_session,
+  to_device,
+  with_shardings,
+)
+from refrag_jax.stages import STAGES
+from refrag_jax.state import TrainState
+from refrag_jax.step import init_opt_state
+
+HELDOUT_ROWS = 256  # rows of the one fixed held-out batch of a stage
+# What of config.data the batches of `sft` and its twins depend on.
+QUESTION_SETTINGS = (
+  'questions',
+  'question_template',
+  'passage_template',
+  'answer_template',
+  'num_passages',
+  'question_length',
+  'passage_chunks',
+  'answer_length',
+  'heldout_fraction',
+)
+
+
+def run(config: Config, workdir: str) -> int:
+  """`--mode=train`: the stages in order, then the evals, then the report."""
+  if evaluate.is_complete(config, workdir):
+    if not os.path.exists(os.path.join(workdir, 'report.html')):
+      report.write(workdir)  # killed between the two
+    say(f'all done: {workdir}/results.json, {workdir}/report.html')
+    return 0
+  session = open_session(config, workdir)
+  say(session.corpus.summary())
+  draw_curriculum(session)
+  writer = Writer(workdir, config.tensorboard)
+  with jax.set_mesh(session.mesh), stop_on_signal() as stop:
+    try:
+      peak, meaning = machine_peak(jax.devices())
+      say(f'{jax.device_count()} x {jax.devices()[0].device_kind}; {meaning}')
+      for name in config.stages:
+        train_stage(session, name, writer, stop, peak)
+      evaluate.write_results(session, stop)
+    finally:
+      writer.close()
+  if jax.process_index() == 0:
+    report.write(workdir)
+  say(f'done: {workdir}/results.json, {workdir}/report.html')
+  return 0
+
+
+def draw_curriculum(session: Session) -> None:
+  """The mixture of chunk counts (Table 8, Figure 6), for the report."""
+  config = session.config
+  for name in config.stages:
+    if config.stage[name].factors:
+      k = config.model.chunk_size
+      curriculum.plot(
+        config.stage[name].num_train_steps,
+        context_chunks(config.stage[name], k),
+        k,
+        os.path.join(session.workdir, 'curriculum.svg'),
+      )
+      return
+
+
+def train_stage(
+  session: Session,
+  name: str,
+  writer: Writer,
+  stop: threading.Event,
+  peak: float | None,
+) -> None:
+  """Trains one stage from wherever it stands to its end, or to `stop`.
+
+  Raises:
+    UserError: its predecessor, or its own checkpoint, is missing or another.
+    NonFinite: loss or gradient overflowed; the state before it is on disk.
+    Stopped: asked to stop, state saved.
+  """
+  config, cfg, stage = session.config, session.config.stage[name], STAGES[name]
+  settings = stage_settings(session, name)
+  if os.path.exists(session.record_path(name)):
+    record = results.read_json(session.record_path(name))
+    check_settings(record['settings'], settings, name)
+    say(f'{name}  done before')
+    return
+
+  clock = time.monotonic()
+  heldout = fixed_heldout(session, name)
+  manager = checkpoint.open_manager(session.checkpoint_dir(name))
+  start, state, meta = start_state(session, name, manager, settings, heldout)
+  writer.truncate_from(name, start + 1 if start else 0)
+  if not start:
+    before = {stage.measures: np.mean(meta['before_B'])}
+    writer.scalars(name, 0, 'heldout', before)
+  compiled = programs.compile_stage(session, name, state, start)
+  say(f'{name}  compiled {len(compiled.compiled)} step programs in '
+      f'{compiled.compile_s:.1f} s')  # fmt: skip
+  meta = meta | {'compile_s': meta['compile_s'] + compiled.compile_s}
+  wall_before = meta['wall_s']
+  sign = -1.0 if stage.measures == 'reward' else 1.0
+
+  progress = Progress(
+      name, cfg.num_train_steps, start,
+      compiled.tokens_of_step, compiled.flops_of_step, peak,
+  )  # fmt: skip
+  pending = after_B = None
+  saved = start or None
+  saved_at = training_since = time.monotonic()
+  with progress, contextlib.closing(manager):
+    for step, batch in pipeline.train_batches(
+        config, name, session.corpus, start,
+        jax.process_index(), jax.process_count(),
+    ):  # fmt: skip
+      rate = optimizer.learning_rate(
+        step, cfg.num_train_steps, cfg.peak_learning_rate
+      )
+      state, metrics = compiled.of_step(step)(
+        state,
+        to_device(batch, session.mesh),
+        programs.step_key(session, name, step),
+        np.float32(rate),
+      )
+      # Read one step late, so that the device always has its next step.
+      check_finite(pending, name, saved)
+      pending = (step, batch, metrics)
+      done = step + 1
+      last, asked = done == cfg.num_train_steps, stop.is_set()
+      evals = _due(done, config.eval_every_steps)
+      saves = last or asked or _due(done, config.checkpoint_every_steps)
+      # By the clock only where no other process could read it otherwise.
+      late = jax.process_count() == 1 and (
+        time.monotonic() - saved_at > config.checkpoint_every_seconds
+      )
+      if last or asked or _due(done, config.log_every_steps):
+        check_finite(pending, name, saved)
+        shown = {key: np.asarray(value) for key, value in metrics.items()}
+        shown = {
+          key: x.item() if x.ndim == 0 else x for key, x in shown.items()
+        }
+        shown['learning_rate'] = rate
+        writer.scalars(name, done, 'train', shown | progress.log(done, shown))
+      if saves or evals or late:
+        check_finite(pending, name, saved)
+        with progress.excluded('eval'):
+          after_B = heldout.measure(state.params)
+        value = {stage.measures: np.mean(after_B)}
+        writer.scalars(name, done, 'heldout', value)
+      # Before the checkpoint: who resumes from it does not write them again.
+      if last or _due(done, config.sample_every_steps):
+        with progress.excluded('samples'):
+          rows = samples.rows(session, name, state.params, heldout.batch)
+        writer.samples(name, done, rows)
+      if saves or late:
+        meta['wall_s'] = wall_before + time.monotonic() - clock
+        with progress.excluded('checkpoint'):
+          checkpoint.save(manager, done, state, meta, sign * np.mean(after_B))
+        saved, saved_at = done, time.monotonic()
+      if asked and not last:
+        manager.wait_until_finished()
+        raise Stopped(
+          f'stopped in stage {name} at step {done}, state saved; run the '
+          'same command to continue'
+        )
+    manager.wait_until_finished()
+  if after_B is None:  # killed between its last checkpoint and its record
+    after_B = heldout.measure(state.params)
+  trained_s = time.monotonic() - training_since
+  trained_s -= sum(progress.excluded_s.values())
+  meta['wall_s'] = wall_before + time.monotonic() - clock
+  record = stage_record(session, name, meta, state.params, after_B, heldout)
+  tokens = compiled.tokens_of_step[start:].sum()
+  record['tokens_per_s'] = float(tokens / max(trained_s, 1e-9))
+  results.write_json(session.record_path(name), record | {'settings': settings})
+
+
+class Heldout(NamedTuple):
+  """A stage's one fixed held-out batch and its measure on it."""
+
+  batch: dict[str, np.ndarray]
+  measure: Callable[[dict], np.ndarray]  # params -> float32 (B,)
+
+
+def fixed_heldout(session: Session, name: str) -> Heldout:
+  """The batch that a stage is measured on before, during and after.
+
+  Where its steps come in variants, the measure is the mean over them.
+  """
+  cfg, stage = session.config.stage[name], STAGES[name]
+  batch = pipeline.heldout_batch(
+    session.config, name, session.corpus, HELDOUT_ROWS
+  )
+  ways = session.mesh.shape['data'] * session.mesh.shape['fsdp']
+  rows = len(batch['doc_B']) // ways * ways
+  if not rows:
+    raise UserError(
+      f'stage {name}: the held-out documents give {len(batch["doc_B"])} rows, '
+      f'fewer than the {ways} devices; raise data.heldout_fraction'
+    )
+  batch = {key: value[:rows] for key, value in batch.items()}
+  chunks = batch['chunks_BCK'].shape[1] if 'chunks_BCK' in batch else 0
+  variants = stage.variants(cfg, chunks)
+  key = jax.random.key(session.config.seed)
+
+  @jax.jit
+  def measure(params, batch):
+    return sum(
+      stage.evaluate(session.model, params, batch, key, variant, cfg)
+      for variant in variants
+    ) / len(variants)
+
+  whole = sharding.replicate(batch, session.mesh)
+  return Heldout(batch, lambda params: np.asarray(measure(params, whole)))
+
+
+def start_state(
+  session: Session, name: str, manager, settings: dict, heldout: Heldout
+) -> tuple[int, TrainState, dict[str, Any]]:
+  """(first step, state, meta): resumed where there is something to resume."""
+  stage = STAGES[name]
+  params = abstract_params(session)
+  opt_state = jax.eval_shape(lambda p: init_opt_state(p, stage), params)
+  step = jax.ShapeDtypeStruct((), np.int32)
+  abstract = with_shardings(TrainState(step, params, opt_state), session.mesh)
+  start = manager.latest_step()
+  if start is not None:
+    meta = checkpoint.require(
+      session.checkpoint_dir(name), session.identity, f'stage {name} resumes'
+    )
+    check_settings(meta['settings'], settings, name)
+    say(f'{name}  resumes at step {start}')
+    return start, checkpoint.restore(manager, start, abstract), meta
+  params = initial_params(session, name)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  state = jax.jit(
+    lambda params: TrainState(
+      np.int32(0), params, init_opt_state(params, stage)
+    ),
+    out_shardings=shardings,
+  )(params)
+  meta = {
+    'stage': name,
+    'settings': settings,
+    'before_B': heldout.measure(state.params).tolist(),
+    'wall_s': 0.0,
+    'compile_s': 0.0,
+    **session.identity,
+  }
+  return 0, state, meta
+
+
+def initial_params(session: Session, name: str) -> dict:
+  """The parameters a stage starts from: deterministic, so also re-derivable.
+
+  Raises:
+    UserError: says which stage has to be run first.
+  """
+  abstract = abstract_params(session)
+  source = init_from(session, name)
+  if source is None:
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    init = jax.jit(
+      lambda key: init_params(session.config.model, key),
+      out_shardings=shardings,
+    )
+    return init(jax.random.key(session.config.seed))
+  meta = checkpoint.require(
+    source, session.identity, f'stage {name} starts from {source}'
+  )
+  params = checkpoint.load_params(source, abstract)
+  if meta['stage'] == 'lm':  # a fresh projection meets this decoder
+    params = jax.jit(match_embedding_scale)(params)
+  return params
+
+
+def init_from(session: Session, name: str, check: bool = True) -> str | None:
+  """The checkpoint directory that a stage starts from; None for scratch."""
+  config, predecessor = session.config, STAGES[name].predecessor
+  explicit = config.stage[name].init_from
+  if not explicit and name == config.stages[0]:
+    explicit = config.init_from
+  if explicit:
+    return explicit
+  if predecessor is None:
+    return None
+  if check and not os.path.exists(session.record_path(predecessor)):
+    raise UserError(
+      f'stage {name} starts from a finished {predecessor}, and '
+      f'{session.workdir} has none: put {predecessor} before it in '
+      f'config.stages, or name a checkpoint with '
+      f'--config.stage.{name}.init_from=DIR'
+    )
+  return session.checkpoint_dir(predecessor)
+
+
+def stage_settings(session: Session, name: str) -> dict[str, Any]:
+  """What must not change under a stage that is resumed or kept."""
+  config = session.config
+  settings = dataclasses.asdict(config.stage[name]) | {
+    'seed': config.seed,
+    'corpus': session.corpus.hash,
+    'weights': config.data.weights,
+    'starts_from': origin(session, name),
+  }
+  if name != 'lm':
+    settings['max_encoder_tokens'] = config.data.max_encoder_tokens
+  if name.startswith('sft'):
+    settings |= {key: getattr(config.data, key) for key in QUESTION_SETTINGS}
+  return results.plain(settings)
+
+
+def origin(session: Session, name: str) -> str:
+  """What a stage started from: a path, or a digest of its predecessor.
+
+  Settings hold their own predecessor's digest, so a stage that is trained
+  anew with other settings is noticed by everything after it.
+  """
+  source = init_from(session, name, check=False)
+  predecessor = STAGES[name].predecessor
+  if source is None or source != session.checkpoint_dir(predecessor or name):
+    return source or 'scratch'
+  record = session.record_path(predecessor)
+  if not os.path.exists(record):
+    return ''
+  text = json.dumps(results.read_json(record)['settings'], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_settings(old: dict, new: dict, name: str) -> None:
+  changed = [
+    f'{key} was {old[key]!r} and is {new[key]!r}'
+    for key in new
+    if key in old and old[key] != new[key]
+  ]
+  if changed:
+    raise UserError(
+      f'stage {name} was trained here with other settings: '
+      f'{"; ".join(changed[:3])}; take another --workdir, or delete what it '
+      'and the stages after it have under checkpoints/ and stages/'
+    )
+
+
+def check_finite(pending, name: str, saved: int | None) -> None:
+  """Stops the run at a non-finite step; the step itself kept the old state."""
+  if pending is None:
+    return
+  step, batch, metrics = pending
+  if not bool(metrics['finite']):
+    rows = batch.get('id_B', batch['doc_B']).tolist()
+    raise NonFinite(
+      f'stage {name}: loss {float(metrics["loss"])}, gradient norm '
+      f'{float(metrics["grad_norm"])} at step {step + 1}; parameters were not '
+      f'touched; batch ids {rows}; last good checkpoint: '
+      f'{"none" if saved is None else f"step {saved}"}'
+    )
+
+
+def stage_record(
+  session: Session, name: str, meta: dict, params, after_B, heldout: Heldout
+) -> dict[str, Any]:
+  """The stage's entry in results.json (design.md section 4)."""
+  stage = STAGES[name]
+  docs = heldout.batch['doc_B']
+  before_N = results.by_document(np.array(meta['before_B']), docs)
+  after_N = results.by_document(after_B, docs)
+  reward = stage.measures == 'reward'
+  gain = (after_N, before_N) if reward else (before_N, after_N)
+  trained, frozen = state_lib.partition(params, stage.trainable)
+  _, frozen_before = state_lib.partition(
+    initial_params(session, name), stage.trainable
+  )
+  same = jax.tree.map(
+      lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()),
+      frozen, frozen_before,
+  )  # fmt: skip
+  return {
+    'steps': session.config.stage[name].num_train_steps,
+    'measures': stage.measures,
+    'heldout_before': results.stat(before_N),
+    'heldout_after': results.stat(after_N),
+    'paired_gain': results.paired(*gain),
+    'wall_s': meta['wall_s'],
+    'compile_s': meta['compile_s'],
+    'trainable_params': state_lib.count(trained),
+    'frozen_params': state_lib.count(frozen),
+    'frozen_unchanged': all(jax.tree.leaves(same)),
+  }
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+  """SIGTERM or SIGINT asks to stop at the next step; a second SIGINT now."""
+  stop = threading.Event()
+
+  def ask(signum, frame):
+    del frame
+    if stop.is_set() and signum == signal.SIGINT:
+      raise KeyboardInterrupt  # asked twice by hand: leave at once
+    stop.set()
+    say(f'{signal.Signals(signum).name}: stopping after this step')
+
+  old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield stop
+  finally:
+    for s, handler in old.items():
+      signal.signal(s, handler)
+
+
+def _due(done: int, every: int) -> bool:
+  return bool(every) and done % every == 0

@@ -1,0 +1,433 @@
+"""Refuses configs that cannot work, before anything is allocated.
+
+What needs the tokenizer (vocabulary) or the devices (the mesh) is checked when
+they are known, in session.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from refrag_jax import typed
+from refrag_jax.config import (
+  Config,
+  ModelConfig,
+  StageConfig,
+  context_chunks,
+  expanded_chunks,
+)
+from refrag_jax.errors import UserError
+
+STAGES = (
+  'lm',
+  'reconstruct',
+  'cpt',
+  'mixed',
+  'grpo',
+  'sft',
+  'cpt_trained',
+  'mixed_trained',
+  'sft_full',
+  'sft_none',
+)
+EVALS = ('log_perplexity', 'reconstruction', 'selection', 'qa')
+SELECTORS = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
+CONTEXTS = ('none', 'last_k', 'full')
+# The stages by what they use: windows of text, chunks left as tokens,
+# another context than chunks, questions.
+WINDOWS = (
+  'reconstruct',
+  'cpt',
+  'mixed',
+  'grpo',
+  'cpt_trained',
+  'mixed_trained',
+)
+EXPANDS = ('mixed', 'grpo')
+CONTROLS = ('cpt_trained', 'mixed_trained', 'sft_full', 'sft_none')
+QUESTIONS = ('sft', 'sft_full', 'sft_none')
+# Each p is a shape of its own and so a compilation of `grpo`'s step.
+MAX_GRPO_FRACTIONS = 4
+TABLE8_FACTORS = tuple(2**i for i in range(9))
+
+
+def check(config: Config) -> None:
+  """Refuses what cannot work, before anything is allocated."""
+  _validate_run(config)
+  _validate_model(config.model)
+  _validate_data(config)
+  for name in config.stages:
+    _validate_stage(name, config)
+  _validate_eval(config)
+
+
+def _refuse(problem: bool, message: str) -> None:
+  if problem:
+    raise UserError(message)
+
+
+def _positive(section: Any, prefix: str, *names: str) -> None:
+  for name in names:
+    value = getattr(section, name)
+    _refuse(
+      value <= 0,
+      f'config.{prefix}{name} is {value}: it must be greater than 0',
+    )
+
+
+def _not_negative(section: Any, prefix: str, *names: str) -> None:
+  for name in names:
+    value = getattr(section, name)
+    _refuse(
+      value < 0,
+      f'config.{prefix}{name} is {value}: it must be 0 or greater',
+    )
+
+
+def _known(values: Sequence[str], known: Collection[str], key: str) -> None:
+  for value in values:
+    hint = f'; there are {", ".join(known)}'
+    if len(known) > 4:
+      hint = typed.did_you_mean(value, known) or hint
+    _refuse(value not in known, f'config.{key}: there is no {value!r}{hint}')
+
+
+def _validate_run(config: Config) -> None:
+  _known(config.stages, STAGES, 'stages')
+  _known(config.evals, EVALS, 'evals')
+  for names, key in ((config.stages, 'stages'), (config.evals, 'evals')):
+    double = [name for name in names if names.count(name) > 1]
+    _refuse(
+      bool(double),
+      f'config.{key} names {double[0] if double else ""!r} twice: delete one',
+    )
+  for name in config.stages:
+    _refuse(
+      name not in config.stage,
+      f'config.stages names {name!r}, but config.stage.{name} is missing: add '
+      'it to the config file',
+    )
+  _not_negative(config, '', 'seed')
+  _positive(config, '', 'log_every_steps')
+  _not_negative(
+    config,
+    '',
+    'eval_every_steps',
+    'checkpoint_every_steps',
+    'checkpoint_every_seconds',
+    'sample_every_steps',
+  )
+  free = [
+    field.name
+    for field in dataclasses.fields(config.mesh)
+    if getattr(config.mesh, field.name) == -1
+  ]
+  _refuse(
+    len(free) > 1,
+    f'config.mesh: {" and ".join(free)} are both -1, but only one axis can '
+    'take the devices that the others leave: give the other one a size',
+  )
+  for field in dataclasses.fields(config.mesh):
+    size = getattr(config.mesh, field.name)
+    _refuse(
+      size < 1 and size != -1,
+      f'config.mesh.{field.name} is {size}: use 1 or more, or -1 for the '
+      'devices that the other axes leave',
+    )
+
+
+def _validate_model(model: ModelConfig) -> None:
+  decoder, encoder, policy = model.decoder, model.encoder, model.policy
+  for section, prefix in (
+    (decoder, 'model.decoder.'),
+    (encoder, 'model.encoder.'),
+    (policy, 'model.policy.'),
+    (model, 'model.'),
+  ):
+    may_be_zero = ('position_offset', 'loss_block')
+    numbers = [
+      field.name
+      for field in dataclasses.fields(section)
+      if field.type in (int, float)
+    ]
+    _positive(
+      section, prefix, *(name for name in numbers if name not in may_be_zero)
+    )
+    _not_negative(
+      section, prefix, *(name for name in numbers if name in may_be_zero)
+    )
+  _refuse(
+    decoder.num_heads % decoder.num_kv_heads != 0,
+    f'config.model.decoder: num_heads {decoder.num_heads} is not a multiple '
+    f'of num_kv_heads {decoder.num_kv_heads}: each key-value head serves '
+    'equally many query heads',
+  )
+  _refuse(
+    decoder.head_dim % 2 != 0,
+    f'config.model.decoder.head_dim is {decoder.head_dim}: rotary positions '
+    'turn pairs, use an even number',
+  )
+  for heads, key in (
+    (encoder.num_heads, 'model.encoder.num_heads'),
+    (policy.num_heads, 'model.policy.num_heads'),
+  ):
+    _refuse(
+      encoder.width % heads != 0,
+      f'config.{key} {heads} does not divide config.model.encoder.width '
+      f'{encoder.width}: use one of {_divisors(encoder.width)}',
+    )
+  head_dim = encoder.width // policy.num_heads
+  _refuse(
+    policy.positions and head_dim % 2 != 0,
+    f'config.model.policy: width {encoder.width} in {policy.num_heads} heads '
+    f'gives an odd head size {head_dim}: rotary positions turn pairs, use '
+    'fewer heads or positions=false',
+  )
+  for value, known, key in (
+    (encoder.pooling, ('cls', 'mean'), 'model.encoder.pooling'),
+    (model.compute_dtype, ('float32', 'bfloat16'), 'model.compute_dtype'),
+    (model.remat, ('none', 'dots', 'full'), 'model.remat'),
+  ):
+    _known((value,), known, key)
+
+
+def _divisors(number: int) -> str:
+  """The divisors somebody would choose as a number of heads."""
+  return ', '.join(str(n) for n in range(1, 65) if number % n == 0)
+
+
+def _validate_data(config: Config) -> None:
+  data = config.data
+  _refuse(not data.text, 'config.data.text is empty: name a text source')
+  _refuse(
+    len(data.weights) != len(data.text),
+    f'config.data.weights has {len(data.weights)} entries for '
+    f'{len(data.text)} entries of config.data.text: give one weight a source, '
+    'or () for equal shares',
+  )
+  for weight in data.weights:
+    _refuse(
+      weight <= 0,
+      f'config.data.weights holds {weight}: weights must be greater than 0; '
+      'leave a source out of config.data.text instead',
+    )
+  _refuse(
+    not 0 < data.heldout_fraction < 1,
+    f'config.data.heldout_fraction is {data.heldout_fraction}: use a share of '
+    'the documents between 0 and 1, such as 0.05',
+  )
+  for name in ('tokenizer', 'encoder_tokenizer'):
+    _refuse(
+      not getattr(data, name),
+      f"config.data.{name} is empty: name 'bytes' or a tokenizer directory",
+    )
+  _refuse(
+    data.max_encoder_tokens < 3,
+    f'config.data.max_encoder_tokens is {data.max_encoder_tokens}: a chunk '
+    'needs at least 3, two of them for the special tokens round it',
+  )
+  _refuse(
+    config.model.encoder.max_length < data.max_encoder_tokens,
+    f'config.model.encoder.max_length {config.model.encoder.max_length} is '
+    f'less than config.data.max_encoder_tokens {data.max_encoder_tokens}: '
+    'the encoder has no position for the last ones; lower the latter',
+  )
+  if 'qa' not in config.evals and not set(QUESTIONS) & set(config.stages):
+    return
+  _refuse(
+    not data.questions,
+    "config.data.questions is empty: name 'stdlib' or a JSONL file, or take "
+    "the sft stages and the eval 'qa' out",
+  )
+  _positive(
+    data,
+    'data.',
+    'num_passages',
+    'question_length',
+    'passage_chunks',
+    'answer_length',
+  )
+  for template, field in (
+    ('question_template', '{question}'),
+    ('passage_template', '{text}'),
+  ):
+    _refuse(
+      field not in getattr(data, template),
+      f'config.data.{template} {getattr(data, template)!r} does not contain '
+      f'{field}: put it where the text belongs',
+    )
+
+
+def _validate_stage(name: str, config: Config) -> None:
+  stage, prefix = config.stage[name], f'stage.{name}.'
+  _positive(
+    stage,
+    prefix,
+    'num_train_steps',
+    'batch_size',
+    'accumulation_steps',
+    'peak_learning_rate',
+  )
+  _refuse(
+    stage.batch_size % stage.accumulation_steps != 0,
+    f'config.{prefix}batch_size {stage.batch_size} is not a multiple of '
+    f'accumulation_steps {stage.accumulation_steps}: the parts of a step have '
+    'equal size',
+  )
+  if name == 'lm':
+    _positive(stage, prefix, 'output_length')
+    _refuse(
+      not 0 <= stage.periodic_fraction <= 1,
+      f'config.{prefix}periodic_fraction is {stage.periodic_fraction}: use a '
+      'share of the windows between 0 and 1',
+    )
+  if name in WINDOWS:
+    _validate_context(stage, prefix, config.model.chunk_size)
+    if name != 'reconstruct':  # its output is its context
+      _positive(stage, prefix, 'output_length')
+  if name in EXPANDS:
+    _validate_fractions(stage, prefix, config.model.chunk_size)
+  if name in CONTROLS:
+    _validate_control(name, stage, prefix)
+  if name == 'grpo':
+    _validate_grpo(stage, prefix)
+
+
+def _validate_control(name: str, stage: StageConfig, prefix: str) -> None:
+  # Passages end in ragged chunks, of which "as many last tokens as chunks" is
+  # not defined.
+  known = [c for c in CONTEXTS if name not in QUESTIONS or c != 'last_k']
+  _refuse(
+    not stage.contexts,
+    f'config.{prefix}contexts is empty: name at least one of '
+    f'{", ".join(known)}',
+  )
+  _known(stage.contexts, known, f'{prefix}contexts')
+
+
+def _validate_grpo(stage: StageConfig, prefix: str) -> None:
+  _refuse(
+    len(stage.expand_fractions) > MAX_GRPO_FRACTIONS,
+    f'config.{prefix}expand_fractions has {len(stage.expand_fractions)} '
+    f'values: use at most {MAX_GRPO_FRACTIONS}, each is compiled on its own',
+  )
+  _refuse(
+    stage.num_generations < 2,
+    f'config.{prefix}num_generations is {stage.num_generations}: an advantage '
+    'compares the samples of a group, use 2 or more, such as 8',
+  )
+  _positive(stage, prefix, 'clip_eps', 'updates_per_rollout')
+
+
+def _validate_context(stage: StageConfig, prefix: str, k: int) -> None:
+  _positive(stage, prefix, 'context_length')
+  s = stage.context_length
+  _refuse(
+    s % k != 0,
+    f'config.{prefix}context_length {s} is not a multiple of '
+    f'config.model.chunk_size {k}: use {max(s // k, 1) * k} or '
+    f'{(s // k + 1) * k}',
+  )
+  for factor in stage.factors:
+    _refuse(
+      factor < 1,
+      f'config.{prefix}factors holds {factor}: factors are counts of chunks, '
+      '1 or more',
+    )
+  _refuse(
+    stage.factors != tuple(sorted(set(stage.factors))),
+    f'config.{prefix}factors {stage.factors}: give each once, ascending',
+  )
+  unknown = [f for f in stage.factors if f not in TABLE8_FACTORS]
+  _refuse(
+    len(stage.factors) > 1 and bool(unknown),
+    f'config.{prefix}factors holds {unknown[:1]}: a curriculum weighs the '
+    f'factors of Table 8, {TABLE8_FACTORS}',
+  )
+  fits = [factor for factor in stage.factors if factor <= s // k]
+  _refuse(
+    bool(stage.factors) and not fits,
+    f'config.{prefix}factors {stage.factors} are all above '
+    f'context_length / chunk_size = {s // k}: add a smaller one',
+  )
+
+
+def _validate_fractions(stage: StageConfig, prefix: str, k: int) -> None:
+  """0 < floor(p L) < L: with none or all there is nothing to choose."""
+  key = f'config.{prefix}expand_fractions'
+  _refuse(
+    not stage.expand_fractions,
+    f'{key} is empty: name the share p of chunks to expand, such as (0.1,)',
+  )
+  for p in stage.expand_fractions:
+    _refuse(not 0 < p < 1, f'{key} holds {p}: use shares between 0 and 1')
+    for chunks in context_chunks(stage, k):
+      expanded = expanded_chunks(p, chunks)
+      fewest = math.ceil(1 / p - 1e-9)
+      ways = [f'at least {fewest} chunks (context_length {fewest * k})']
+      if chunks > 1:
+        ways.insert(0, f'p of {_round_up(1 / chunks)} or more')
+      if stage.factors:
+        ways.append('no factors')
+      _refuse(
+        expanded == 0,
+        f'{key}: p = {p:g} of {chunks} chunks expands none of them '
+        f'(floor(p L) = 0): use {", or ".join(ways)}',
+      )
+
+
+def _round_up(p: float) -> float:
+  """The least p of three decimals that is not below `p`, for a message."""
+  return math.ceil(p * 1000 - 1e-9) / 1000
+
+
+def _validate_eval(config: Config) -> None:
+  section = config.eval
+  if config.evals:
+    _positive(section, 'eval.', 'num_windows', 'batch_size')
+  if 'qa' in config.evals:
+    _positive(section, 'eval.', 'num_questions')
+  _not_negative(section, 'eval.', 'tail_chunks', 'num_questions')
+  _known(section.selectors, SELECTORS, 'eval.selectors')
+  for p in section.expand_fractions:
+    _refuse(
+      not 0 <= p <= 1,
+      f'config.eval.expand_fractions holds {p}: use shares from 0 to 1',
+    )
+  for name, needed in (
+    ('output_lengths', 'log_perplexity'),
+    ('reconstruct_lengths', 'reconstruction'),
+    ('expand_fractions', 'selection'),
+    ('selectors', 'selection'),
+  ):
+    values = getattr(section, name)
+    _refuse(
+      needed in config.evals and not values,
+      f'config.eval.{name} is empty: the eval {needed!r} needs at least one',
+    )
+    _refuse(
+      name.endswith('lengths') and any(value <= 0 for value in values),
+      f'config.eval.{name} {values} must all be greater than 0',
+    )
+  if 'reconstruction' in config.evals and 'reconstruct' in config.stage:
+    longest = config.stage['reconstruct'].context_length
+    _refuse(
+      max(section.reconstruct_lengths) > longest,
+      f'config.eval.reconstruct_lengths {section.reconstruct_lengths}: '
+      f'config.stage.reconstruct.context_length has only {longest} tokens',
+    )
+  if 'reconstruction' in config.evals:
+    k = config.model.chunk_size
+    _refuse(
+      any(n % k for n in section.reconstruct_lengths),
+      f'config.eval.reconstruct_lengths {section.reconstruct_lengths}: each '
+      f'must be a multiple of config.model.chunk_size {k}',
+    )
+  if 'selection' in config.evals and 'mixed' in config.stage:
+    chunks = config.stage['mixed'].context_length // config.model.chunk_size
+    _refuse(
+      0 < chunks <= section.tail_chunks,
+      f'config.eval.tail_chunks {section.tail_chunks} leaves nothing of the '
+      f'{chunks} chunks of config.stage.mixed.context_length: use fewer',
+    )

@@ -1,0 +1,17 @@
+"""Every test runs on 8 CPU devices, made before JAX first looks for any."""
+
+import os
+
+# Also for the processes that tests start; an accelerator is not touched.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import jax
+from absl import flags
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_enable_x64', False)
+# (B, T) + (T,) is a mistake more often than a wish.
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+# grain reads absl flags, which nobody parses here.
+flags.FLAGS.mark_as_parsed()

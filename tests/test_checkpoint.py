@@ -1,0 +1,311 @@
+"""Checkpoints: newest and best kept, whole or absent, on any mesh, refused if
+they do not fit."""
+
+import copy
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import toy_run
+
+from refrag_jax import checkpoint
+from refrag_jax.environment import ROOT
+from refrag_jax.errors import UserError
+from refrag_jax.models.refrag import init_params
+from refrag_jax.session import with_shardings
+from refrag_jax.sharding import path_str
+from refrag_jax.stages import STAGES
+from refrag_jax.state import TrainState
+from refrag_jax.step import init_opt_state
+
+META = {
+  'stage': 'cpt',
+  'model': {'decoder': {'width': 16, 'num_layers': 1}, 'chunk_size': 4},
+  'tokenizers': {'decoder': 'aaa', 'encoder': 'bbb'},
+}
+IDENTITY = {key: META[key] for key in ('model', 'tokenizers')}
+
+
+def abstract_state(mesh, stage='cpt') -> TrainState:
+  """Of a model with every kind of parameter, Adam's moments included."""
+  cfg = toy_run.config('unused').model
+  params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+  opt_state = jax.eval_shape(lambda p: init_opt_state(p, STAGES[stage]), params)
+  step = jax.ShapeDtypeStruct((), np.int32)
+  return with_shardings(TrainState(step, params, opt_state), mesh)
+
+
+def random_state(mesh, step: int) -> TrainState:
+  """No two leaves alike, so that none can be taken for another."""
+  rng = np.random.default_rng(step)
+
+  def draw(shape):
+    x = rng.standard_normal(shape.shape).astype(shape.dtype)
+    return jax.device_put(x, shape.sharding)
+
+  state = jax.tree.map(draw, abstract_state(mesh))
+  return state.replace(step=jax.device_put(np.int32(step), state.step.sharding))
+
+
+def assert_same(got, want):
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(got),
+    jax.tree.leaves(want),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y), path_str(path))
+
+
+def small_state(step: int) -> TrainState:
+  """A few bytes, for what is about directories."""
+  x = jax.numpy.arange(8.0) + step
+  return TrainState(jax.numpy.int32(step), {'decoder': {'w': x}}, {'m': x * 2})
+
+
+def save(manager, step, state, loss=1.0):
+  checkpoint.save(manager, step, state, META, loss)
+  manager.wait_until_finished()
+
+
+def steps_on_disk(directory) -> list[str]:
+  return sorted(name for name in os.listdir(directory) if name.isdigit())
+
+
+def test_newest_and_best_are_kept(tmp_path):
+  """Also when the metric only worsens, which `max_to_keep` would get wrong."""
+  with checkpoint.open_manager(tmp_path) as manager:
+    for step, loss in enumerate((1.0, 0.5, 0.7, 0.9), start=1):
+      save(manager, step, small_state(step), loss)
+    assert manager.all_steps() == [2, 4]
+  assert steps_on_disk(tmp_path) == ['2', '4']
+  assert checkpoint.latest_step(tmp_path) == 4
+
+
+def test_the_first_of_worsening_steps_is_kept(tmp_path):
+  with checkpoint.open_manager(tmp_path) as manager:
+    for step in (1, 2, 3):
+      save(manager, step, small_state(step), float(step))
+    assert manager.all_steps() == [1, 3]
+
+
+@pytest.mark.parametrize('onto', [(1, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_restores_bitwise_on_another_mesh(tmp_path, onto):
+  """Parameters and moments, from 4 x 2 devices (data x fsdp)."""
+  state = random_state(toy_run.mesh(4, 2), 3)
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 3, state)
+    abstract = abstract_state(toy_run.mesh(*onto))
+    restored = checkpoint.restore(manager, 3, abstract)
+  assert_same(restored, state)
+  for x, want in zip(
+    jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True
+  ):
+    assert x.sharding.is_equivalent_to(want.sharding, x.ndim)
+  params = checkpoint.load_params(tmp_path, abstract.params)
+  assert_same(params, state.params)
+
+
+def test_the_optimizer_state_keeps_its_structure(tmp_path):
+  """optax's tuples come back as such, and frozen groups have no moments."""
+  mesh = toy_run.mesh()
+  state = random_state(mesh, 2)
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 2, state)
+    restored = checkpoint.restore(manager, 2, abstract_state(mesh))
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  names = {
+    path_str(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(restored.opt_state)
+  }
+  assert not any('policy/' in name for name in names)
+  assert any('mu/decoder/' in name for name in names)
+  assert int(restored.step) == 2
+
+
+def test_meta_is_read_back(tmp_path):
+  assert checkpoint.read_meta(tmp_path / 'nothing') is None
+  assert checkpoint.latest_step(tmp_path / 'nothing') is None
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 7, small_state(7))
+  meta = checkpoint.read_meta(tmp_path)
+  assert meta == META | {'format': checkpoint.FORMAT, 'step': 7}
+  assert checkpoint.require(tmp_path, IDENTITY, 'a test reads') == meta
+
+
+def changed(*path, to):
+  identity = copy.deepcopy(IDENTITY)
+  node = identity
+  for name in path[:-1]:
+    node = node[name]
+  node[path[-1]] = to
+  return identity
+
+
+@pytest.mark.parametrize(
+  ('identity', 'difference'),
+  [
+    (
+      changed('model', 'decoder', 'width', to=32),
+      'model.decoder.width is 16 there and 32 here',
+    ),
+    (
+      changed('model', 'chunk_size', to=8),
+      'model.chunk_size is 4 there and 8 here',
+    ),
+    (
+      changed('tokenizers', 'encoder', to='ccc'),
+      "tokenizers.encoder is 'bbb' there and 'ccc' here",
+    ),
+    (
+      changed('model', 'decoder', 'new', to=1),
+      'model.decoder.new is None there and 1 here',
+    ),
+  ],
+)
+def test_what_does_not_fit_is_refused_by_name(tmp_path, identity, difference):
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 1, small_state(1))
+  with pytest.raises(UserError) as e:
+    checkpoint.require(tmp_path, identity, "stage 'mixed' starts from it")
+  message = str(e.value)
+  assert message.startswith("stage 'mixed' starts from it, but ")
+  assert difference in message and str(tmp_path) in message
+  assert '\n' not in message
+
+
+def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path):
+  with pytest.raises(UserError, match='there is no checkpoint in'):
+    checkpoint.require(tmp_path / 'nothing', IDENTITY, 'why')
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(UserError, match='there is no checkpoint in'):
+    checkpoint.require(tmp_path / 'empty', IDENTITY, 'why')
+
+
+def test_another_format_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, 'FORMAT', 99)
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 1, small_state(1))
+  monkeypatch.undo()
+  with pytest.raises(UserError, match='format 99, this version reads 1'):
+    checkpoint.require(tmp_path, IDENTITY, 'why')
+
+
+def test_a_half_written_step_is_not_seen(tmp_path):
+  """What Orbax leaves behind when the process dies before the rename."""
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 1, small_state(1))
+  os.makedirs(tmp_path / '2.orbax-checkpoint-tmp' / 'params')
+  assert checkpoint.latest_step(tmp_path) == 1
+  assert checkpoint.read_meta(tmp_path)['step'] == 1
+  with checkpoint.open_manager(tmp_path) as manager:
+    assert manager.latest_step() == 1
+    save(manager, 2, small_state(2), loss=2.0)
+  assert steps_on_disk(tmp_path) == ['1', '2']
+
+
+KILLED = """
+import os, signal, sys, time
+sys.path.insert(0, 'tests')
+import jax
+import test_checkpoint as t
+from refrag_jax import checkpoint
+manager = checkpoint.open_manager(sys.argv[1])
+t.save(manager, 1, t.small_state(1), 2.0)
+checkpoint.save(manager, 2, t.small_state(2), t.META, 1.0)
+time.sleep(float(sys.argv[2]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize('delay', [0.0, 0.02])
+def test_killed_while_saving(tmp_path, delay):
+  """The step is there whole, or it is not there; the one before always is."""
+  done = subprocess.run(
+    [sys.executable, '-c', KILLED, str(tmp_path), str(delay)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+  )
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  step = checkpoint.latest_step(tmp_path)
+  assert step in (1, 2)
+  with checkpoint.open_manager(tmp_path) as manager:
+    restored = checkpoint.restore(manager, step, shapes(small_state(0)))
+    assert_same(restored, small_state(step))
+    save(manager, 3, small_state(3), 3.0)
+  assert checkpoint.latest_step(tmp_path) == 3
+
+
+def shapes(state):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+
+
+def test_a_file_in_place_of_the_directory_is_an_os_error(tmp_path):
+  (tmp_path / 'runs').write_text('mine')
+  with pytest.raises(OSError, match='runs'):
+    checkpoint.open_manager(tmp_path / 'runs' / 'cpt')
+  assert (tmp_path / 'runs').read_text() == 'mine'
+
+
+def test_a_read_only_directory_is_an_os_error(tmp_path, read_only):
+  """The checkpoint of before stays as it was, and nothing is half-written."""
+  with checkpoint.open_manager(tmp_path / 'disk' / 'cpt') as manager:
+    save(manager, 1, small_state(1))
+  read_only()
+  with pytest.raises(OSError, match='Read-only|Permission'):
+    with checkpoint.open_manager(tmp_path / 'disk' / 'cpt') as manager:
+      save(manager, 2, small_state(2))
+  assert steps_on_disk(tmp_path / 'disk' / 'cpt') == ['1']
+  assert checkpoint.latest_step(tmp_path / 'disk' / 'cpt') == 1
+
+
+@pytest.fixture
+def read_only(tmp_path):
+  """A function that makes tmp_path/disk read-only; root needs a mount."""
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  command = ['mount', '-t', 'tmpfs', '-o']
+  if os.geteuid() != 0:
+    yield lambda: [os.chmod(d, 0o555) for d in (disk, disk / 'cpt')]
+    for directory in (disk, disk / 'cpt'):
+      os.chmod(directory, 0o755)
+  elif subprocess.run([*command, 'size=1m', 'none', disk]).returncode:
+    pytest.skip('root may write anywhere, and cannot mount a disk here')
+  else:
+    yield lambda: subprocess.run(
+      [*command, 'remount,ro', 'none', disk], check=True
+    )
+    subprocess.run(['umount', '-l', disk], check=True)
+
+
+def test_a_disk_that_takes_no_more_keeps_the_checkpoint_of_before(tmp_path):
+  """Writing fails half-way, as on a full disk: file sizes are limited."""
+  big = small_state(2)
+  big = big.replace(
+    params={'decoder': {'w': jax.random.normal(jax.random.key(0), (10**6,))}}
+  )
+  manager = checkpoint.open_manager(tmp_path)
+  save(manager, 1, small_state(1))
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+  try:
+    with pytest.raises((OSError, ValueError), match='File too large'):
+      save(manager, 2, big)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    manager.close()
+  assert steps_on_disk(tmp_path) == ['1']
+  assert checkpoint.latest_step(tmp_path) == 1
+  with checkpoint.open_manager(tmp_path) as manager:
+    restored = checkpoint.restore(manager, 1, shapes(small_state(0)))
+    assert_same(restored, small_state(1))
+    save(manager, 2, big)  # once there is room again
+  assert checkpoint.latest_step(tmp_path) == 2

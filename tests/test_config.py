@@ -1,0 +1,246 @@
+"""Config files build; impossible ones are refused with a useful sentence."""
+
+import dataclasses
+import os
+
+import pytest
+
+from refrag_jax import cli, config, stages, validate
+from refrag_jax.environment import ROOT
+from refrag_jax.errors import UserError
+
+CONFIGS = (
+  'tiny.py',
+  'tiny.py:smoke',
+  'mine.py',
+  'llama2_7b.py',
+  'llama2_7b.py:k8',
+  'llama2_7b.py:k16',
+  'llama2_7b.py:k32',
+)
+
+
+def load(name='tiny.py', *overrides):
+  file = os.path.join(ROOT, 'configs', name)
+  argv = [f'--config={file}', *(f'--config.{text}' for text in overrides)]
+  return cli.load(cli.parse(argv))
+
+
+def tree(name='tiny.py'):
+  """A config as nested dicts, to be spoilt."""
+  return dataclasses.asdict(load(name).config)
+
+
+def refused(*overrides, name='tiny.py'):
+  with pytest.raises(UserError) as e:
+    load(name, *overrides)
+  assert '\n' not in str(e.value)
+  return str(e.value)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_files_build(name):
+  built = load(name).config
+  assert isinstance(built, config.Config)
+  assert all(stage in built.stage for stage in built.stages)
+
+
+@pytest.mark.parametrize('name', sorted({c.split(':')[0] for c in CONFIGS}))
+def test_config_files_open_with_their_command(name):
+  text = (ROOT / 'configs' / name).read_text()
+  docstring = text.split('"""')[1]
+  assert f'launch/run.sh --config=configs/{name}' in docstring
+
+
+def test_every_config_file_is_tested():
+  there = {f.name for f in (ROOT / 'configs').glob('*.py')} - {'common.py'}
+  assert there == {c.split(':')[0] for c in CONFIGS}
+
+
+def test_built_config_is_frozen_and_typed():
+  built = load('tiny.py', 'stage.cpt.peak_learning_rate=1').config
+  assert isinstance(built.stage['cpt'].peak_learning_rate, float)
+  assert isinstance(built.stage['cpt'].factors, tuple)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    built.seed = 1
+  assert config.build(dataclasses.asdict(built)) == built
+
+
+def test_empty_weights_are_equal_shares():
+  built = load('tiny.py', 'data.text=a.txt,b.txt').config
+  assert built.data.weights == (0.5, 0.5)
+
+
+def test_stage_names_agree_with_the_stages():
+  assert set(validate.STAGES) == set(stages.STAGES)
+
+
+def test_tiny_decoder_is_under_a_million_parameters():
+  d = load().config.model.decoder
+  heads = 2 * d.num_heads + 2 * d.num_kv_heads
+  layer = d.width * (heads * d.head_dim + 3 * d.mlp_width + 2)
+  total = d.vocab_size * d.width + d.num_layers * layer + d.width
+  assert total < 1e6
+
+
+def test_llama2_7b_has_the_papers_sizes():
+  built = load('llama2_7b.py').config
+  d = built.model.decoder
+  layer = d.width * (4 * d.num_heads * d.head_dim + 3 * d.mlp_width + 2)
+  total = 2 * d.vocab_size * d.width + d.num_layers * layer + d.width
+  assert total == 6_738_415_616  # LLaMA-2-7B
+  assert built.stage['reconstruct'].num_train_steps == 78_125
+  assert [built.stage[s].peak_learning_rate for s in built.stages[:2]] == [
+    2e-4,
+    5e-5,
+  ]
+
+
+@pytest.mark.parametrize(
+  ('fraction', 'chunks', 'expected'),
+  [
+    (1 / 15, 128, 8),  # paper, Table 13: rate 8.258
+    (1 / 15, 256, 17),  # rate 8.0157
+    (0.1, 8, 0),
+    (0.29, 100, 29),  # 28.999... in floats
+    (0.25, 8, 2),
+  ],
+)
+def test_expanded_chunks_is_the_floor(fraction, chunks, expected):
+  assert config.expanded_chunks(fraction, chunks) == expected
+
+
+def test_unknown_and_missing_keys():
+  values = tree()
+  values['model']['decoder']['hiden'] = 3
+  with pytest.raises(UserError, match='unknown config key'):
+    config.build(values)
+  values = tree()
+  del values['stage']['cpt']['batch_size']
+  with pytest.raises(UserError, match=r'cpt.batch_size is missing'):
+    config.build(values)
+  values = tree()
+  values['model']['decoder'] = 3
+  with pytest.raises(UserError, match=r'model.decoder must be'):
+    config.build(values)
+
+
+@pytest.mark.parametrize(
+  ('path', 'value'),
+  [
+    (('seed',), 1.5),
+    (('seed',), True),
+    (('seed',), '1'),
+    (('name',), 3),
+    (('tensorboard',), 1),
+    (('stages',), 'lm'),
+    (('model', 'decoder', 'rope_theta'), float('nan')),
+    (('stage', 'cpt', 'factors'), (1, 'two')),
+    (('stage', 'cpt', 'peak_learning_rate'), None),
+    (('mesh',), None),
+  ],
+)
+def test_wrong_types_are_refused(path, value):
+  values = tree()
+  node = values
+  for name in path[:-1]:
+    node = node[name]
+  node[path[-1]] = value
+  with pytest.raises(UserError) as e:
+    config.build(values)
+  assert '.'.join(path) in str(e.value)
+
+
+# Each override, and what the message must name: the culprit and a way out.
+BAD = [
+  ('stages=lm,recontruct', ('recontruct', 'reconstruct')),
+  ('stages=lm,lm', ('lm', 'twice')),
+  ('evals=qb', ('evals', 'qa')),
+  ('seed=-1', ('seed', '0 or greater')),
+  ('log_every_steps=0', ('log_every_steps', 'greater than 0')),
+  ('checkpoint_every_seconds=-1', ('checkpoint_every_seconds',)),
+  ('mesh.fsdp=0', ('mesh.fsdp', '1 or more')),
+  ('mesh.fsdp=-1', ('data and fsdp', 'only one')),
+  ('model.chunk_size=7', ('64', '7', 'use 63 or 70')),
+  ('model.chunk_size=0', ('chunk_size', 'greater than 0')),
+  ('model.decoder.num_kv_heads=3', ('num_heads 4', 'num_kv_heads 3')),
+  ('model.decoder.head_dim=33', ('head_dim', 'even')),
+  ('model.decoder.num_layers=0', ('num_layers', 'greater than 0')),
+  ('model.encoder.num_heads=3', ('encoder.num_heads', '2, 4, 8')),
+  ('model.policy.num_heads=5', ('policy.num_heads', '128')),
+  ('model.policy.num_heads=128', ('odd head size 1',)),
+  ('model.encoder.pooling=max', ('pooling', 'cls')),
+  ('model.compute_dtype=bf16', ('compute_dtype', 'bfloat16')),
+  ('model.remat=some', ('remat', 'none')),
+  ('model.loss_block=-1', ('loss_block', '0 or greater')),
+  ('data.text=()', ('data.text', 'empty')),
+  ('data.weights=0.5,0.5', ('weights', '2 entries for 1')),
+  ('data.weights=0', ('weights', 'greater than 0')),
+  ('data.heldout_fraction=0', ('heldout_fraction', 'between 0 and 1')),
+  ('data.heldout_fraction=1', ('heldout_fraction', 'between 0 and 1')),
+  ('data.tokenizer=', ('data.tokenizer', 'bytes')),
+  ('data.max_encoder_tokens=2', ('max_encoder_tokens', '3')),
+  ('data.max_encoder_tokens=65', ('max_length 64', '65')),
+  ('data.question_template=x', ('{question}',)),
+  ('data.passage_template=x', ('{text}',)),
+  ('data.questions=', ('data.questions', 'stdlib')),
+  ('data.num_passages=0', ('num_passages',)),
+  ('stage.lm.output_length=0', ('lm.output_length',)),
+  ('stage.lm.periodic_fraction=1.1', ('periodic_fraction',)),
+  ('stage.cpt.num_train_steps=0', ('cpt.num_train_steps',)),
+  ('stage.cpt.peak_learning_rate=-1', ('cpt.peak_learning_rate',)),
+  ('stage.cpt.accumulation_steps=3', ('128', 'accumulation_steps 3')),
+  ('stage.cpt.context_length=0', ('cpt.context_length',)),
+  ('stage.cpt.output_length=0', ('cpt.output_length',)),
+  ('stage.cpt.factors=16,32', ('factors', '= 8', 'smaller')),
+  ('stage.cpt.factors=0,1', ('factors', '1 or more')),
+  ('stage.cpt.factors=2,1', ('factors', 'ascending')),
+  ('stage.cpt.factors=1,3', ('factors', 'Table 8')),
+  ('stage.mixed.expand_fractions=()', ('mixed.expand_fractions', 'empty')),
+  ('stage.mixed.expand_fractions=0.1', ('0.125', '10 chunks')),
+  ('stage.mixed.expand_fractions=1', ('between 0 and 1',)),
+  ('stage.mixed.factors=1,2,4,8', ('of 1 chunks', 'no factors')),
+  ('stage.grpo.expand_fractions=0.1', ('grpo', '0.125')),
+  ('stage.grpo.expand_fractions=.2,.3,.4,.5,.6', ('at most 4',)),
+  ('stage.grpo.num_generations=1', ('num_generations', '2 or more')),
+  ('stage.grpo.clip_eps=0', ('clip_eps',)),
+  ('stage.grpo.updates_per_rollout=0', ('updates_per_rollout',)),
+  ('stage.cpt_trained.contexts=()', ('contexts', 'last_k')),
+  ('stage.cpt_trained.contexts=all', ('contexts', 'all')),
+  ('stage.sft_full.contexts=last_k', ('contexts', 'last_k')),
+  ('eval.num_windows=0', ('num_windows',)),
+  ('eval.selectors=rll', ('selectors', 'rl')),
+  ('eval.selectors=()', ('selectors', 'empty')),
+  ('eval.expand_fractions=1.5', ('expand_fractions', 'from 0 to 1')),
+  ('eval.output_lengths=0', ('output_lengths',)),
+  ('eval.reconstruct_lengths=65', ('reconstruct_lengths', '64')),
+  ('eval.tail_chunks=-1', ('tail_chunks',)),
+  ('eval.num_questions=0', ('num_questions',)),
+]
+
+
+@pytest.mark.parametrize(('override', 'parts'), BAD, ids=[b[0] for b in BAD])
+def test_impossible_combinations_are_refused(override, parts):
+  message = refused(override)
+  assert message.startswith('config.') or message.startswith('unknown')
+  for part in parts:
+    assert part in message
+
+
+def test_factors_above_the_context_are_dropped():
+  built = load('tiny.py', 'stage.cpt.factors=1,2,4,8,16,32').config
+  assert config.context_chunks(built.stage['cpt'], 8) == (1, 2, 4, 8)
+  stage = dataclasses.replace(built.stage['cpt'], factors=())
+  assert config.context_chunks(stage, 8) == (8,)
+
+
+def test_a_stage_that_does_not_run_may_be_unfinished():
+  built = load('tiny.py', 'stages=lm', 'evals=()', 'stage.grpo.clip_eps=0')
+  assert built.config.stage['grpo'].clip_eps == 0
+
+
+def test_a_stage_without_fields_is_named():
+  values = tree()
+  del values['stage']['mixed']
+  with pytest.raises(UserError, match=r'config.stage.mixed is missing'):
+    config.build(values)

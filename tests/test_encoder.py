@@ -1,0 +1,123 @@
+"""The chunk encoder: a chunk's vector is a function of its own tokens alone.
+
+Dimension key: B batch, C chunks, M encoder tokens of a chunk, E width, X chunks
+folded.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+CFG = toy.MODEL.encoder
+POOLINGS = ('cls', 'mean')
+
+
+def encode(batch, pooling='cls'):
+  """c_BCE of toy parameters, which do not depend on the pooling."""
+  run = toy.method('encode', toy.replace('encoder', pooling=pooling))
+  return np.asarray(
+    run(toy.params(), batch['encoder_BCM'], batch['encoder_len_BC'])
+  )
+
+
+def bert_by_hand(params, ids, pooling):
+  """One chunk's vector: float64, its real tokens alone, a loop over heads."""
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+  def norm(x_ME, w):
+    x_ME = x_ME - x_ME.mean(-1, keepdims=True)
+    std_M1 = np.sqrt((x_ME**2).mean(-1, keepdims=True) + CFG.norm_eps)
+    return x_ME / std_M1 * w['scale'] + w['bias']
+
+  positions = CFG.position_offset + np.arange(len(ids))
+  x_ME = p['word_embeddings'][ids] + p['position_embeddings'][positions]
+  x_ME = norm(x_ME, p['embeddings_norm'])
+  for y in range(CFG.num_layers):
+    w = jax.tree.map(lambda x: x[y], p['layers'])
+    out_ME = w['o_proj']['bias']
+    for n in range(CFG.num_heads):
+      q_MH, k_MH, v_MH = (
+        x_ME @ w[name]['kernel'][:, n] + w[name]['bias'][n]
+        for name in ('q_proj', 'k_proj', 'v_proj')
+      )
+      weight_MM = np.exp(q_MH @ k_MH.T / math.sqrt(CFG.width / CFG.num_heads))
+      weight_MM /= weight_MM.sum(-1, keepdims=True)
+      out_ME = out_ME + weight_MM @ v_MH @ w['o_proj']['kernel'][n]
+    x_ME = norm(x_ME + out_ME, w['attention_norm'])
+    h_MF = x_ME @ w['up_proj']['kernel'] + w['up_proj']['bias']
+    h_MF = h_MF * (1 + np.vectorize(math.erf)(h_MF / math.sqrt(2))) / 2
+    h_ME = h_MF @ w['down_proj']['kernel'] + w['down_proj']['bias']
+    x_ME = norm(x_ME + h_ME, w['output_norm'])
+  return x_ME[0] if pooling == 'cls' else x_ME.mean(0)
+
+
+@pytest.mark.parametrize('pooling', POOLINGS)
+def test_vectors_are_those_of_a_bert_written_by_hand(pooling):
+  batch = toy.batch(B=3)
+  c_BCE = encode(batch, pooling)
+  for b, i in np.argwhere(batch['encoder_len_BC'] > 0):
+    ids = batch['encoder_BCM'][b, i, : batch['encoder_len_BC'][b, i]]
+    expected_E = bert_by_hand(toy.params()['encoder'], ids, pooling)
+    np.testing.assert_allclose(c_BCE[b, i], expected_E, atol=1e-5)
+
+
+@pytest.mark.parametrize('pooling', POOLINGS)
+def test_padding_is_masked(pooling):
+  """Agreement 3: the ids behind a short chunk's tokens are read by nobody."""
+  batch = toy.batch(B=3)
+  is_padding = np.arange(toy.M) >= batch['encoder_len_BC'][..., None]
+  assert is_padding[batch['encoder_len_BC'] > 0].any()
+  other = batch | {'encoder_BCM': np.where(is_padding, 7, batch['encoder_BCM'])}
+  present = batch['encoder_len_BC'] > 0
+  c_BCE, other_BCE = encode(batch, pooling), encode(other, pooling)
+  np.testing.assert_array_equal(c_BCE[present], other_BCE[present])
+
+
+def test_more_padding_changes_nothing():
+  batch = toy.batch(B=2)
+  wider_BCM = np.pad(batch['encoder_BCM'], ((0, 0), (0, 0), (0, 1)))
+  present = batch['encoder_len_BC'] > 0
+  wider_BCE = encode(batch | {'encoder_BCM': wider_BCM})
+  np.testing.assert_allclose(
+    wider_BCE[present], encode(batch)[present], atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('pooling', POOLINGS)
+def test_a_vector_depends_on_its_chunk_alone(pooling):
+  """Agreement 2: not on neighbours, on its passage's rank, or on the batch."""
+  batch = toy.batch(B=3, C=4)
+  c_BCE = encode(batch, pooling)
+  rng = np.random.default_rng(1)
+  order_X = rng.permutation(12)
+  shuffled = {
+    name: batch[name].reshape(12, -1)[order_X].reshape(batch[name].shape)
+    for name in ('encoder_BCM', 'encoder_len_BC')
+  }
+  shuffled_XE = encode(shuffled, pooling).reshape(12, -1)
+  np.testing.assert_allclose(
+    shuffled_XE, c_BCE.reshape(12, -1)[order_X], atol=1e-5
+  )
+  # Alone, as a store of vectors would have encoded it.
+  for b, i in np.argwhere(batch['encoder_len_BC'] > 0)[:2]:
+    alone = {
+      name: batch[name][b : b + 1, i : i + 1]
+      for name in ('encoder_BCM', 'encoder_len_BC')
+    }
+    np.testing.assert_allclose(
+      encode(alone, pooling)[0, 0], c_BCE[b, i], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize('pooling', POOLINGS)
+def test_an_absent_chunk_is_finite_in_value_and_gradient(pooling):
+  run = toy.method('encode', toy.replace('encoder', pooling=pooling))
+  ids_11M, zero_11 = np.zeros((1, 1, toy.M), int), np.zeros((1, 1), int)
+  value, grads = toy.jit(
+    jax.value_and_grad(lambda params: run(params, ids_11M, zero_11).sum())
+  )(toy.params())
+  assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((value, grads)))

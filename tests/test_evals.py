@@ -1,0 +1,424 @@
+"""Evals: which rows, from which weights, over which chunks; tables by hand.
+
+Dimension key: W windows, C chunks, O outputs.
+"""
+
+import functools
+import os
+import threading
+
+import jax
+import numpy as np
+import pytest
+import toy_config
+import toy_run
+
+from refrag_jax import evaluate, forward, results
+from refrag_jax.data import pipeline
+from refrag_jax.errors import Stopped, UserError
+from refrag_jax.evals import (
+  EVALS,
+  common,
+  perplexity,
+  qa,
+  reconstruction,
+  selection,
+)
+from refrag_jax.models.refrag import init_params
+from refrag_jax.stages import lm
+
+K, C = 4, 4  # of toy_config.py
+SELECTORS = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
+PLAIN_ROWS = ('no_context', 'full_context', 'last_k')
+STAT = {'mean', 'se', 'n'}
+
+
+@pytest.fixture(scope='module')
+def session(tmp_path_factory):
+  folder = toy_config.write_data(tmp_path_factory.mktemp('data'))
+  cfg = toy_run.config(folder)
+  return toy_run.open_session(cfg, f'{folder}/run', toy_run.mesh())
+
+
+@pytest.fixture(scope='module')
+def params(session):
+  """role -> random parameters, other ones for each; a policy with opinions."""
+  init = jax.jit(lambda key: init_params(session.config.model, key))
+  out = {}
+  for i, role in enumerate(common.ROLES):
+    out[role] = init(jax.random.key(i))
+    kernel = out[role]['policy']['score']['kernel']
+    noise = jax.random.normal(jax.random.key(i), kernel.shape)
+    out[role]['policy']['score']['kernel'] = noise
+  return out
+
+
+@pytest.fixture(scope='module')
+def context(session, params):
+  return surroundings(session, params)
+
+
+def surroundings(session, params, stop=None):
+  return common.Context(
+    session, params.get, {'toy': session.corpus}, stop or threading.Event()
+  )
+
+
+@pytest.fixture(scope='module')
+def windows(session):
+  cfg = session.config
+  return pipeline.eval_windows(cfg, session.corpus, C * K, 6, 16)
+
+
+@pytest.fixture(scope='module')
+def score(context, windows):
+  """Each selector's score of each chunk."""
+  return selection.scores(context, windows, 0)
+
+
+@pytest.fixture(scope='module')
+def tables(context):
+  """Each eval, run once."""
+  return {name: run(context) for name, run in EVALS.items()}
+
+
+def document_means(windows, nll_WO, length=6):
+  values = nll_WO[:, :length].mean(1)
+  return results.by_document(np.asarray(values), windows['doc_B'])
+
+
+def assert_stats(tree):
+  """Every leaf dict is a STAT with finite numbers."""
+  if isinstance(tree, dict) and tree.keys() >= STAT:
+    assert np.isfinite(tree['mean']) and tree['n'] > 1
+  elif isinstance(tree, dict):
+    for value in tree.values():
+      assert_stats(value)
+
+
+def test_log_perplexity_has_every_row(tables):
+  rows = tables['log_perplexity']['toy']
+  expected = {row + suffix for row in PLAIN_ROWS for suffix in ('', '_trained')}
+  expected |= {
+    f'refrag_k4{suffix}'
+    for suffix in ('', '_shuffled', '_cpt', '_cpt_shuffled')
+  }
+  expected |= {
+    f'refrag_k4_{name}_p{p}' for name in SELECTORS for p in ('0.25', '0.5')
+  }
+  assert rows.keys() == expected
+  for name, row in rows.items():
+    assert row.keys() == {'P3', 'P6', 'bits_per_byte', 'vs'}
+    assert_stats(row)
+    assert name not in row['vs']
+    assert {'no_context_trained', 'refrag_k4_shuffled'} - {name} <= (
+      row['vs'].keys()
+    )
+    # One token is one byte here.
+    np.testing.assert_allclose(
+      row['bits_per_byte']['P6'], row['P6']['mean'] / np.log(2)
+    )
+
+
+def test_rows_without_their_checkpoint_are_left_out(session, params):
+  some = {role: params[role] for role in ('before', 'mixed')}
+  rows = perplexity.run(surroundings(session, some))['toy']
+  expected = {*PLAIN_ROWS, 'refrag_k4', 'refrag_k4_shuffled'}
+  expected |= {
+    f'refrag_k4_{name}_p{p}'
+    for name in set(SELECTORS) - {'rl'}
+    for p in ('0.25', '0.5')
+  }
+  assert rows.keys() == expected
+  assert reconstruction.run(surroundings(session, {})) == {}
+  assert selection.run(surroundings(session, {})) == {}
+  assert qa.run(surroundings(session, {})) == {}
+
+
+def test_each_row_is_measured_with_its_own_weights(
+  session, params, tables, windows
+):
+  """design.md section 4, "Which weights an eval uses"."""
+  rows = tables['log_perplexity']['toy']
+  plain = jax.jit(
+    functools.partial(forward.plain_nll, session.model), static_argnums=2
+  )
+  compressed = jax.jit(functools.partial(forward.compressed_nll, session.model))
+  other_W = common.other_document(windows['doc_B'])
+  chunks = ('chunks_BCK', 'chunk_len_BC', 'encoder_BCM', 'encoder_len_BC')
+  swapped = windows | {key: windows[key][other_W] for key in chunks}
+  for row, nll_WO in {
+    'no_context': plain(params['before'], windows, 'none'),
+    'no_context_trained': plain(params['trained'], windows, 'none'),
+    'full_context_trained': plain(params['trained'], windows, 'full'),
+    'last_k': plain(params['before'], windows, 'last_k'),
+    'refrag_k4': compressed(params['mixed'], windows),
+    'refrag_k4_shuffled': compressed(params['mixed'], swapped),
+    'refrag_k4_cpt': compressed(params['cpt'], windows),
+  }.items():
+    for length in (3, 6):
+      mean = document_means(windows, nll_WO, length).mean()
+      np.testing.assert_allclose(rows[row][f'P{length}']['mean'], mean, 1e-5)
+
+
+def test_shuffled_swaps_the_chunks_of_every_window(tables, windows):
+  other_W = common.other_document(windows['doc_B'])
+  assert (windows['doc_B'][other_W] != windows['doc_B']).all()
+  for name, row in (
+    ('log_perplexity', 'refrag_k4'),
+    ('reconstruction', 'refrag_k4'),
+  ):
+    difference = tables[name]['toy'][row]['vs'][f'{row}_shuffled']
+    for column, stat in difference.items():
+      assert stat['mean'] != 0 and stat['se'] > 0, (name, column)
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_another_document_is_never_the_same_one(seed):
+  rng = np.random.default_rng(seed)
+  W = int(rng.integers(2, 30))
+  # In runs, as windows come, or mixed; one document may have most of them.
+  doc_W = rng.integers(0, 4, W) ** 2 // 3
+  if seed % 2:
+    doc_W = np.sort(doc_W)
+  if len(set(doc_W)) == 1:
+    doc_W[0] += 1
+  index_W = common.other_document(doc_W)
+  assert (doc_W[index_W] != doc_W).all()
+
+
+def test_one_document_in_all_keeps_its_own():
+  assert common.other_document(np.zeros(3, int)).shape == (3,)
+
+
+def test_table_by_hand():
+  """Two windows of document 0, one of document 1."""
+  doc_W = np.array([0, 0, 1])
+  rows = {
+    'a': {'P1': np.array([1.0, 3.0, 5.0])},  # documents 2, 5
+    'b': {'P1': np.array([1.0, 1.0, 2.0]), 'P2': np.array([0.0, 0.0, 1.0])},
+  }
+  out = common.table(rows, doc_W, ('b', 'absent'), bits_per_nat=2.0)
+  assert out['a']['P1'] == pytest.approx({'mean': 3.5, 'se': 1.5, 'n': 2})
+  assert out['b']['P1'] == {'mean': 1.5, 'se': 0.5, 'n': 2}
+  # Paired: 2 - 1 = 1 and 5 - 2 = 3, and not the difference of two tables.
+  assert out['a']['vs'] == {'b': {'P1': {'mean': 2.0, 'se': 1.0, 'n': 2}}}
+  assert out['b']['vs'] == {}
+  assert out['a']['bits_per_byte'] == {'P1': 7.0}
+  assert 'bits_per_byte' not in common.table(rows, doc_W, ())['a']
+
+
+def test_batches_cover_ragged_rows_once(context):
+  rows = 13  # of batches of 8
+  double = jax.jit(lambda batch: batch['x'] * 2)
+  batch = {'x': np.arange(rows), 'doc_B': np.zeros(rows)}
+  got = common.map_batches(context, double, batch)
+  np.testing.assert_array_equal(got, np.arange(rows) * 2)
+  few = {key: value[:3] for key, value in batch.items()}
+  np.testing.assert_array_equal(
+    common.map_batches(context, double, few), [0, 2, 4]
+  )
+
+
+def test_a_stop_request_ends_the_evals(session, params, windows):
+  stop = threading.Event()
+  stop.set()
+  with pytest.raises(Stopped, match='the same command'):
+    perplexity.measure(surroundings(session, params, stop), windows)
+
+
+def test_the_oracle_beats_every_single_expansion(context, windows, score):
+  """At T' = 1 on the same windows, window by window."""
+  assert score.keys() == set(SELECTORS)
+  nll = lambda score_WC: selection.selected_nll(
+    context, 'policy', windows, score_WC, 1
+  ).mean(1)
+  oracle_W = nll(score['oracle'])
+  single_CW = [nll(np.eye(C)[[i] * 16]) for i in range(C)]
+  np.testing.assert_allclose(oracle_W, np.min(single_CW, 0), rtol=1e-6)
+  for name in SELECTORS:
+    assert (oracle_W <= nll(score[name]) + 1e-6).all(), name
+  # Its score is the reward itself.
+  np.testing.assert_allclose(score['oracle'].T, -np.array(single_CW), rtol=1e-5)
+
+
+def test_selectors_differ_in_what_they_expand(context, windows, score):
+  mask = lambda name, draws: np.asarray(
+    selection.expand_top(np.asarray(score[name], np.float32), draws, 0)
+  )
+  assert (mask('last', 1) == [False, False, False, True]).all()
+  assert (mask('last', 2) == [False, False, True, True]).all()
+  np.testing.assert_array_equal(score['ppl_desc'], -score['ppl_asc'])
+  assert (mask('ppl_desc', 2) != mask('ppl_asc', 2)).all()
+  picks = mask('random', 1).argmax(1)
+  assert len(set(picks.tolist())) > 1
+  again = selection.scores(context, windows, 0)['random']
+  np.testing.assert_array_equal(again, score['random'])
+
+
+@pytest.mark.parametrize('draws', [0, 1, 2])
+def test_the_tail_is_expanded_in_every_row(score, draws):
+  for tail in (0, 1, 2):
+    for score_WC in score.values():
+      mask_WC = np.asarray(
+        selection.expand_top(np.asarray(score_WC, np.float32), draws, tail)
+      )
+      assert mask_WC[:, C - tail :].all()
+      # What is selected is selected besides.
+      assert (mask_WC.sum(1) == draws + tail).all()
+
+
+def test_selection_rows(session, params, tables, windows):
+  rows = tables['selection']['toy']
+  keys = [
+    (row.get('tail_expanded', False), row['p'], row['selector']) for row in rows
+  ]
+  assert len(set(keys)) == len(keys) == 2 * (1 + 2 * len(SELECTORS))
+  for row in rows:
+    tail = 1 if row.get('tail_expanded') else 0
+    expanded = int(row['p'] * C) + tail
+    assert row['expanded'] == expanded
+    share = expanded / C
+    assert row['rate'] == pytest.approx(K / (1 - share + K * share))
+    assert_stats(row)
+    if row['selector'] != 'none':
+      assert {'vs_random', 'vs_last', 'vs_none'} <= row.keys()
+    if row['selector'] == 'last':
+      assert row['vs_last']['mean'] == 0
+
+  @jax.jit
+  def direct(params, expand_BC):
+    c_BCE = forward.chunk_vectors(session.model, params, windows)
+    return forward.output_nll(
+      session.model, params, windows, c_BCE, expand_BC, 2
+    )
+
+  # `none` and `last` at T' = 1 with the tail expanded.
+  for name, first in (('none', 3), ('last', 2)):
+    (row,) = (
+      row
+      for row in rows
+      if row.get('tail_expanded')
+      and row['selector'] == name
+      and row['p'] in (0.0, 0.25)
+    )
+    expand_WC = np.broadcast_to(np.arange(C) >= first, (16, C))
+    nll_WO = direct(params['policy'], expand_WC)
+    mean = document_means(windows, nll_WO).mean()
+    np.testing.assert_allclose(row['nll']['mean'], mean, rtol=1e-5)
+
+
+def test_rates_of_the_papers_table_13():
+  assert selection.rate(16, 8, 128) == pytest.approx(8.258, abs=5e-4)
+  assert selection.rate(16, 17, 256) == pytest.approx(8.0157, abs=5e-5)
+  assert selection.rate(16, 0, 128) == 16
+  assert selection.rate(16, 128, 128) == 1
+
+
+def test_chunk_perplexity_is_the_mean_over_the_chunks_tokens(
+  session, params, windows
+):
+  """In context, after all text before it; against plain language modelling."""
+  nll_WC = jax.jit(functools.partial(selection.chunk_nll, session.model))(
+    params['before'], windows
+  )
+  tokens_WT = np.concatenate(
+    [windows['prefix_BQ'], windows['chunks_BCK'].reshape(16, -1)], axis=1
+  )
+  rows = {
+    'tokens_BT': tokens_WT,
+    'segment_ids_BT': np.ones_like(tokens_WT),
+    'positions_BT': np.broadcast_to(
+      np.arange(tokens_WT.shape[1]), tokens_WT.shape
+    ),
+  }
+  token_nll_WT, _ = jax.jit(functools.partial(lm.nll, session.model))(
+    params['before'], rows
+  )
+  expected_WC = np.asarray(token_nll_WT).reshape(16, C, K).mean(-1)
+  np.testing.assert_allclose(nll_WC, expected_WC, rtol=1e-5)
+
+
+def test_reconstruction_rows(session, params, tables):
+  rows = tables['reconstruction']['toy']
+  assert rows.keys() == {'refrag_k4', 'refrag_k4_shuffled', 'no_context'}
+  for row in rows.values():
+    assert {'P4', 'P16'} <= row.keys()
+    assert_stats(row)
+  batch = pipeline.reconstruction_windows(
+    session.config, session.corpus, 16, session.config.eval.num_windows
+  )
+  compressed = jax.jit(functools.partial(forward.compressed_nll, session.model))
+  nll_WO = compressed(params['reconstruct'], batch)
+  mean = results.by_document(np.asarray(nll_WO).mean(1), batch['doc_B']).mean()
+  np.testing.assert_allclose(rows['refrag_k4']['P16']['mean'], mean, rtol=1e-5)
+
+
+def test_qa_rows(session, params, tables):
+  (rows,) = tables['qa'].values()
+  assert rows.keys() - {'note'} == set(qa.ROWS)
+  for name in qa.ROWS:
+    row = rows[name]
+    assert row.keys() == {'gold_nll', 'em', 'f1', 'vs'}
+    assert_stats(row)
+    assert 0 <= row['em']['mean'] <= row['f1']['mean'] <= 1
+
+
+@pytest.mark.parametrize(
+  ('gain', 'informative'), [(-1.0, True), (1.0, False), (0.0, False)]
+)
+def test_qa_says_when_the_questions_show_nothing(
+  context, monkeypatch, gain, informative
+):
+  """Where full context does not beat none for its own twin."""
+
+  def answer(context, role, batch, as_tokens, prompt):
+    rng = np.random.default_rng(0)
+    W = len(batch['doc_B'])
+    nll_W = 3 + (gain if role == 'sft_full' else 0) + rng.normal(0, 0.1, W)
+    return nll_W, ['chunk'] * W
+
+  monkeypatch.setattr(qa, 'answer', answer)
+  (rows,) = qa.run(context).values()
+  assert ('note' in rows) != informative
+
+
+def test_pictures_of_the_policy(session, context):
+  examples = selection.policy_pictures(context, num=3)
+  assert len(examples) == 3
+  for example in examples:
+    text = ''.join(example['text_chunks']) + example['output']
+    assert any(
+      text in session.corpus.document_text(doc)
+      for doc in session.corpus.documents('heldout')
+    )
+    best = np.argsort(example['scores'])[-sum(example['expanded']) :]
+    assert set(np.flatnonzero(example['expanded'])) == set(best)
+
+
+def test_an_eval_of_nothing_is_refused(session, tmp_path):
+  cfg = session.config
+  with pytest.raises(UserError, match='train first'):
+    evaluate.run(toy_run.replaced(cfg, mesh=cfg.mesh), str(tmp_path))
+  missing = os.path.join(tmp_path, 'mixed')
+  with pytest.raises(UserError, match='there is no checkpoint in'):
+    evaluate.run(toy_run.replaced(cfg, init_from=missing), str(tmp_path))
+  assert not os.path.exists(tmp_path / 'results.json')
+
+
+def test_complete_means_of_this_config(session, tmp_path):
+  cfg = toy_run.replaced(session.config, stages=('lm',), evals=('selection',))
+  done = {
+    'fingerprint': evaluate.fingerprint(cfg),
+    'stages': {'lm': {}},
+    'evals': {'selection': {}},
+  }
+  path = tmp_path / 'results.json'
+  assert not evaluate.is_complete(cfg, tmp_path)
+  results.write_json(path, done)
+  assert evaluate.is_complete(cfg, tmp_path)
+  assert not evaluate.is_complete(toy_run.replaced(cfg, seed=1), tmp_path)
+  results.write_json(path, done | {'evals': {}})
+  assert not evaluate.is_complete(cfg, tmp_path)
+  results.write_json(path, done | {'stages': {}})
+  assert not evaluate.is_complete(cfg, tmp_path)

@@ -1,0 +1,159 @@
+"""FLOPs: the counter on known functions, then every stage at the paper's size.
+
+Dimension key: B batch, C chunks, K chunk size, M encoder tokens of a chunk,
+Q prefix slots, O output slots, T positions.
+"""
+
+import dataclasses
+import functools
+
+import closed_form
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from configs import llama2_7b
+from refrag_jax import flops
+from refrag_jax.config import build
+from refrag_jax.models.refrag import Refrag, init_params
+from refrag_jax.stages import STAGES
+from refrag_jax.state import TrainState
+from refrag_jax.step import init_opt_state, train_step
+
+A, B = np.zeros((3, 5), np.float32), np.zeros((5, 7), np.float32)
+PRODUCT = 2 * 3 * 5 * 7
+
+
+def count(f, *args):
+  return flops.count(jax.make_jaxpr(f)(*args))
+
+
+def scanned(a):
+  return jax.lax.scan(lambda a, _: (jnp.tanh(a @ B @ B.T), None), a, None, 4)[0]
+
+
+@pytest.mark.parametrize(
+  ('f', 'products'),
+  [
+    (lambda a: a @ B, 1),
+    (lambda a: jnp.sin(a) + a, 0),
+    (jax.jit(lambda a: jax.jit(lambda a: a @ B)(a)), 1),
+    (lambda a: jax.vmap(lambda a: a @ B)(jnp.stack([a, a])), 2),
+    (lambda a: jnp.einsum('ij,jk->ki', a, B), 1),
+    (scanned, 4 * 2),
+    (jax.grad(lambda a: scanned(a).sum()), 2 * 4 * 2),
+    (lambda a: jax.lax.map(lambda a: a @ B, jnp.stack([a] * 3)), 3),
+    (
+      lambda a: jax.lax.cond(
+        a.sum() > 0, lambda a: a @ B @ B.T, lambda a: a * 2, a
+      ),
+      2,
+    ),
+    (jax.grad(lambda a: (a @ B).sum()), 2),
+    (jax.grad(lambda a: jax.checkpoint(lambda a: jnp.sin(a @ B))(a).sum()), 3),
+  ],
+)
+def test_counter_on_known_functions(f, products):
+  assert count(f, A) == products * PRODUCT
+
+
+# Of the paper's run: its model, k, and lengths. Costs scale with the rows, and
+# memory is none: everything is traced on shapes.
+CONFIG = build(llama2_7b.get_config('k16'))
+MODEL = dataclasses.replace(CONFIG.model, remat='none', loss_block=0)
+ROWS = 2
+K, L, O = 16, 128, 2048
+DATA = CONFIG.data
+
+
+def refrag_batch(C, Q, O):
+  i32 = lambda *shape: jax.ShapeDtypeStruct((ROWS, *shape), jnp.int32)
+  M = DATA.max_encoder_tokens
+  return {
+    'prefix_BQ': i32(Q),
+    'prefix_len_B': i32(),
+    'chunks_BCK': i32(C, K),
+    'chunk_len_BC': i32(C),
+    'encoder_BCM': i32(C, M),
+    'encoder_len_BC': i32(C),
+    'output_BO': i32(O),
+    'output_len_B': i32(),
+    'loss_mask_BO': jax.ShapeDtypeStruct((ROWS, O), bool),
+  }
+
+
+def lm_batch(T):
+  i32 = jax.ShapeDtypeStruct((ROWS, T), jnp.int32)
+  return dict.fromkeys(('tokens_BT', 'positions_BT', 'segment_ids_BT'), i32)
+
+
+def step_cost(name, batch, variant, cfg):
+  """FLOPs a row of the stage's whole step, preparation included."""
+  stage = STAGES[name]
+
+  def state(key):
+    params = init_params(MODEL, key)
+    return TrainState(jnp.int32(0), params, init_opt_state(params, stage))
+
+  run = functools.partial(
+    train_step, model=Refrag(MODEL), stage=stage, cfg=cfg, variant=variant
+  )
+  key = jax.random.key(0)
+  traced = jax.jit(run).trace(
+    jax.eval_shape(state, key), batch, key, np.float32(0)
+  )
+  return flops.count(traced.jaxpr) / ROWS
+
+
+def window(factor=L, Q=1, O=O):
+  return refrag_batch(factor, Q, O)
+
+
+SFT = dict(
+  C=DATA.num_passages * DATA.passage_chunks,
+  Q=DATA.question_length,
+  O=DATA.answer_length,
+)
+M = DATA.max_encoder_tokens
+EXPANDED, G, UPDATES = 12, 8, 2
+CASES = {
+  'lm': (lm_batch(4096), None, closed_form.lm(MODEL, 4096)),
+  'reconstruct': (
+    window(O=L * K), None, closed_form.reconstruct(MODEL, L, M)),
+  'cpt': (window(), None, closed_form.continued(MODEL, 1, L, M, O)),
+  'mixed': (
+    window(), EXPANDED, closed_form.continued(MODEL, 1, L, M, O, EXPANDED)),
+  'grpo': (
+    window(), EXPANDED,
+    closed_form.grpo(MODEL, L, M, O, EXPANDED, G, UPDATES)),
+  'sft': (
+    refrag_batch(**SFT), None,
+    closed_form.continued(MODEL, SFT['Q'], SFT['C'], M, SFT['O'])),
+  'cpt_trained none': (window(), 'none', closed_form.control(MODEL, 0, O)),
+  'cpt_trained last_k': (window(), 'last_k', closed_form.control(MODEL, L, O)),
+  'cpt_trained full': (window(), 'full', closed_form.control(MODEL, L * K, O)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', list(CASES))
+def test_a_step_at_the_papers_size_costs_the_closed_form(name):
+  batch, variant, expected = CASES[name]
+  updates = UPDATES if name == 'grpo' else 0
+  cfg = toy.stage(num_generations=G, updates_per_rollout=updates)
+  found = step_cost(name.split()[0], batch, variant, cfg)
+  # Not to the last one: each rollout projects the shared vectors again.
+  assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_closed_form_of_known_sizes():
+  """LLaMA-2-7B has 6.74e9 parameters, RoBERTa-Large's layers 3.02e8."""
+  d, e = MODEL.decoder, MODEL.encoder
+  linear = closed_form.decoder(d, 1, 0, closed_form.FORWARD)
+  attention = 4 * d.num_layers * d.width
+  embeddings = 2 * d.vocab_size * d.width
+  assert (linear - attention) / 2 + embeddings == pytest.approx(6.738e9, 1e-3)
+  encoder = closed_form.chunks(MODEL, 1, 1, closed_form.FORWARD)
+  encoder -= closed_form.project(MODEL, 1) + 4 * e.num_layers * e.width
+  assert encoder / 2 == pytest.approx(3.02e8, 1e-2)

@@ -1,0 +1,305 @@
+"""Questions to batches: templates, masks, chunks of passages, bad records."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from refrag_jax.data import chunking, corpus, rag, tokenizers
+from refrag_jax.errors import UserError
+
+TOKENIZER = tokenizers.load('bytes')
+
+
+def make_config(**data):
+  """What `rag` reads of a Config, with k = 4."""
+  defaults = dict(
+    questions='stdlib',
+    question_template='Q: {question}\n',
+    passage_template='{title}.{text}\n',
+    answer_template='A: ',
+    num_passages=3,
+    question_length=88,
+    passage_chunks=32,
+    answer_length=32,
+    heldout_fraction=0.2,
+    max_encoder_tokens=8,
+  )
+  return types.SimpleNamespace(
+    data=types.SimpleNamespace(**(defaults | data)),
+    model=types.SimpleNamespace(chunk_size=4),
+  )
+
+
+def build(split='train', **data):
+  return rag.build(make_config(**data), TOKENIZER, TOKENIZER, split)
+
+
+def record(number, **fields):
+  ctxs = [
+    {'title': f'T{number}', 'text': f'gold text {number}', 'gold': True},
+    {'title': f'T{number}', 'text': f'other {number}'},
+  ]
+  question = {'question': f'What is {number}?', 'answers': [str(number)]}
+  return question | {'ctxs': ctxs} | fields
+
+
+def write(path, records):
+  lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+  path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+  return str(path)
+
+
+@pytest.fixture(scope='module')
+def sources():
+  return {split: build(split) for split in ('train', 'heldout')}
+
+
+def context_text(batch, row):
+  """The passages of a row, decoded from their chunks."""
+  slots = batch['chunk_len_BC'].shape[1] // 3
+  passages = []
+  for p in range(3):
+    ids = []
+    for c in range(p * slots, (p + 1) * slots):
+      ids += batch['chunks_BCK'][
+        row, c, : batch['chunk_len_BC'][row, c]
+      ].tolist()
+    passages.append(TOKENIZER.decode(ids))
+  return [text for text in passages if text]
+
+
+def test_rows_read_as_the_templates_say(sources):
+  source = sources['heldout']
+  batch = source.examples('gold', 5)
+  for row, number in enumerate(batch['id_B']):
+    question = source.questions[number]
+    prefix = batch['prefix_BQ'][row, : batch['prefix_len_B'][row]]
+    assert prefix[0] == TOKENIZER.bos_id
+    assert TOKENIZER.decode(prefix[1:]) == f'Q: {question.question}\n'
+    output = batch['output_BO'][row]
+    length = batch['output_len_B'][row]
+    assert output[length - 1] == TOKENIZER.eos_id
+    assert TOKENIZER.decode(output[: length - 1]) == f'A: {question.answers[0]}'
+    learned = output[batch['loss_mask_BO'][row]]
+    assert TOKENIZER.decode(learned[:-1]) == question.answers[0]
+    assert learned[-1] == TOKENIZER.eos_id
+    title, text = source.passages[question.gold]
+    assert context_text(batch, row) == [f'{title}.{text}\n']
+
+
+def test_shapes_are_static(sources):
+  source = sources['train']
+  shapes = [
+    {key: (v.shape, v.dtype) for key, v in batch.items()}
+    for batch in [
+      source.batch(0, 0, range(4)),
+      source.batch(0, 7, range(4)),
+      *(sources['heldout'].examples(kind, 4) for kind in source.kinds),
+    ]
+  ]
+  assert all(shape == shapes[0] for shape in shapes)
+  assert shapes[0]['chunks_BCK'] == ((4, 96, 4), np.int32)
+  assert shapes[0]['loss_mask_BO'] == ((4, 32), np.bool_)
+
+
+def test_chunks_never_straddle_passages(sources):
+  """A passage's chunks are those it has alone, wherever it stands."""
+  source = sources['heldout']
+  batch = source.examples('gold_distractors', 8)
+  for row in range(8):
+    for p, text in enumerate(context_text(batch, row)):
+      alone = chunking.chunk_passage(text, TOKENIZER, TOKENIZER, 4, 8)
+      n = len(alone.chunk_len_C)
+      here = slice(p * 32, p * 32 + n)
+      np.testing.assert_array_equal(
+        batch['chunks_BCK'][row, here], alone.chunks_CK
+      )
+      np.testing.assert_array_equal(
+        batch['encoder_BCM'][row, here], alone.encoder_CM
+      )
+      rest = slice(p * 32 + n, (p + 1) * 32)
+      assert not batch['chunk_len_BC'][row, rest].any()
+      assert not batch['encoder_len_BC'][row, rest].any()
+
+
+def test_a_row_is_a_pure_function_of_seed_step_and_row(sources):
+  source = sources['train']
+  whole = source.batch(3, 11, range(8))
+  part = build('train').batch(3, 11, [5, 2])  # another process
+  for key, values in whole.items():
+    np.testing.assert_array_equal(values[[5, 2]], part[key])
+  for other in (source.batch(3, 12, range(8)), source.batch(4, 11, range(8))):
+    assert (other['id_B'] != whole['id_B']).any()
+
+
+def test_kinds_show_the_same_questions_and_the_passages_they_name(sources):
+  source = sources['heldout']
+  batches = {kind: source.examples(kind, 30) for kind in rag.KINDS}
+  ids = batches['none']['id_B']
+  for batch in batches.values():
+    np.testing.assert_array_equal(batch['id_B'], ids)
+    np.testing.assert_array_equal(
+      batch['output_BO'], batches['none']['output_BO']
+    )
+  places = []
+  for row, number in enumerate(ids):
+    gold = source.passage(source.questions[number].gold)
+    texts = {kind: context_text(batches[kind], row) for kind in rag.KINDS}
+    assert texts['none'] == []
+    assert texts['gold'] == [gold]
+    assert texts['given'][0] == gold
+    assert len(set(texts['gold_distractors'])) == 3
+    places.append(texts['gold_distractors'].index(gold))
+    assert len(texts['bm25']) == 3
+    assert gold not in texts['shuffled']
+    assert len(texts['shuffled']) == 3
+  assert set(places) == {0, 1, 2}  # the gold passage's place is random
+  found = [
+    source.passage(source.questions[n].gold) in context_text(batches['bm25'], r)
+    for r, n in enumerate(ids)
+  ]
+  assert np.mean(found) > 0.7
+
+
+def test_examples_are_a_prefix_of_more_examples(sources):
+  few = sources['heldout'].examples('gold_distractors', 6)
+  many = sources['heldout'].examples('gold_distractors', 20)
+  for key, values in few.items():
+    np.testing.assert_array_equal(values, many[key][:6])
+  asked = [sources['heldout'].questions[n].kind for n in few['id_B']]
+  assert (
+    sorted(asked) == ['default'] * 2 + ['describes'] * 2 + ['parameter'] * 2
+  )
+
+
+def test_training_mixes_contexts_and_kinds_of_questions(sources):
+  source = sources['train']
+  batch = source.batch(0, 0, range(600))
+  lengths = batch['chunk_len_BC'].reshape(600, 3, 32)
+  single = (lengths.any(axis=2).sum(axis=1) == 1).mean()
+  assert 0.05 < single < 0.15  # 'gold'
+  asked = [source.questions[n].kind for n in batch['id_B']]
+  for kind in ('default', 'parameter', 'describes'):
+    assert 0.25 < asked.count(kind) / 600 < 0.42
+
+
+def test_held_out_passages_are_in_no_training_text(sources, tmp_path):
+  train, heldout = sources['train'], sources['heldout']
+  assert not set(train.passages) & set(heldout.passages)
+  index = corpus.prepare(('stdlib',), (1.0,), TOKENIZER, str(tmp_path), 0.2)
+  trained = set()
+  for document in index.documents('train'):
+    trained.update(index.document_text(document).split('\n'))
+
+  def heads(source):
+    return {f'{t}.{text}'.partition('\n')[0] for t, text in source.passages}
+
+  assert not heads(heldout) & trained
+  assert len(heads(train) & trained) > 0.9 * len(heads(train))
+
+
+def test_shuffled_passages_are_of_another_document(sources):
+  source = sources['heldout']
+  batch = source.examples('shuffled', 400)
+  for row, number in enumerate(batch['id_B']):
+    own = {source.passage(p) for p in source.questions[number].given}
+    assert not own & set(context_text(batch, row))
+
+
+def test_embedded_passages_are_never_cut(sources):
+  for source in sources.values():
+    for number in range(len(source.passages)):
+      assert len(source.passage(number).encode()) <= 32 * 4
+
+
+def test_a_small_file_has_both_sides(tmp_path):
+  path = write(tmp_path / 'q.jsonl', [record(i) for i in range(3)])
+  for fraction in (0.001, 0.999):
+    train = build('train', questions=path, heldout_fraction=fraction)
+    heldout = build('heldout', questions=path, heldout_fraction=fraction)
+    assert len(train.questions) + len(heldout.questions) == 3
+  # Questions about one passage are on one side.
+  same = [record(1), record(1, question='And what is this?', answers=['x'])]
+  path = write(tmp_path / 'same.jsonl', [*same, record(2)])
+  sizes = {
+    len(build(s, questions=path).questions) for s in ('train', 'heldout')
+  }
+  assert sizes == {1, 2}
+
+
+def test_bad_records_are_skipped_and_counted(tmp_path):
+  good = [record(i) for i in range(20)]
+  empty = {'title': 'x', 'text': ' \n'}
+  bad = [
+    '{"question": ',
+    '[1]',
+    record(5, question=' '),
+    record(6, answers=[]),
+    record(7, answers='7'),
+    record(8, ctxs=None),
+    record(9, ctxs=[empty]),
+    '"\\ud800"',
+    record(10, answers=['long ' * 20]),
+  ]
+  good[0]['ctxs'].append(empty)
+  path = write(tmp_path / 'q.jsonl', [*good, *bad])
+  skipped, number = set(), 0
+  for split in ('train', 'heldout'):
+    source = build(split, questions=path)
+    number += len(source.questions)
+    skipped |= set(source.skipped)
+  assert number == 20
+  assert skipped == {
+    '2 x empty passage (first in line 1)',
+    '2 x not JSON in UTF-8 (first in line 21)',
+    '1 x not an object (first in line 22)',
+    "1 x no 'question' (first in line 23)",
+    "2 x no 'answers' (a list of texts) (first in line 24)",
+    "1 x no 'ctxs' (a list of passages) (first in line 26)",
+    '1 x no passage with text (first in line 27)',
+    '1 x answer longer than data.answer_length (first in line 29)',
+  }
+
+
+def test_nothing_usable_is_the_users_mistake(tmp_path):
+  path = write(tmp_path / 'q.jsonl', [record(1, answers=None)] * 2)
+  with pytest.raises(UserError, match=r"2 x no 'answers'.*first in line 1"):
+    build(questions=path)
+  with pytest.raises(UserError, match='cannot be read'):
+    build(questions=str(tmp_path / 'nowhere.jsonl'))
+
+
+def test_without_gold_marks_the_retrievers_order_is_kept(tmp_path):
+  ctxs = [{'title': '', 'text': f'passage {i}'} for i in range(5)]
+  records = [record(i, ctxs=ctxs) for i in range(9)]
+  path = write(tmp_path / 'q.jsonl', records)
+  source = build(questions=path)
+  assert source.kinds == ('none', 'given', 'bm25', 'shuffled')
+  batch = source.batch(0, 0, range(4))
+  for row in range(4):
+    assert context_text(batch, row) == [f'.passage {i}\n' for i in range(3)]
+  with pytest.raises(UserError, match='gold'):
+    source.examples('gold', 2)
+
+
+def test_long_questions_keep_their_end_and_long_passages_their_start(tmp_path):
+  turns = [
+    {'speaker': 'user', 'text': 'x' * 200},
+    {'speaker': 'system', 'text': 'I see.'},
+    {'speaker': 'user', 'text': 'And {title}?'},
+  ]
+  gold = {'title': 'T', 'text': 'y' * 500, 'has_answer': True}
+  records = [record(i, turns=turns, ctxs=[gold]) for i in range(2)]
+  for r in records:
+    del r['question']
+  records[1]['document'] = 'another'
+  path = write(tmp_path / 'q.jsonl', records)
+  source = build(questions=path, question_length=40)
+  batch = source.examples('gold', 1)
+  assert batch['prefix_len_B'][0] == 40
+  text = TOKENIZER.decode(batch['prefix_BQ'][0, 1:])
+  assert text == 'Q: x\nsystem: I see.\nuser: And {title}?\n'
+  assert context_text(batch, 0) == ['T.' + 'y' * 126]
+  assert any('question cut' in line for line in source.skipped)

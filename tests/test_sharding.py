@@ -1,0 +1,175 @@
+"""Layouts: which axis of what lies where, and that no result depends on it.
+
+Dimension key: B batch, O output slots, D width, V vocabulary.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from jax.sharding import NamedSharding, PartitionSpec
+
+from refrag_jax import losses, sharding
+from refrag_jax.errors import UserError
+from refrag_jax.state import partition
+
+# Every kind of parameter; stacked layers have a leading axis that stays whole.
+GOLDEN = {
+  'decoder/embed_tokens': ('tensor', 'fsdp'),
+  'decoder/lm_head': ('fsdp', 'tensor'),
+  'decoder/norm/scale': (None,),
+  'decoder/layers/input_layernorm/scale': (None, None),
+  'decoder/layers/post_attention_layernorm/scale': (None, None),
+  'decoder/layers/[qkv]_proj/kernel': (None, 'fsdp', 'tensor', None),
+  'decoder/layers/o_proj/kernel': (None, 'tensor', None, 'fsdp'),
+  'decoder/layers/(gate|up)_proj/kernel': (None, 'fsdp', 'tensor'),
+  'decoder/layers/down_proj/kernel': (None, 'tensor', 'fsdp'),
+  'encoder/word_embeddings': ('tensor', 'fsdp'),
+  'encoder/position_embeddings': (None, 'fsdp'),
+  'encoder/embeddings_norm/(scale|bias)': (None,),
+  'encoder/layers/(attention|output)_norm/(scale|bias)': (None, None),
+  'encoder/layers/[qkv]_proj/kernel': (None, 'fsdp', 'tensor', None),
+  'encoder/layers/[qkv]_proj/bias': (None, 'tensor', None),
+  'encoder/layers/o_proj/kernel': (None, 'tensor', None, 'fsdp'),
+  'encoder/layers/up_proj/kernel': (None, 'fsdp', 'tensor'),
+  'encoder/layers/up_proj/bias': (None, 'tensor'),
+  'encoder/layers/down_proj/kernel': (None, 'tensor', 'fsdp'),
+  'encoder/layers/(o|down)_proj/bias': (None, None),
+  'projection/up_proj/kernel': ('fsdp', 'tensor'),
+  'projection/up_proj/bias': ('tensor',),
+  'projection/down_proj/kernel': ('tensor', 'fsdp'),
+  'projection/down_proj/bias': (None,),
+  'policy/layers_[01]/(attention|mlp)_norm/(scale|bias)': (None,),
+  'policy/layers_[01]/[qkv]_proj/kernel': ('fsdp', 'tensor', None),
+  'policy/layers_[01]/[qkv]_proj/bias': ('tensor', None),
+  'policy/layers_[01]/o_proj/kernel': ('tensor', None, 'fsdp'),
+  'policy/layers_[01]/up_proj/kernel': ('fsdp', 'tensor'),
+  'policy/layers_[01]/up_proj/bias': ('tensor',),
+  'policy/layers_[01]/down_proj/kernel': ('tensor', 'fsdp'),
+  'policy/layers_[01]/(o|down)_proj/bias': (None,),
+  'policy/norm/(scale|bias)': (None,),
+  'policy/score/kernel': (None, None),
+}
+
+
+def mesh222():
+  return sharding.make_mesh(data=2, fsdp=2, tensor=2)
+
+
+def specs(tree):
+  """path -> PartitionSpec of every leaf, on the 2 x 2 x 2 mesh."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+    sharding.infer_shardings(tree, mesh222())
+  )
+  return {sharding.path_str(path): leaf.spec for path, leaf in leaves}
+
+
+def test_golden_layout_of_every_parameter():
+  found, used = specs(toy.params()), set()
+  for name, spec in found.items():
+    (pattern,) = [p for p in GOLDEN if re.fullmatch(p, name)]
+    assert spec == PartitionSpec(*GOLDEN[pattern]), name
+    used.add(pattern)
+  assert used == set(GOLDEN)
+
+
+def test_no_mesh_axis_is_named_twice():
+  for name, spec in specs(toy.state('cpt')).items():
+    axes = [axis for axis in jax.tree.leaves(tuple(spec)) if axis]
+    assert len(axes) == len(set(axes)), name
+
+
+def test_moments_lie_where_their_parameter_lies():
+  state = toy.state('cpt')
+  params = {f'params/{name}': s for name, s in specs(toy.params()).items()}
+  moments = 0
+  for name, spec in specs(state).items():
+    if '/mu/' in name or '/nu/' in name:
+      parameter = re.sub(r'^opt_state/.*/(mu|nu)/', 'params/', name)
+      assert spec == params[parameter]
+      moments += 1
+  assert moments == 2 * len(jax.tree.leaves(toy.params())) - 2 * len(
+    jax.tree.leaves(toy.params()['policy'])
+  )
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+  with pytest.raises(ValueError, match="parameter 'decoder/gizmo/kernel'"):
+    sharding.logical_axes('decoder/gizmo/kernel', 2)
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+  cfg = toy.replace('decoder', num_kv_heads=1, vocab_size=41)
+  found = specs(toy.params(cfg))
+  whole = PartitionSpec(None, 'fsdp', None, None)
+  assert found['decoder/layers/k_proj/kernel'] == whole
+  assert found['decoder/embed_tokens'] == PartitionSpec(None, 'fsdp')
+
+
+def test_the_mesh_fills_up_or_says_why_not():
+  assert dict(sharding.make_mesh(-1, 2, 1).shape) == dict(
+    data=4, fsdp=2, tensor=1
+  )
+  with pytest.raises(UserError, match='is not the 8 devices there are'):
+    sharding.make_mesh(3, 2, 1)
+  with pytest.raises(UserError, match='is not the 8 devices there are'):
+    sharding.make_mesh(-1, 3, 1)
+
+
+def test_constrain_pins_a_layout_in_a_mesh_and_nothing_outside():
+  x = jnp.zeros((8, 3, 6))
+  pin = lambda x: sharding.constrain(x, 'batch', None, 'mlp')
+  assert 'sharding_constraint' not in str(jax.make_jaxpr(pin)(x))
+  mesh = mesh222()
+  with jax.set_mesh(mesh):
+    expected = NamedSharding(
+      mesh, PartitionSpec(('data', 'fsdp'), None, 'tensor')
+    )
+    assert jax.jit(pin)(x).sharding.is_equivalent_to(expected, 3)
+
+
+# Their true gradient is zero, and Adam blows up the rounding: a softmax does not
+# see what is added to all of its logits.
+WITHOUT_GRADIENT = r'k_proj/bias$|^policy/norm/bias$'
+
+
+@pytest.mark.parametrize('name', list(toy.STEPS))
+def test_a_step_on_eight_devices_equals_the_step_on_one(name):
+  """Agreement 10."""
+  state, batch = toy.state(name), toy.step_batch(name)
+  expected, expected_metrics = toy.step(name)(state, batch)
+  mesh = mesh222()
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(state, sharding.infer_shardings(state, mesh))
+    rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+    found, metrics = toy.step(name)(placed, rows)
+  assert len(found.params['decoder']['lm_head'].sharding.device_set) == 8
+  for key in ('loss', 'grad_norm', 'targets'):
+    np.testing.assert_allclose(metrics[key], expected_metrics[key], rtol=1e-5)
+  compared = lambda state: partition(state.params, WITHOUT_GRADIENT)[1]
+  assert toy.distance(compared(expected), compared(found)) < 1e-5
+  assert toy.distance(state.params, expected.params) > 1e-3
+
+
+def test_logits_in_pieces_gather_the_head_and_nothing_else():
+  """No device computes another's rows: states are never gathered."""
+  B, O, D, V = 16, 32, 8, 24
+  mesh = sharding.make_mesh(2, 4, 1)
+  with jax.set_mesh(mesh):
+    rows = sharding.batch_sharding(mesh)
+    like = lambda spec, dtype, *shape: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=spec
+    )
+    grad = jax.jit(
+      jax.grad(lambda *args: losses.token_nll(*args, 4).sum(), (0, 1))
+    )
+    hlo = grad.lower(
+      like(rows, jnp.float32, B, O, D),
+      like(NamedSharding(mesh, PartitionSpec('fsdp')), jnp.float32, D, V),
+      like(rows, jnp.int32, B, O),
+    ).compile().as_text()  # fmt: skip
+  gathered = re.findall(r'= (\S+?)\{\S* all-gather\(', hlo)
+  assert gathered == [f'f32[{D},{V}]']

@@ -1,0 +1,525 @@
+"""The loop: what a stage starts from, resumes bitwise, refuses, compiles."""
+
+import dataclasses
+import functools
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import toy_config
+import toy_run
+
+from refrag_jax import checkpoint, optimizer, programs, results, samples, train
+from refrag_jax.environment import ROOT
+from refrag_jax.errors import NonFinite, Stopped, UserError
+from refrag_jax.session import abstract_params
+from refrag_jax.stages import STAGES
+from refrag_jax.state import TrainState
+from refrag_jax.step import init_opt_state
+
+# Of a log line: what a clock says, and so differs in every run.
+CLOCK = ('step_s', 'tokens_per_s', 'mfu')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def cache(tmp_path_factory):
+  """A resumed run finds its programs in the cache, as on a real machine."""
+  directory = tmp_path_factory.mktemp('xla')
+  with toy_run.compile_cache(directory):
+    yield directory
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return toy_config.write_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def session(folder):
+  """Six steps of `lm`, a checkpoint every two; grpo starts from scratch too."""
+  cfg = toy_run.config(
+    folder,
+    checkpoint_every_steps=2,
+    eval_every_steps=3,
+    sample_every_steps=3,
+    stage__lm__num_train_steps=6,
+    stage__mixed__num_train_steps=6,
+    stage__mixed__expand_fractions=(0.25, 0.5),
+    stage__mixed__init_from=os.path.join(folder, 'lm', 'checkpoints', 'lm'),
+  )
+  return toy_run.open_session(cfg, f'{folder}/lm', toy_run.mesh())
+
+
+@pytest.fixture(scope='module')
+def whole(session):
+  """name -> workdir of that stage, trained without interruption."""
+
+  @functools.cache
+  def run(name):
+    if name != 'lm':
+      run('lm')
+    return toy_run.train(
+      session, name, workdir=f'{session.workdir[:-3]}/{name}'
+    )
+
+  return run
+
+
+def last_state(session, workdir, name) -> TrainState:
+  """The newest checkpoint, moments included."""
+  params = abstract_params(session)
+  opt_state = jax.eval_shape(lambda p: init_opt_state(p, STAGES[name]), params)
+  step = jax.ShapeDtypeStruct((), np.int32)
+  abstract = train.with_shardings(
+    TrainState(step, params, opt_state), session.mesh
+  )
+  directory = os.path.join(workdir, 'checkpoints', name)
+  with checkpoint.open_manager(directory) as manager:
+    state = checkpoint.restore(manager, manager.latest_step(), abstract)
+  return jax.tree.map(np.asarray, state)
+
+
+def lines(workdir, file='metrics.jsonl') -> list[dict]:
+  return [
+    {key: value for key, value in line.items() if key not in CLOCK}
+    for line in results.read_lines(os.path.join(workdir, file))
+  ]
+
+
+def assert_same_run(session, workdir, whole, name, stops=()):
+  """Bitwise the parameters, moments, samples, log lines and the record.
+
+  A stop leaves one more line of each kind, at the step where it came.
+  """
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    last_state(session, workdir, name),
+    last_state(session, whole, name),
+  )
+  got, want = lines(workdir), lines(whole)
+  extra = [line for line in got if line not in want]
+  assert [line for line in got if line in want] == want
+  assert {line['step'] for line in extra} <= set(stops)
+  assert {line['split'] for line in extra} <= {'heldout'}
+  file = 'samples.jsonl'
+  assert lines(workdir, file) == lines(whole, file)
+  record, expected = (
+    results.read_json(os.path.join(path, 'stages', f'{name}.json'))
+    for path in (workdir, whole)
+  )
+  for key in ('heldout_before', 'heldout_after', 'paired_gain', 'settings'):
+    assert record[key] == expected[key]
+
+
+@pytest.mark.parametrize(
+  ('name', 'stops'),
+  [('lm', (1,)), ('lm', (2, 3, 5)), ('mixed', (3,))],
+)
+def test_a_stopped_stage_ends_where_the_whole_one_ends(
+  session, whole, tmp_path, name, stops
+):
+  reference = whole(name)
+  for stop in stops:
+    with pytest.raises(Stopped, match=f'stage {name} at step {stop}, state'):
+      toy_run.train(session, name, stop, str(tmp_path))
+  toy_run.train(session, name, workdir=str(tmp_path))
+  assert_same_run(session, tmp_path, reference, name, stops)
+
+
+def test_a_stop_during_the_last_step_ends_the_stage(session, whole, tmp_path):
+  toy_run.train(session, 'lm', 6, str(tmp_path))
+  assert_same_run(session, tmp_path, whole('lm'), 'lm')
+
+
+@pytest.mark.parametrize(
+  ('module', 'function', 'call'),
+  [
+    (samples, 'rows', 1),
+    (checkpoint, 'save', 2),
+    (checkpoint, 'save', 3),
+    (train, 'stage_record', 1),
+  ],
+)
+def test_an_error_anywhere_loses_nothing(
+  session, whole, tmp_path, monkeypatch, module, function, call
+):
+  """Samples, saving and the record are made between or after the steps."""
+  reference = whole('mixed')
+  real, calls = getattr(module, function), []
+
+  def failing(*args):
+    calls.append(args)
+    if len(calls) == call:
+      raise RuntimeError('power cut')
+    return real(*args)
+
+  monkeypatch.setattr(module, function, failing)
+  with pytest.raises(RuntimeError, match='power cut'):
+    toy_run.train(session, 'mixed', workdir=str(tmp_path))
+  toy_run.train(session, 'mixed', workdir=str(tmp_path))
+  assert_same_run(session, tmp_path, reference, 'mixed')
+
+
+def test_a_finished_stage_is_left_alone(session, whole, capsys):
+  workdir = whole('lm')
+  before = lines(workdir)
+  capsys.readouterr()  # the whole run's own lines, where this test is the first
+  toy_run.train(session, 'lm', workdir=workdir)
+  assert capsys.readouterr().out == 'lm  done before\n'
+  assert lines(workdir) == before
+
+
+@pytest.mark.parametrize('stop', [0, 2])
+def test_changed_settings_are_refused(session, tmp_path, stop):
+  """Whether the stage is finished or has only begun."""
+  if stop:
+    with pytest.raises(Stopped):
+      toy_run.train(session, 'lm', stop, str(tmp_path))
+  else:
+    toy_run.train(session, 'lm', workdir=str(tmp_path))
+  before = lines(tmp_path)
+  for changed, named in (
+    (toy_run.with_stage(session, 'lm', batch_size=4), 'batch_size was 8 and'),
+    (
+      session._replace(config=dataclasses.replace(session.config, seed=5)),
+      'seed was 0 and is 5',
+    ),
+  ):
+    with pytest.raises(UserError, match=named) as e:
+      toy_run.train(changed, 'lm', workdir=str(tmp_path))
+    assert '\n' not in str(e.value)
+    assert '--workdir' in str(e.value)
+  assert lines(tmp_path) == before
+
+
+@pytest.mark.parametrize('name', [n for n in STAGES if STAGES[n].predecessor])
+def test_a_missing_predecessor_is_named(folder, tmp_path, name):
+  cfg = toy_run.config(folder)
+  session = toy_run.open_session(cfg, tmp_path, toy_run.mesh())
+  with pytest.raises(UserError) as e:
+    train.init_from(session, name)
+  message = str(e.value)
+  predecessor = STAGES[name].predecessor
+  assert f'put {predecessor} before it in config.stages' in message
+  assert f'--config.stage.{name}.init_from=DIR' in message
+  assert '\n' not in message
+
+
+def test_a_half_trained_predecessor_is_no_predecessor(session, tmp_path):
+  with pytest.raises(Stopped):
+    toy_run.train(session, 'lm', 2, str(tmp_path))
+  with pytest.raises(UserError, match='starts from a finished lm'):
+    toy_run.train(session, 'reconstruct', workdir=str(tmp_path))
+  assert not os.listdir(tmp_path / 'checkpoints' / 'reconstruct')
+
+
+def test_init_from_overrides_the_predecessor(session, whole, tmp_path):
+  """`mixed` starts from `lm` here; only the fresh projection is rescaled."""
+  lm = last_state(session, whole('lm'), 'lm').params
+  start = train.initial_params(session, 'mixed')
+  for group in ('decoder', 'encoder', 'policy'):
+    jax.tree.map(np.testing.assert_array_equal, start[group], lm[group])
+  # That of config.init_from is for the run's first stage alone.
+  elsewhere = toy_run.open_session(
+    toy_run.replaced(session.config, stages=('cpt', 'grpo'), init_from='/x'),
+    tmp_path,
+    session.mesh,
+  )
+  assert train.init_from(elsewhere, 'cpt') == '/x'
+  with pytest.raises(UserError, match='put mixed before it'):
+    train.init_from(elsewhere, 'grpo')
+  with pytest.raises(UserError, match='there is no checkpoint in /x'):
+    train.initial_params(elsewhere, 'cpt')
+
+
+def test_a_checkpoint_of_another_shape_is_refused(session, whole, folder):
+  path = os.path.join(whole('lm'), 'checkpoints', 'lm')
+  other = toy_run.open_session(
+    toy_run.config(
+      folder, model__decoder__width=32, stage__cpt__init_from=path
+    ),
+    f'{folder}/other',
+    session.mesh,
+  )
+  with pytest.raises(UserError, match=r'decoder.width is 16 there and 32 here'):
+    train.initial_params(other, 'cpt')
+
+
+def test_steps_compile_once_per_shape_and_variant(folder, tmp_path):
+  """And nothing at all compiles from the second step to the last but one.
+
+  Logs, evaluations and checkpoints lie between them.
+  """
+  cfg = toy_run.config(
+    folder,
+    eval_every_steps=2,
+    checkpoint_every_steps=3,
+    sample_every_steps=4,
+    stage__cpt_trained__num_train_steps=12,
+    stage__cpt_trained__factors=(1, 4),
+  )
+  session = toy_run.open_session(cfg, tmp_path, toy_run.mesh())
+  keys = programs.step_keys(session, 'cpt_trained')
+  assert len(set(keys)) > 3  # factors and contexts
+  at_step = []
+  fresh = toy_run.fresh_params(session)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, 'initial_params', lambda *_: fresh)
+    learning_rate = optimizer.learning_rate
+    patch.setattr(
+      optimizer,
+      'learning_rate',
+      lambda *args: at_step.append(len(seen)) or learning_rate(*args),
+    )
+    with toy_run.watch_compiles() as seen:
+      toy_run.train(session, 'cpt_trained')
+  names = [name for name, _ in seen]
+  assert sum('train_step' in name for name in names) == len(set(keys))
+  assert sum('measure' in name for name in names) == 1
+  # The first four steps bring each kind of work for the first time.
+  assert len(at_step) == 12
+  assert names[at_step[4] : at_step[-1]] == []
+
+
+def poisoned(params):
+  bad = params['decoder']['norm']['scale'].at[3].set(np.nan)
+  decoder = params['decoder'] | {'norm': {'scale': bad}}
+  return params | {'decoder': decoder}
+
+
+def test_non_finite_at_the_start(session, tmp_path, monkeypatch):
+  fresh = toy_run.fresh_params(session)
+  monkeypatch.setattr(train, 'initial_params', lambda *_: poisoned(fresh))
+  with pytest.raises(NonFinite) as e:
+    toy_run.train(session, 'lm', workdir=str(tmp_path))
+  message = str(e.value)
+  assert 'stage lm: loss nan' in message and 'at step 1;' in message
+  assert 'last good checkpoint: none' in message
+  assert '\n' not in message
+  assert not os.listdir(tmp_path / 'checkpoints' / 'lm')
+  assert not os.path.exists(tmp_path / 'stages')
+
+
+def test_non_finite_later_names_the_batch_and_keeps_the_checkpoint(
+  session, whole, tmp_path, monkeypatch
+):
+  reference = whole('mixed')
+  with pytest.raises(Stopped):
+    toy_run.train(session, 'mixed', 2, str(tmp_path))
+  restore = checkpoint.restore
+
+  def restore_poisoned(*args):
+    state = restore(*args)
+    return state.replace(params=poisoned(state.params))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, 'restore', restore_poisoned)
+    with pytest.raises(NonFinite) as e:
+      toy_run.train(session, 'mixed', workdir=str(tmp_path))
+  assert 'at step 3;' in str(e.value)
+  assert 'last good checkpoint: step 2' in str(e.value)
+  batch = train.pipeline.sampler(session.config, 'mixed', session.corpus)(
+    2, np.arange(8)
+  )
+  assert f'batch ids {batch["id_B"].tolist()}' in str(e.value)
+  # What was saved before is whole: from there the run ends as it should.
+  toy_run.train(session, 'mixed', workdir=str(tmp_path))
+  assert_same_run(session, tmp_path, reference, 'mixed', stops=(2,))
+
+
+def test_frozen_unchanged_is_measured(session, whole):
+  """Not promised: a run whose frozen groups moved says so."""
+  name = 'mixed'
+  workdir = whole(name)
+  params = last_state(session, workdir, name).params
+  heldout = train.Heldout({'doc_B': np.arange(4)}, None)
+  meta = {'before_B': [1.0] * 4, 'wall_s': 0.0, 'compile_s': 0.0}
+  record = lambda params: train.stage_record(
+    session, name, meta, params, np.zeros(4), heldout
+  )
+  assert record(params)['frozen_unchanged'] is True
+  moved = jax.tree.map(lambda x: x + 1e-6, params['policy'])
+  assert record(params | {'policy': moved})['frozen_unchanged'] is False
+  assert record(params)['paired_gain'] == {'mean': 1.0, 'se': 0.0, 'n': 4}
+
+
+# Runs `main`, killed by a real signal at a named point, and prints what was
+# compiled and not found in the persistent cache.
+PROGRAM = """
+import os, sys
+from refrag_jax import environment, main
+environment.set_compilation_cache(os.environ)  # as main does, before JAX
+import jax
+
+point, signum, *argv = sys.argv[1:]
+state, missed = [], []
+def event(name, **kwargs):
+  if name.startswith('/jax/compilation_cache/cache_'):
+    state.append(name.split('_')[-1])
+def duration(name, seconds, **kwargs):
+  if name == '/jax/core/compile/backend_compile_duration':
+    if state.pop() == 'misses':  # else 'hits'
+      missed.append(kwargs['fun_name'])
+
+def strike(*args, **kwargs):
+  os.kill(os.getpid(), int(signum))
+
+def at(module, name, before=True, call=1):
+  real, calls = getattr(module, name), []
+  def wrapped(*args, **kwargs):
+    calls.append(name)
+    if before and len(calls) == call:
+      strike()
+    value = real(*args, **kwargs)
+    if not before and len(calls) == call:
+      strike()
+    return value
+  setattr(module, name, wrapped)
+
+if point:
+  from refrag_jax import checkpoint, evaluate, optimizer, programs, results
+  from refrag_jax import samples
+  {
+    'first step': lambda: at(optimizer, 'learning_rate'),
+    'step 3': lambda: at(optimizer, 'learning_rate', call=3),
+    'step 6': lambda: at(optimizer, 'learning_rate', call=6),
+    'compiling': lambda: at(programs, 'compile_stage'),
+    'saving': lambda: at(checkpoint, 'save', before=False, call=2),
+    'saving the last': lambda: at(checkpoint, 'save', before=False, call=3),
+    'sampling': lambda: at(samples, 'rows'),
+    'recording': lambda: at(results, 'write_json'),
+    'evals': lambda: at(evaluate, 'run_evals'),
+  }[point]()
+jax.monitoring.register_event_listener(event)
+jax.monitoring.register_event_duration_secs_listener(duration)
+code = main.main(argv)
+print('compiled', sorted(missed))
+sys.exit(code)
+"""
+
+
+def command(folder, workdir, cache, point='', signum=signal.SIGTERM, *more):
+  """Runs two stages by the command line in a process of its own."""
+  script = os.path.join(folder, 'program.py')
+  with open(script, 'w') as f:
+    f.write(PROGRAM)
+  return subprocess.run(
+    [
+      sys.executable,
+      script,
+      point,
+      str(int(signum)),
+      f'--config={ROOT}/tests/toy_config.py:{folder}',
+      f'--workdir={workdir}',
+      '--config.stages=lm,cpt_trained',
+      '--config.checkpoint_every_steps=2',
+      '--config.stage.lm.num_train_steps=6',
+      '--config.stage.cpt.num_train_steps=6',
+      *more,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=900,  # the machine may be busy with other tests
+    env=os.environ
+    | {
+      'PYTHONPATH': str(ROOT),
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+    },
+  )
+
+
+@pytest.fixture(scope='module')
+def by_command(folder, tmp_path_factory):
+  """The cache and the workdir of a run that nothing interrupted."""
+  cache, workdir = tmp_path_factory.mktemp('xla2'), f'{folder}/by_command'
+  done = command(folder, workdir, cache)
+  assert done.returncode == 0, done.stderr
+  return cache, workdir
+
+
+def assert_same_results(session, workdir, whole, stops=()):
+  for name in ('lm', 'cpt_trained'):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      last_state(session, workdir, name),
+      last_state(session, whole, name),
+    )
+  got, want = lines(workdir), lines(whole)
+  assert [line for line in got if line in want] == want
+  assert {x['step'] for x in got if x not in want} <= set(stops)
+  new, old = (
+    results.read_json(os.path.join(path, 'results.json'))['stages']
+    for path in (workdir, whole)
+  )
+  for name in old:
+    assert new[name]['heldout_after'] == old[name]['heldout_after']
+
+
+def test_sigterm_then_the_same_command(session, folder, tmp_path, by_command):
+  """Exit code 75 and a sentence; then it goes on, and then it is done."""
+  cache, whole = by_command
+  run = functools.partial(command, folder, tmp_path, cache)
+  stopped = run('step 3', signal.SIGTERM)
+  assert stopped.returncode == 75, stopped.stderr
+  assert stopped.stderr.splitlines()[-1] == (
+    'refrag_jax: stopped in stage lm at step 3, state saved; run the same '
+    'command to continue'
+  )
+  again = run()
+  assert again.returncode == 0, again.stderr
+  assert 'lm  resumes at step 3' in again.stdout
+  # What the uninterrupted run compiled is found, in any process.
+  assert 'compiled []' in again.stdout, again.stdout.splitlines()[-1]
+  assert_same_results(session, tmp_path, whole, stops=(3,))
+  third = run()
+  assert third.returncode == 0
+  assert third.stdout.splitlines()[-2].startswith('all done: ')
+  assert 'resumes' not in third.stdout and 'corpus' not in third.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'point',
+  [
+    'first step',
+    'step 3',
+    'compiling',
+    'saving',
+    'saving the last',
+    'sampling',
+    'recording',
+    'evals',
+  ],
+)
+def test_sigkill_anywhere(session, folder, tmp_path, by_command, point):
+  cache, whole = by_command
+  killed = command(folder, tmp_path, cache, point, signal.SIGKILL)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert not os.path.exists(tmp_path / 'results.json')
+  again = command(folder, tmp_path, cache)
+  assert again.returncode == 0, again.stderr
+  assert_same_results(session, tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_an_overflow_is_one_line_and_exit_code_1(folder, tmp_path, by_command):
+  done = command(
+    folder,
+    tmp_path,
+    by_command[0],
+    '',
+    signal.SIGTERM,
+    '--config.stages=lm',
+    '--config.stage.lm.peak_learning_rate=1e30',
+  )
+  assert done.returncode == 1, done.stderr
+  assert 'Traceback' not in done.stderr
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith('refrag_jax: stage lm: loss ')
+  assert 'batch ids' in last and 'last good checkpoint' in last
