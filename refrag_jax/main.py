@@ -89,4 +89,10 @@ if __name__ == '__main__':
   except Exception:  # anything else is a bug, or the machine's: show it whole
     traceback.print_exc()
     code = 1
+  if code == 1:
+    # After a save that failed, Orbax's threads wait five minutes for a
+    # directory that will never be there, and Python would wait for them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
   sys.exit(code)
