@@ -74,11 +74,11 @@ def run(config: Config, workdir: str) -> int:
   session = open_session(config, workdir)
   say(session.corpus.summary())
   draw_curriculum(session)
+  peak, meaning = machine_peak(jax.devices())
+  say(f'{jax.device_count()} x {jax.devices()[0].device_kind}; {meaning}')
   writer = Writer(workdir, config.tensorboard)
   with jax.set_mesh(session.mesh), stop_on_signal() as stop:
     try:
-      peak, meaning = machine_peak(jax.devices())
-      say(f'{jax.device_count()} x {jax.devices()[0].device_kind}; {meaning}')
       for name in config.stages:
         train_stage(session, name, writer, stop, peak)
       evaluate.write_results(session, stop)

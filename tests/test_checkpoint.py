@@ -255,9 +255,7 @@ def test_a_file_in_place_of_the_directory_is_an_os_error(tmp_path):
   assert (tmp_path / 'runs').read_text() == 'mine'
 
 
-def test_a_read_only_directory_is_an_os_error(
-  tmp_path, read_only, monkeypatch
-):
+def test_a_read_only_directory_is_an_os_error(tmp_path, read_only, monkeypatch):
   """The checkpoint of before stays as it was, and nothing is half-written."""
   # Orbax's threads wait so long for the directory that cannot be made, and
   # pytest's end waits for them; it has no option for it.

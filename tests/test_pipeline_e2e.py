@@ -267,3 +267,13 @@ def test_another_config_is_refused_by_name(command, workdir, numbers):
   assert 'num_train_steps was 2 and is 3' in done.stderr
   assert 'Traceback' not in done.stderr
   assert read(workdir) == numbers
+
+
+def test_training_on_eight_devices(command, workdir, tmp_path):
+  """The same losses as on one, but for the order of sums."""
+  done = command(tmp_path, '--config.stages=lm', '--config.evals=()', devices=8)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert '8 x cpu' in done.stdout
+  there, here = read(workdir)['stages']['lm'], read(tmp_path)['stages']['lm']
+  for key in ('heldout_before', 'heldout_after'):
+    np.testing.assert_allclose(here[key]['mean'], there[key]['mean'], rtol=1e-5)
