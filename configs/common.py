@@ -120,7 +120,7 @@ def base() -> ml_collections.ConfigDict:
   c.eval_every_steps = 0  # 0: at the start and the end of a stage only
   c.checkpoint_every_steps = 0  # 0: by time only, and at the end of a stage
   c.checkpoint_every_seconds = 300.0
-  c.sample_every_steps = 0  # 0: at the end of a stage only
+  c.sample_every_steps = 0  # 0: at the end of a stage only; -1: never
   c.tensorboard = False
 
   c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))
@@ -140,6 +140,7 @@ def base() -> ml_collections.ConfigDict:
     )
   )
   c.model.chunk_size = 8
+  c.model.piece_length = 0  # see `cepe`
   c.model.compute_dtype = 'float32'
   c.model.remat = 'none'
   c.model.loss_block = 0
@@ -177,7 +178,49 @@ def base() -> ml_collections.ConfigDict:
   c.eval.selectors = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
   c.eval.tail_chunks = 0
   c.eval.num_questions = 256
+  c.eval.copy_lengths = (16, 32)
+  c.eval.context_lengths = ()
+  c.eval.num_passages = 4
+
+  # Ablations (--mode=repro): arms by name, see `arm` and configs/repro.py.
+  c.repro = ml_collections.ConfigDict()
+  c.repro.arms = ()  # (): all of them
+  c.repro.seeds = (0,)
+  c.repro.claims = ''
+  c.repro.arm = ml_collections.ConfigDict()
   return c
+
+
+def cepe(c: ml_collections.ConfigDict, piece_length: int) -> None:
+  """Gives a config the stages of the baseline CEPE (paper section 4).
+
+  They repeat the windows, budgets and learning rates of `reconstruct` and
+  `cpt`; name them in c.stages to run them. `cepe` is CEPE itself, its decoder
+  frozen; `cepe_unfrozen` trains the decoder as well.
+
+  Args:
+    c: with the stages `reconstruct` and `cpt`.
+    piece_length: decoder tokens that the encoder reads at once. Must divide
+      s, and leave room for two special tokens in the encoder's positions.
+  """
+  c.model.piece_length = piece_length
+  c.stage.cepe_warmup = control(c.stage.reconstruct, factors=())
+  c.stage.cepe = control(c.stage.cpt, factors=())
+  c.stage.cepe_unfrozen = control(c.stage.cpt, factors=())
+
+
+def arm(stages=(), evals=(), changes=()) -> ml_collections.ConfigDict:
+  """An arm of an ablation: this config with some values changed.
+
+  Args:
+    stages: what the arm trains in a workdir of its own. A stage's
+      `init_from='@main/lm'` starts from the stage `lm` of the arm `main`.
+    evals: what it measures; () takes the config's.
+    changes: such as 'model.chunk_size=16', as after --config. when typed.
+  """
+  return ml_collections.ConfigDict(
+    dict(stages=stages, evals=evals, changes=changes)
+  )
 
 
 def decoder(size: str, vocab_size: int) -> ml_collections.ConfigDict:
@@ -202,7 +245,8 @@ def stage(**fields) -> ml_collections.ConfigDict:
   c.accumulation_steps = 1
   # AdamW's, after 4 % linear warm-up; cosine to zero from there (paper p. 19).
   c.peak_learning_rate = 0.0
-  # s: decoder tokens that are read as chunks. Must be a multiple of k.
+  # s: decoder tokens that are read as chunks. Must be a multiple of k. `mlm`
+  # reads them whole as well, as far as encoder.max_length reaches.
   c.context_length = 0
   # o: decoder tokens that are predicted after them; for `lm` the window.
   c.output_length = 0
@@ -226,8 +270,12 @@ def stage(**fields) -> ml_collections.ConfigDict:
   # from nothing learns to copy: `reconstruct` needs that of a frozen one.
   c.periodic_fraction = 0.0
   # The stage's starting point; '': its predecessor's checkpoint in the same
-  # workdir.
+  # workdir; '@RUN/STAGE': a stage's in the workdir RUN beside this one.
   c.init_from = ''
+  # How a fresh encoder starts where this stage is the first to need it: '' at
+  # random, 'decoder_embeddings' with the decoder's as its word embeddings
+  # (for equal widths and tokenizers).
+  c.encoder_init = ''
   c.update(fields)
   return c
 

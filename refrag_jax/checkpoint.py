@@ -20,7 +20,7 @@ from refrag_jax.errors import UserError
 from refrag_jax.sharding import path_str
 from refrag_jax.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
 logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax narrates each save
 
 
@@ -105,11 +105,19 @@ def latest_step(directory: str) -> int | None:
 
 
 def load_params(directory: str, abstract_params: dict) -> dict:
-  """The parameters of the newest step, onto whatever mesh `abstract` says."""
+  """The parameters of the newest step, onto whatever mesh `abstract` says.
+
+  Args:
+    abstract_params: the groups wanted; others in there are not read.
+  """
+  restore = ocp.args.PyTreeRestore(
+    abstract_params,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_params),
+    partial_restore=True,
+  )
   with _reader(directory) as manager:
     items = manager.restore(
-      manager.latest_step(),
-      args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params)),
+      manager.latest_step(), args=ocp.args.Composite(params=restore)
     )
   return items['params']
 
@@ -121,7 +129,8 @@ def require(
 
   Args:
     directory: a stage's checkpoint directory.
-    expected: `model` and `tokenizers` as written by train.py.
+    expected: what of `model` and `tokenizers`, as written by train.py, the
+      reader relies on.
     why: starts the sentence, e.g. "stage 'cpt' starts from 'reconstruct'".
   """
   meta = read_meta(directory)
@@ -134,9 +143,7 @@ def require(
     )
   differences = [
     f'{name} is {old!r} there and {new!r} here'
-    for name, old, new in _differences(
-      {key: meta[key] for key in expected}, expected
-    )
+    for name, old, new in _differences(meta, expected)
   ]
   if differences:
     shown = '; '.join(differences[:4])
@@ -162,8 +169,8 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 def _differences(old: Any, new: Any, name: str = ''):
   if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(new):
       inner = f'{name}.{key}' if name else key
-      yield from _differences(old.get(key), new.get(key), inner)
+      yield from _differences(old.get(key), new[key], inner)
   elif old != new:
     yield name, old, new

@@ -6,9 +6,11 @@ border nothing knows ml-collections or flags.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from refrag_jax import typed
+from refrag_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class ModelConfig:
   encoder: EncoderConfig
   policy: PolicyConfig
   chunk_size: int  # k, in decoder tokens
+  piece_length: int  # what CEPE's encoder reads at once; 0: no CEPE in this run
   compute_dtype: str  # 'float32' or 'bfloat16'; parameters are always float32
   remat: str  # 'none', 'dots' or 'full': what a layer keeps for its backward
   loss_block: int  # targets of a row whose logits exist at once; 0: all
@@ -102,11 +105,12 @@ class StageConfig:
   updates_per_rollout: int
   periodic_fraction: float  # share of `lm` windows that repeat a span
   init_from: str  # '' = the stage's predecessor in this workdir
+  encoder_init: str  # of a fresh encoder: '' = random, or 'decoder_embeddings'
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  data: tuple[str, ...]  # '' or () = the held-out split of data.text
+  data: tuple[str, ...]  # texts; () or 'heldout': the held-out data.text
   num_windows: int  # held-out windows a data set
   batch_size: int
   output_lengths: tuple[int, ...]  # the o of P<o>
@@ -115,6 +119,9 @@ class EvalConfig:
   selectors: tuple[str, ...]
   tail_chunks: int  # tail chunks expanded in every row of selection's 2nd table
   num_questions: int
+  copy_lengths: tuple[int, ...]  # tokens of the spans of `copying`
+  context_lengths: tuple[int, ...]  # the s of `context_length`; (): skip it
+  num_passages: int  # in a context of `passages`, one of them useful; 0: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +129,23 @@ class MeshConfig:
   data: int  # -1 takes the devices that the other axes leave
   fsdp: int
   tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmConfig:
+  """An arm of an ablation: the config that holds it, with these values."""
+
+  stages: tuple[str, ...]
+  evals: tuple[str, ...]
+  changes: tuple[str, ...]  # 'a.b=value', as after --config. on a command line
+
+
+@dataclasses.dataclass(frozen=True)
+class ReproConfig:
+  arms: tuple[str, ...]  # the arms to run, of `arm`; () = all
+  seeds: tuple[int, ...]
+  claims: str  # TOML file of the claims and their tests, fixed before the runs
+  arm: dict[str, ArmConfig]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +159,14 @@ class Config:
   eval_every_steps: int
   checkpoint_every_steps: int
   checkpoint_every_seconds: float
-  sample_every_steps: int
+  sample_every_steps: int  # 0: at the end of a stage only; -1: never
   tensorboard: bool
   mesh: MeshConfig
   model: ModelConfig
   data: DataConfig
   stage: dict[str, StageConfig]
   eval: EvalConfig
+  repro: ReproConfig
 
 
 def build(config: Any) -> Config:
@@ -170,6 +195,39 @@ def build(config: Any) -> Config:
   return built
 
 
+def changed(config: Config, changes: Sequence[str]) -> Config:
+  """The config with values set as on the command line, checked again.
+
+  Args:
+    changes: such as 'model.chunk_size=16' or 'stage.cpt.factors=(1,2,4)'.
+
+  Raises:
+    UserError: a key is unknown, a value has the wrong type or cannot work.
+  """
+  from refrag_jax import validate
+
+  for change in changes:
+    key, equals, text = change.partition('=')
+    known = typed.flatten(dataclasses.asdict(config))
+    if not equals or key not in known:
+      hint = typed.did_you_mean(key, known)
+      raise UserError(f'there is no config key to set in {change!r}{hint}')
+    value = typed.parse(text, typed.field_type(Config, key), key)
+    config = _replaced(config, key.split('.'), value)
+  validate.check(config)
+  return config
+
+
+def _replaced(node: Any, path: Sequence[str], value: Any) -> Any:
+  if not path:
+    return value
+  name, *rest = path
+  if isinstance(node, dict):
+    return node | {name: _replaced(node[name], rest, value)}
+  inner = _replaced(getattr(node, name), rest, value)
+  return dataclasses.replace(node, **{name: inner})
+
+
 def expanded_chunks(fraction: float, num_chunks: int) -> int:
   """T' = floor(p L) (paper A.1; Table 13's odd rates fix the rounding).
 
@@ -182,3 +240,13 @@ def context_chunks(stage: StageConfig, chunk_size: int) -> tuple[int, ...]:
   """The chunk counts L that a stage trains at: its factors that fit s / k."""
   limit = stage.context_length // chunk_size
   return tuple(f for f in stage.factors if f <= limit) or (limit,)
+
+
+def piece_tokens(config: Config) -> int:
+  """Room for a CEPE piece in encoder tokens, special tokens included.
+
+  For the text of as many chunks, but no more than the encoder reads.
+  """
+  chunks = -(-config.model.piece_length // config.model.chunk_size)
+  room = chunks * (config.data.max_encoder_tokens - 2) + 2
+  return min(room, config.model.encoder.max_length)

@@ -12,6 +12,7 @@ import threading
 from typing import Any
 
 import jax
+import numpy as np
 
 from refrag_jax import checkpoint, environment, report, results
 from refrag_jax.config import Config
@@ -21,7 +22,14 @@ from refrag_jax.errors import UserError
 from refrag_jax.evals import EVALS, selection
 from refrag_jax.evals.common import ROLES, Context
 from refrag_jax.progress import say
-from refrag_jax.session import Session, abstract_params, open_session
+from refrag_jax.session import (
+  Session,
+  load_params,
+  open_session,
+  trained_groups,
+)
+
+HELDOUT = 'heldout'  # in eval.data: the held-out side of data.text
 
 
 def run(config: Config, workdir: str) -> int:
@@ -35,7 +43,7 @@ def run(config: Config, workdir: str) -> int:
   if config.init_from:
     given = os.path.abspath(config.init_from)
     directory = os.path.dirname(given)
-    checkpoint.require(given, session.identity, f'evals read {given}')
+    trained_groups(session, given, f'evals read {given}')
   found = [os.path.join(directory, stage) for stage in ROLES.values()]
   if not any(checkpoint.latest_step(path) is not None for path in found):
     raise UserError(
@@ -90,7 +98,7 @@ def run_evals(
 ) -> dict[str, Any]:
   """Runs `config.evals` on the checkpoints under `directory`."""
   context = Context(
-    session, _loader(session, directory), _datasets(session), stop
+    session, _loader(session, directory), _datasets(session), stop, {}
   )
   evals = {}
   for name in session.config.evals:
@@ -100,7 +108,34 @@ def run_evals(
     examples = selection.policy_pictures(context)
     path = os.path.join(session.workdir, 'policy_scores.json')
     results.write_json(path, {'examples': examples})
+  if jax.process_index() == 0:
+    write_documents(session, context.documents)
   return evals
+
+
+def write_documents(session: Session, documents: dict[str, Any]) -> None:
+  """documents.json: the document means behind the STATs of results.json.
+
+  A row of this run can so be paired with a row of another one over the same
+  text: `docs` are numbers within a data set, `corpus` is its hash.
+  """
+  path = os.path.join(session.workdir, 'documents.json')
+  old = results.read_json(path) if os.path.exists(path) else {}
+  new = head(session)
+  if old.get('fingerprint') == new['fingerprint']:
+    documents = old['evals'] | documents
+  text = results.json_line(new | {'evals': _rounded(documents)})
+  results.write_text(path, text)
+
+
+def _rounded(tree: Any) -> Any:
+  """Six digits are more than any standard error leaves."""
+  if isinstance(tree, dict):
+    return {key: _rounded(value) for key, value in tree.items()}
+  values = np.asarray(tree)
+  if values.dtype.kind == 'f':
+    return [float(f'{value:.6g}') for value in values]
+  return values
 
 
 def head(session: Session) -> dict[str, Any]:
@@ -117,7 +152,9 @@ def head(session: Session) -> dict[str, Any]:
 
 def fingerprint(config: Config) -> str:
   """Changes with any value that can change a number in results.json."""
-  text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+  values = dataclasses.asdict(config)
+  del values['data']['cache_dir']  # nor does it matter where the index lies
+  text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -129,25 +166,34 @@ def _loader(session: Session, directory: str):
     path = os.path.join(directory, ROLES[role])
     if checkpoint.latest_step(path) is None:
       return None
-    checkpoint.require(path, session.identity, f'evals read {path}')
-    return checkpoint.load_params(path, abstract_params(session))
+    return load_params(session, path, f'evals read {path}')[0]
 
   return params
 
 
 def _datasets(session: Session) -> dict[str, Any]:
-  """The corpora to measure: eval.data, or the held-out side of data.text."""
+  """The corpora to measure, each by its name.
+
+  'heldout' in eval.data stands for the held-out side of each source of
+  data.text; all of any other text is measured.
+  """
   config = session.config
-  if not config.eval.data:
-    return {'+'.join(map(_dataset_name, config.data.text)): session.corpus}
   cache = config.data.cache_dir or os.path.join(session.workdir, 'data')
-  names = [_dataset_name(path) for path in config.eval.data]
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  corpora = []
+  for source in config.eval.data or (HELDOUT,):
+    if source == HELDOUT:
+      parts = map(session.corpus.part, range(len(config.data.text)))
+      corpora += zip(config.data.text, parts, strict=True)
+    else:
+      corpora.append(
+        (source, corpus_lib.prepare((source,), (1.0,), tokenizer, cache, 1.0))
+      )
+  names = [_dataset_name(source) for source, _ in corpora]
   return {
     # Two files of one name would be one row: then the paths tell them apart.
-    name if names.count(name) == 1 else path: corpus_lib.prepare(
-      (path,), (1.0,), tokenizers.load(config.data.tokenizer), cache, 1.0
-    )
-    for name, path in zip(names, config.eval.data, strict=True)
+    source if names.count(name) > 1 else name: corpus
+    for name, (source, corpus) in zip(names, corpora, strict=True)
   }
 
 

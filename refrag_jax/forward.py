@@ -1,13 +1,15 @@
 """The pure functions of (params, batch) that stages and evals share.
 
-Dimension key: B batch, C chunks (the paper's L), K chunk size (k), O output
-slots, E encoder width, W last tokens kept.
+Dimension key: B batch, C chunks (the paper's L), K chunk size (k), P pieces, M
+encoder tokens of one, O output slots, E encoder width, D decoder width, W last
+tokens kept.
 """
 
 import jax
 import jax.numpy as jnp
 
 from refrag_jax import losses
+from refrag_jax.models.cepe import Cepe
 from refrag_jax.models.refrag import Refrag
 
 
@@ -37,16 +39,25 @@ def output_nll(
     c_BCE: chunk vectors before the projection; None with every chunk expanded.
     expand_BC: chunks that stay tokens, at most `num_expanded` (static) a row.
   """
+  hidden_BOD = output_states(
+    model, params, batch, c_BCE, expand_BC, num_expanded
+  )
+  head_DV = model.apply({'params': params}, method='head')
+  return losses.token_nll(
+    hidden_BOD, head_DV, batch['output_BO'], model.cfg.loss_block
+  )
+
+
+def output_states(
+  model: Refrag, params, batch, c_BCE, expand_BC, num_expanded: int
+) -> jax.Array:
+  """The states that predict the outputs, (B, O, D); as `output_nll`."""
   variables = {'params': params}
   e_BCD = None
   if c_BCE is not None:
     e_BCD = model.apply(variables, c_BCE, method='project')
-  hidden_BOD = model.apply(
+  return model.apply(
     variables, batch, e_BCD, expand_BC, num_expanded, method='decode'
-  )
-  head_DV = model.apply(variables, method='head')
-  return losses.token_nll(
-    hidden_BOD, head_DV, batch['output_BO'], model.cfg.loss_block
   )
 
 
@@ -75,3 +86,21 @@ def plain_nll(model: Refrag, params, batch, context: str) -> jax.Array:
   batch = batch | {'chunks_BCK': chunks_BCK, 'chunk_len_BC': len_BC}
   all_BC = jnp.ones(len_BC.shape, bool)
   return output_nll(model, params, batch, None, all_BC, len_BC.shape[1])
+
+
+def cepe_nll(model: Refrag, params, batch) -> jax.Array:
+  """The baseline CEPE, (B, O): the context by cross-attention to its pieces.
+
+  Args:
+    model: for its config; CEPE reads three groups of the same parameters.
+    batch: with piece_BPM and piece_len_BP (0 = absent); P may be 0.
+  """
+  cepe, variables = Cepe(model.cfg), {'params': params}
+  memory = cepe.apply(
+    variables, batch['piece_BPM'], batch['piece_len_BP'], method='encode'
+  )
+  hidden_BOD = cepe.apply(variables, batch, memory, method='decode')
+  head_DV = cepe.apply(variables, method='head')
+  return losses.token_nll(
+    hidden_BOD, head_DV, batch['output_BO'], model.cfg.loss_block
+  )

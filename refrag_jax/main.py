@@ -17,11 +17,15 @@ from refrag_jax.errors import NonFinite, Stopped, UserError
 MODES = {
   'train': ('refrag_jax.train', 'run', 'run the stages, then the evals'),
   'eval': ('refrag_jax.evaluate', 'run', 'restore a checkpoint, run the evals'),
+  'repro': (
+    'refrag_jax.repro',
+    'run',
+    'run the ablation arms of a config, write verdicts',
+  ),
   'data': ('refrag_jax.show', 'run', 'show examples as the model sees them'),
   'doctor': ('refrag_jax.doctor', 'run', 'check this machine and its packages'),
 }
 LATER = {
-  'repro': 'run the ablations of a repro config, write verdicts',
   'plan': 'memory and time of every stage on a named topology',
   'index': 'store the chunk vectors of passages',
   'ask': 'answer one question over a store',

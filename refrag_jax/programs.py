@@ -98,9 +98,11 @@ def abstract_batch(row: dict, batch_size: int, mesh) -> dict:
 
 
 def text_tokens(batch: dict) -> int:
-  """Decoder tokens of text that a batch stands for, compressed or not."""
+  """Tokens of text that a batch stands for, compressed or not."""
   if 'tokens_BT' in batch:
     return batch['tokens_BT'].size
+  if 'whole_BM' in batch:  # the encoder's; the chunks are the same text
+    return batch['whole_BM'].size
   return batch['chunks_BCK'].size + batch['output_BO'].size
 
 

@@ -25,6 +25,8 @@ def rows(
   """A table of `NUM_ROWS` held-out examples; empty where a stage has none."""
   if 'chunks_BCK' not in batch:
     return []  # `lm` has no context to show
+  if 'piece_BPM' in batch:
+    return []  # CEPE is measured, not sampled from
   batch = {key: value[:NUM_ROWS] for key, value in batch.items()}
   cfg, C = session.config.stage[name], batch['chunks_BCK'].shape[1]
   variant = STAGES[name].variants(cfg, C)[-1]

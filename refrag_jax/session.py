@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from refrag_jax import sharding
+from refrag_jax import checkpoint, sharding
 from refrag_jax.config import Config
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
@@ -60,7 +61,7 @@ def open_session(config: Config, workdir: str) -> Session:
       # What shapes the parameters; the rest may change between runs.
       key: value
       for key, value in dataclasses.asdict(config.model).items()
-      if key in ('decoder', 'encoder', 'policy', 'chunk_size')
+      if key in ('decoder', 'encoder', 'policy', 'chunk_size', 'piece_length')
     },
     'tokenizers': {
       'decoder': tokenizer.fingerprint,
@@ -69,6 +70,59 @@ def open_session(config: Config, workdir: str) -> Session:
   }
   return Session(
     config, workdir, mesh, Refrag(config.model), tokenizer, corpus, identity
+  )
+
+
+def load_params(
+  session: Session, directory: str, why: str
+) -> tuple[dict, list[str]]:
+  """What a stage's checkpoint has trained, and fresh parameters beside it.
+
+  Returns:
+    Parameters of all groups, and the names of those that were read.
+  """
+  groups = trained_groups(session, directory, why)
+  abstract = abstract_params(session)
+  read = checkpoint.load_params(directory, {g: abstract[g] for g in groups})
+  rest = [group for group in abstract if group not in groups]
+  return fresh_params(session, rest) | read, groups
+
+
+def trained_groups(session: Session, directory: str, why: str) -> list[str]:
+  """The parameter groups that a checkpoint and those before it have trained.
+
+  The others need not fit: one `lm` serves every encoder and chunk size, one
+  `mixed` several policies.
+
+  Raises:
+    UserError: there is no checkpoint, or what it has trained does not fit.
+  """
+  groups = checkpoint.require(directory, {}, why)['trained']
+  identity = {part: dict(of) for part, of in session.identity.items()}
+  if 'encoder' not in groups:
+    del identity['model']['encoder'], identity['model']['chunk_size']
+    del identity['tokenizers']['encoder']
+  if 'policy' not in groups:
+    del identity['model']['policy']
+  if 'cross' not in groups:
+    del identity['model']['piece_length']
+  checkpoint.require(directory, identity, why)
+  return groups
+
+
+def fresh_params(session: Session, groups: Iterable[str]) -> dict:
+  """Initial parameters of some groups, on the mesh; the seed fixes them."""
+  cfg, abstract = session.config.model, abstract_params(session)
+
+  def init(key):
+    params = init_params(cfg, key)
+    return {group: params[group] for group in groups}
+
+  shardings = jax.tree.map(
+    lambda x: x.sharding, {group: abstract[group] for group in groups}
+  )
+  return jax.jit(init, out_shardings=shardings)(
+    jax.random.key(session.config.seed)
   )
 
 

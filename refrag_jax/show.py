@@ -59,7 +59,7 @@ def _corpus(console: Console, config: Config, corpus: Corpus) -> None:
     stage = config.stage[name]
     if stage.context_length and not stage.contexts:
       need = stage.context_length
-      if name != 'reconstruct':  # its output is its context
+      if name not in ('mlm', 'reconstruct'):  # they predict their context
         need += stage.output_length
       short = int((length_D < need).sum())
       console.print(
@@ -97,6 +97,11 @@ def _stage(console: Console, config: Config, name: str, corpus: Corpus) -> None:
     batch = sample(step, np.arange(stage.batch_size))
     _arrays(console, batch, stage.batch_size, step)
     _lm(console, config, batch)
+    return
+  if name == 'mlm':
+    batch = sample(step, np.arange(ROWS))
+    _arrays(console, batch, stage.batch_size, step)
+    _mlm(console, config, batch)
     return
   rows = np.arange(min(stage.batch_size, ROWS))
   batch = sample(step, rows)
@@ -167,6 +172,36 @@ def _lm(console: Console, config: Config, batch) -> None:
       ).append('] ')
     text.append(f'{int((segments_T == 0).sum())} x padding', 'dim')
     console.print(text, soft_wrap=True)
+
+
+def _mlm(console: Console, config: Config, batch) -> None:
+  """Windows whole and in chunks, what is to be predicted in brackets."""
+  tokenizer = tokenizers.load(config.data.encoder_tokenizer)
+  console.print('[what stood there|what the encoder reads]')
+  for b in range(len(batch['doc_B'])):
+    text = Text(f'\nexample {batch["id_B"][b]} of document {batch["doc_B"][b]}')
+    whole = batch['whole_BM'][b], batch['whole_target_BM'][b]
+    text.append('\nwhole   ').append(_hidden(tokenizer, *whole))
+    text.append('\nchunks  |')
+    for ids_M, target_M in zip(
+      batch['encoder_BCM'][b], batch['encoder_target_BCM'][b]
+    ):
+      text.append(_hidden(tokenizer, ids_M, target_M)).append('|')
+    console.print(text, soft_wrap=True)
+
+
+def _hidden(tokenizer, ids_M: np.ndarray, target_M: np.ndarray) -> Text:
+  """An encoder input with what is to be predicted in brackets."""
+  text, special = Text(), {
+    tokenizer.cls_id: '', tokenizer.sep_id: '', tokenizer.pad_id: '',
+    tokenizer.mask_id: 'MASK',
+  }  # fmt: skip
+  for read, stood in zip(ids_M.tolist(), target_M.tolist()):
+    shown = special.get(read, _decode(tokenizer, [read]))
+    if stood >= 0:
+      shown = f'[{_decode(tokenizer, [stood])}|{shown}]'
+    text.append(shown, TARGET_STYLE if stood >= 0 else '')
+  return text
 
 
 def _expand(config: Config, name: str, chunk_len_BC: np.ndarray) -> np.ndarray:

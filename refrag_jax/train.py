@@ -35,14 +35,18 @@ from refrag_jax.config import Config, context_chunks
 from refrag_jax.data import curriculum, pipeline
 from refrag_jax.errors import NonFinite, Stopped, UserError
 from refrag_jax.metrics import Writer
+from refrag_jax.models.cepe import copy_self_attention
+from refrag_jax.models.encoder import take_decoder_embeddings
 from refrag_jax.models.projection import match_embedding_scale
-from refrag_jax.models.refrag import init_params
 from refrag_jax.progress import Progress, machine_peak, say
 from refrag_jax.session import (
   Session,
   abstract_params,
+  fresh_params,
+  load_params,
   open_session,
   to_device,
+  trained_groups,
   with_shardings,
 )
 from refrag_jax.stages import STAGES
@@ -71,8 +75,21 @@ def run(config: Config, workdir: str) -> int:
       report.write(workdir)  # killed between the two
     say(f'all done: {workdir}/results.json, {workdir}/report.html')
     return 0
+  run_stages(config, workdir, evaluate.write_results)
+  if jax.process_index() == 0:
+    report.write(workdir)
+  say(f'done: {workdir}/results.json, {workdir}/report.html')
+  return 0
+
+
+def run_stages(
+  config: Config, workdir: str, then: Callable[[Session, Any], None]
+) -> None:
+  """Trains the stages in order, then calls `then(session, stop)`."""
+  check_order(config, workdir)
   session = open_session(config, workdir)
   say(session.corpus.summary())
+  os.makedirs(workdir, exist_ok=True)
   draw_curriculum(session)
   peak, meaning = machine_peak(jax.devices())
   say(f'{jax.device_count()} x {jax.devices()[0].device_kind}; {meaning}')
@@ -81,13 +98,9 @@ def run(config: Config, workdir: str) -> int:
     try:
       for name in config.stages:
         train_stage(session, name, writer, stop, peak)
-      evaluate.write_results(session, stop)
+      then(session, stop)
     finally:
       writer.close()
-  if jax.process_index() == 0:
-    report.write(workdir)
-  say(f'done: {workdir}/results.json, {workdir}/report.html')
-  return 0
 
 
 def draw_curriculum(session: Session) -> None:
@@ -189,7 +202,8 @@ def train_stage(
         value = {stage.measures: np.mean(after_B)}
         writer.scalars(name, done, 'heldout', value)
       # Before the checkpoint: who resumes from it does not write them again.
-      if last or _due(done, config.sample_every_steps):
+      every = config.sample_every_steps
+      if _due(done, every) or (last and every >= 0):
         with progress.excluded('samples'):
           rows = samples.rows(session, name, state.params, heldout.batch)
         writer.samples(name, done, rows)
@@ -283,6 +297,7 @@ def start_state(
   meta = {
     'stage': name,
     'settings': settings,
+    'trained': sorted(groups_after(session, name, params)),
     'before_B': heldout.measure(state.params).tolist(),
     'wall_s': 0.0,
     'compile_s': 0.0,
@@ -297,48 +312,81 @@ def initial_params(session: Session, name: str) -> dict:
   Raises:
     UserError: says which stage has to be run first.
   """
-  abstract = abstract_params(session)
   source = init_from(session, name)
   if source is None:
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    init = jax.jit(
-      lambda key: init_params(session.config.model, key),
-      out_shardings=shardings,
-    )
-    return init(jax.random.key(session.config.seed))
-  meta = checkpoint.require(
-    source, session.identity, f'stage {name} starts from {source}'
+    return fresh_params(session, abstract_params(session))
+  params, groups = load_params(
+    session, source, f'stage {name} starts from {source}'
   )
-  params = checkpoint.load_params(source, abstract)
-  if meta['stage'] == 'lm':  # a fresh projection meets this decoder
+  if 'projection' not in groups:  # a fresh projection meets this decoder
     params = jax.jit(match_embedding_scale)(params)
+  if 'cross' in params and 'cross' not in groups:  # likewise
+    params = jax.jit(copy_self_attention)(params)
+  if session.config.stage[name].encoder_init:
+    if 'encoder' in groups:
+      raise UserError(
+        f'stage {name}: encoder_init is for a fresh encoder, and the one in '
+        f"{source} is trained: set config.stage.{name}.encoder_init to ''"
+      )
+    params = jax.jit(take_decoder_embeddings)(params)
   return params
+
+
+def groups_after(session: Session, name: str, params: dict) -> set[str]:
+  """The parameter groups that a stage or those before it train."""
+  source = init_from(session, name)
+  before = trained_groups(session, source, f'stage {name}') if source else []
+  now, _ = state_lib.partition(params, STAGES[name].trainable)
+  return {*before, *(group for group in now if jax.tree.leaves(now[group]))}
 
 
 def init_from(session: Session, name: str, check: bool = True) -> str | None:
   """The checkpoint directory that a stage starts from; None for scratch."""
-  config, predecessor = session.config, STAGES[name].predecessor
-  explicit = config.stage[name].init_from
-  if not explicit and name == config.stages[0]:
-    explicit = config.init_from
-  if explicit:
-    return explicit
-  if predecessor is None:
-    return None
+  predecessor = STAGES[name].predecessor
+  explicit = init_from_config(session.config, name)
+  if explicit.startswith('@'):  # a stage of a run beside this one
+    run, stage = explicit[1:].split('/')
+    beside = os.path.dirname(os.path.abspath(session.workdir))
+    return os.path.join(beside, run, 'checkpoints', stage)
+  if explicit or predecessor is None:
+    return explicit or None
   if check and not os.path.exists(session.record_path(predecessor)):
-    raise UserError(
-      f'stage {name} starts from a finished {predecessor}, and '
-      f'{session.workdir} has none: put {predecessor} before it in '
-      f'config.stages, or name a checkpoint with '
-      f'--config.stage.{name}.init_from=DIR'
-    )
+    raise no_predecessor(name, session.workdir)
   return session.checkpoint_dir(predecessor)
+
+
+def check_order(config: Config, workdir: str) -> None:
+  """Refuses a stage without its predecessor, before any text is read."""
+  for i, name in enumerate(config.stages):
+    before = STAGES[name].predecessor
+    if before is None or init_from_config(config, name):
+      continue
+    there = os.path.exists(os.path.join(workdir, 'stages', f'{before}.json'))
+    if before not in config.stages[:i] and not there:
+      raise no_predecessor(name, workdir)
+
+
+def no_predecessor(name: str, workdir: str) -> UserError:
+  predecessor = STAGES[name].predecessor
+  return UserError(
+    f'stage {name} starts from a finished {predecessor}, and {workdir} has '
+    f'none: put {predecessor} before it in config.stages, or name a checkpoint '
+    f'with --config.stage.{name}.init_from=DIR'
+  )
+
+
+def init_from_config(config: Config, name: str) -> str:
+  """The starting point that the config names for a stage; '' if it does not."""
+  first = config.init_from if name == config.stages[0] else ''
+  return config.stage[name].init_from or first
 
 
 def stage_settings(session: Session, name: str) -> dict[str, Any]:
   """What must not change under a stage that is resumed or kept."""
   config = session.config
-  settings = dataclasses.asdict(config.stage[name]) | {
+  settings = dataclasses.asdict(config.stage[name])
+  del settings['init_from']  # `starts_from` says it, wherever the files lie
+  settings |= {
     'seed': config.seed,
     'corpus': session.corpus.hash,
     'weights': config.data.weights,
@@ -358,12 +406,13 @@ def origin(session: Session, name: str) -> str:
   anew with other settings is noticed by everything after it.
   """
   source = init_from(session, name, check=False)
-  predecessor = STAGES[name].predecessor
-  if source is None or source != session.checkpoint_dir(predecessor or name):
-    return source or 'scratch'
-  record = session.record_path(predecessor)
+  if source is None:
+    return 'scratch'
+  # <workdir>/checkpoints/<stage> has its record in <workdir>/stages.
+  folder, stage = os.path.split(os.path.abspath(source))
+  record = os.path.join(os.path.dirname(folder), 'stages', f'{stage}.json')
   if not os.path.exists(record):
-    return ''
+    return source if init_from_config(session.config, name) else ''
   text = json.dumps(results.read_json(record)['settings'], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -450,4 +499,4 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
 
 def _due(done: int, every: int) -> bool:
-  return bool(every) and done % every == 0
+  return every > 0 and done % every == 0

@@ -21,6 +21,7 @@ from refrag_jax.errors import UserError
 
 STAGES = (
   'lm',
+  'mlm',
   'reconstruct',
   'cpt',
   'mixed',
@@ -30,23 +31,43 @@ STAGES = (
   'mixed_trained',
   'sft_full',
   'sft_none',
+  'cpt_frozen',
+  'cepe_warmup',
+  'cepe',
+  'cepe_unfrozen',
 )
-EVALS = ('log_perplexity', 'reconstruction', 'selection', 'qa')
+EVALS = (
+  'log_perplexity',
+  'reconstruction',
+  'selection',
+  'qa',
+  'copying',
+  'context_length',
+  'passages',
+  'details',
+)
 SELECTORS = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
 CONTEXTS = ('none', 'last_k', 'full')
 # The stages by what they use: windows of text, chunks left as tokens,
-# another context than chunks, questions.
+# another context than chunks, questions, pieces in place of chunks.
 WINDOWS = (
+  'mlm',
   'reconstruct',
   'cpt',
   'mixed',
   'grpo',
   'cpt_trained',
   'mixed_trained',
+  'cpt_frozen',
+  'cepe_warmup',
+  'cepe',
+  'cepe_unfrozen',
 )
 EXPANDS = ('mixed', 'grpo')
 CONTROLS = ('cpt_trained', 'mixed_trained', 'sft_full', 'sft_none')
 QUESTIONS = ('sft', 'sft_full', 'sft_none')
+ENCODER_INIT = 'decoder_embeddings'
+PIECES = ('cepe_warmup', 'cepe', 'cepe_unfrozen')
 # Each p is a shape of its own and so a compilation of `grpo`'s step.
 MAX_GRPO_FRACTIONS = 4
 TABLE8_FACTORS = tuple(2**i for i in range(9))
@@ -57,6 +78,7 @@ def check(config: Config) -> None:
   _validate_run(config)
   _validate_model(config.model)
   _validate_data(config)
+  _validate_pieces(config)
   for name in config.stages:
     _validate_stage(name, config)
   _validate_eval(config)
@@ -108,6 +130,13 @@ def _validate_run(config: Config) -> None:
       f'config.stages names {name!r}, but config.stage.{name} is missing: add '
       'it to the config file',
     )
+  before = config.stages[: _index(config.stages, 'reconstruct')]
+  _refuse(
+    'mlm' in before and not config.stage['reconstruct'].init_from,
+    'config.stages has mlm before reconstruct, which would start from lm all '
+    'the same: set config.stage.reconstruct.init_from to @RUN/mlm, RUN being '
+    "the workdir's last name, or to WORKDIR/checkpoints/mlm",
+  )
   _not_negative(config, '', 'seed')
   _positive(config, '', 'log_every_steps')
   _not_negative(
@@ -116,7 +145,6 @@ def _validate_run(config: Config) -> None:
     'eval_every_steps',
     'checkpoint_every_steps',
     'checkpoint_every_seconds',
-    'sample_every_steps',
   )
   free = [
     field.name
@@ -137,6 +165,11 @@ def _validate_run(config: Config) -> None:
     )
 
 
+def _index(names: Sequence[str], name: str) -> int:
+  """Where a name stands; 0 if it does not."""
+  return names.index(name) if name in names else 0
+
+
 def _validate_model(model: ModelConfig) -> None:
   decoder, encoder, policy = model.decoder, model.encoder, model.policy
   for section, prefix in (
@@ -145,7 +178,7 @@ def _validate_model(model: ModelConfig) -> None:
     (policy, 'model.policy.'),
     (model, 'model.'),
   ):
-    may_be_zero = ('position_offset', 'loss_block')
+    may_be_zero = ('position_offset', 'loss_block', 'piece_length')
     numbers = [
       field.name
       for field in dataclasses.fields(section)
@@ -259,6 +292,32 @@ def _validate_data(config: Config) -> None:
     )
 
 
+def _validate_pieces(config: Config) -> None:
+  """The baseline CEPE: pieces that the encoder can read, contexts of them."""
+  piece, most = config.model.piece_length, config.model.encoder.max_length
+  readers = [name for name in config.stages if name in PIECES]
+  _refuse(
+    bool(readers) and not piece,
+    f'config.model.piece_length is 0, but {" and ".join(readers)} read pieces '
+    'of so many tokens: set it, such as 256 (CEPE), or take the stages out',
+  )
+  _refuse(
+    piece + 2 > most,
+    f'config.model.piece_length {piece} and two special tokens are more than '
+    f'config.model.encoder.max_length {most}: use {most - 2} or less',
+  )
+  if 'log_perplexity' in config.evals and 'cpt' in config.stage:
+    readers.append('cpt')  # the eval's windows are of its length
+  for name in readers if piece else ():
+    s = config.stage[name].context_length
+    _refuse(
+      s % piece != 0,
+      f'config.stage.{name}.context_length {s} is not a multiple of '
+      f'config.model.piece_length {piece}: use {max(s // piece, 1) * piece} or '
+      f'{(s // piece + 1) * piece}',
+    )
+
+
 def _validate_stage(name: str, config: Config) -> None:
   stage, prefix = config.stage[name], f'stage.{name}.'
   _positive(
@@ -284,14 +343,40 @@ def _validate_stage(name: str, config: Config) -> None:
     )
   if name in WINDOWS:
     _validate_context(stage, prefix, config.model.chunk_size)
-    if name != 'reconstruct':  # its output is its context
+    # The others predict their context itself.
+    if name not in ('mlm', 'reconstruct', 'cepe_warmup'):
       _positive(stage, prefix, 'output_length')
   if name in EXPANDS:
     _validate_fractions(stage, prefix, config.model.chunk_size)
+  _validate_encoder_init(stage, prefix, config)
   if name in CONTROLS:
     _validate_control(name, stage, prefix)
+  _refuse(
+    name in PIECES and bool(stage.factors),
+    f'config.{prefix}factors is {stage.factors}: CEPE has no curriculum and '
+    'reads whole pieces, use ()',
+  )
   if name == 'grpo':
     _validate_grpo(stage, prefix)
+
+
+def _validate_encoder_init(
+  stage: StageConfig, prefix: str, config: Config
+) -> None:
+  key, start = f'config.{prefix}encoder_init', stage.encoder_init
+  _refuse(
+    start not in ('', ENCODER_INIT),
+    f"{key}: there is no {start!r}; use '' for random or {ENCODER_INIT!r}",
+  )
+  decoder, encoder = config.model.decoder, config.model.encoder
+  of_decoder = decoder.width, decoder.vocab_size, config.data.tokenizer
+  of_encoder = encoder.width, encoder.vocab_size, config.data.encoder_tokenizer
+  _refuse(
+    start == ENCODER_INIT and of_decoder != of_encoder,
+    f'{key}: {start!r} needs equal width, vocab_size and tokenizer, but the '
+    f'decoder has {of_decoder} and the encoder {of_encoder}: make them equal '
+    "or use ''",
+  )
 
 
 def _validate_control(name: str, stage: StageConfig, prefix: str) -> None:
@@ -388,41 +473,63 @@ def _validate_eval(config: Config) -> None:
     _positive(section, 'eval.', 'num_windows', 'batch_size')
   if 'qa' in config.evals:
     _positive(section, 'eval.', 'num_questions')
-  _not_negative(section, 'eval.', 'tail_chunks', 'num_questions')
+  _not_negative(
+    section, 'eval.', 'tail_chunks', 'num_questions', 'num_passages'
+  )
   _known(section.selectors, SELECTORS, 'eval.selectors')
   for p in section.expand_fractions:
     _refuse(
       not 0 <= p <= 1,
       f'config.eval.expand_fractions holds {p}: use shares from 0 to 1',
     )
-  for name, needed in (
-    ('output_lengths', 'log_perplexity'),
-    ('reconstruct_lengths', 'reconstruction'),
-    ('expand_fractions', 'selection'),
-    ('selectors', 'selection'),
+  for name, readers in (
+    (
+      'output_lengths',
+      ('log_perplexity', 'selection', 'context_length', 'passages', 'details'),
+    ),
+    ('reconstruct_lengths', ('reconstruction', 'details')),
+    ('expand_fractions', ('selection', 'passages')),
+    ('selectors', ('selection', 'passages')),
+    ('copy_lengths', ('copying',)),
+    ('context_lengths', ()),
   ):
     values = getattr(section, name)
+    needed = [reader for reader in readers if reader in config.evals]
     _refuse(
-      needed in config.evals and not values,
-      f'config.eval.{name} is empty: the eval {needed!r} needs at least one',
+      bool(needed) and not values,
+      f'config.eval.{name} is empty: the eval {"".join(needed[:1])!r} '
+      'needs at least one',
     )
     _refuse(
       name.endswith('lengths') and any(value <= 0 for value in values),
       f'config.eval.{name} {values} must all be greater than 0',
     )
-  if 'reconstruction' in config.evals and 'reconstruct' in config.stage:
+  reconstructs = {'reconstruction', 'details'} & set(config.evals)
+  if reconstructs and 'reconstruct' in config.stage:
     longest = config.stage['reconstruct'].context_length
     _refuse(
       max(section.reconstruct_lengths) > longest,
       f'config.eval.reconstruct_lengths {section.reconstruct_lengths}: '
       f'config.stage.reconstruct.context_length has only {longest} tokens',
     )
-  if 'reconstruction' in config.evals:
-    k = config.model.chunk_size
+  k = config.model.chunk_size
+  for name, reads in (
+    ('reconstruct_lengths', bool(reconstructs)),
+    ('context_lengths', 'context_length' in config.evals),
+  ):
+    values = getattr(section, name)
     _refuse(
-      any(n % k for n in section.reconstruct_lengths),
-      f'config.eval.reconstruct_lengths {section.reconstruct_lengths}: each '
-      f'must be a multiple of config.model.chunk_size {k}',
+      reads and any(n % k for n in values),
+      f'config.eval.{name} {values}: each must be a multiple of '
+      f'config.model.chunk_size {k}',
+    )
+  if 'passages' in config.evals and 'mixed' in config.stage:
+    chunks = config.stage['mixed'].context_length // k
+    _refuse(
+      section.num_passages == 1 or 0 < chunks < section.num_passages,
+      f'config.eval.num_passages is {section.num_passages}: use 2 or more, one '
+      f'of them useful, and no more than the {chunks} chunks of '
+      'config.stage.mixed.context_length; 0 skips the eval',
     )
   if 'selection' in config.evals and 'mixed' in config.stage:
     chunks = config.stage['mixed'].context_length // config.model.chunk_size

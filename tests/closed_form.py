@@ -81,6 +81,21 @@ def control(m: ModelConfig, context: int, o: int) -> int:
   return decoder(m.decoder, 1 + context + o - 1, o, TRAINED)
 
 
+def cepe(m: ModelConfig, pieces: int, M: int, o: int, times) -> int:
+  """Every block's cross-attention from o positions to all pieces' tokens.
+
+  `times`: of the decoder's own products; encoder and cross-attention train.
+  """
+  d, e = m.decoder, m.encoder
+  states = pieces * M + 1  # and the one for rows without context
+  weights = 4 * e.width**2 + 2 * e.width * e.mlp_width
+  encoder = pieces * _stack(e.num_layers, weights, e.width, M, TRAINED)
+  query, key_value = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+  ends = 2 * d.width * query * o + 2 * e.width * key_value * states
+  cross = d.num_layers * (2 * ends + 4 * query * o * states)
+  return encoder + 3 * cross + decoder(d, o, o, times)
+
+
 def grpo(
   m: ModelConfig, L: int, M: int, o: int, expanded: int, G: int, updates
 ):

@@ -191,7 +191,7 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
   with checkpoint.open_manager(tmp_path) as manager:
     save(manager, 1, small_state(1))
   monkeypatch.undo()
-  with pytest.raises(UserError, match='format 99, this version reads 1'):
+  with pytest.raises(UserError, match='format 99, this version reads 2'):
     checkpoint.require(tmp_path, IDENTITY, 'why')
 
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from refrag_jax import cli, config, stages, validate
+from refrag_jax import cli, config, evals, stages, validate
 from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
 
@@ -73,6 +73,10 @@ def test_empty_weights_are_equal_shares():
 
 def test_stage_names_agree_with_the_stages():
   assert set(validate.STAGES) == set(stages.STAGES)
+
+
+def test_eval_names_agree_with_the_evals():
+  assert set(validate.EVALS) == set(evals.EVALS)
 
 
 def test_tiny_decoder_is_under_a_million_parameters():
@@ -173,6 +177,9 @@ BAD = [
   ('model.compute_dtype=bf16', ('compute_dtype', 'bfloat16')),
   ('model.remat=some', ('remat', 'none')),
   ('model.loss_block=-1', ('loss_block', '0 or greater')),
+  ('model.piece_length=-1', ('piece_length', '0 or greater')),
+  ('model.piece_length=63', ('max_length 64', 'use 62 or less')),
+  ('model.piece_length=24', ('cpt.context_length 64', 'use 48 or 72')),
   ('data.text=()', ('data.text', 'empty')),
   ('data.weights=0.5,0.5', ('weights', '2 entries for 1')),
   ('data.weights=0', ('weights', 'greater than 0')),
@@ -216,6 +223,10 @@ BAD = [
   ('eval.reconstruct_lengths=65', ('reconstruct_lengths', '64')),
   ('eval.tail_chunks=-1', ('tail_chunks',)),
   ('eval.num_questions=0', ('num_questions',)),
+  ('eval.copy_lengths=0', ('copy_lengths', 'greater than 0')),
+  ('eval.context_lengths=-8', ('context_lengths', 'greater than 0')),
+  ('eval.num_passages=-1', ('num_passages', '0 or greater')),
+  ('stage.reconstruct.encoder_init=x', ('encoder_init', 'decoder_embeddings')),
 ]
 
 
@@ -225,6 +236,28 @@ def test_impossible_combinations_are_refused(override, parts):
   assert message.startswith('config.') or message.startswith('unknown')
   for part in parts:
     assert part in message
+
+
+@pytest.mark.parametrize(
+  ('name', 'override', 'parts'),
+  [
+    ('copying', 'copy_lengths=()', ("'copying'", 'empty')),
+    ('context_length', 'context_lengths=8,12', ('(8, 12)', 'multiple', '8')),
+    ('context_length', 'output_lengths=()', ("'context_length'", 'empty')),
+    ('passages', 'num_passages=1', ('2 or more', '0 skips')),
+    ('passages', 'num_passages=9', ('8 chunks',)),
+    ('passages', 'expand_fractions=()', ("'passages'", 'empty')),
+    ('details', 'reconstruct_lengths=()', ("'details'", 'empty')),
+    ('details', 'reconstruct_lengths=12', ('(12,)', 'multiple')),
+  ],
+)
+def test_what_an_eval_needs(name, override, parts):
+  message = refused(f'evals={name}', f'eval.{override}')
+  assert message.startswith('config.eval.')
+  for part in parts:
+    assert part in message
+  # Who does not run it need not care.
+  load('tiny.py', 'evals=()', f'eval.{override}')
 
 
 def test_factors_above_the_context_are_dropped():

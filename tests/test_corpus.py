@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from refrag_jax.data import corpus, index, tokenizers
+from refrag_jax.data import chunking, corpus, index, tokenizers, windows
 from refrag_jax.data import text as text_lib
 from refrag_jax.errors import UserError
 
@@ -257,3 +257,77 @@ def test_settings(tmp_path):
   ):
     with pytest.raises(UserError, match=message):
       corpus.prepare(sources, weights, BYTES, str(tmp_path / 'c'), fraction)
+
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory):
+  """A corpus of three sources of 60, 7 and 25 documents."""
+  folder = tmp_path_factory.mktemp('three')
+  texts = (
+    TEXTS,
+    [f'seven and {i}, plain.' for i in range(7)],
+    [f'Ünïcode {i} of the last source' * (1 + i % 3) for i in range(25)],
+  )
+  sources = [
+    write(folder / f'{name}.jsonl', part)
+    for name, part in zip('abc', texts, strict=True)
+  ]
+  return prepare(sources, folder / 'cache', 0.4), texts
+
+
+@pytest.mark.parametrize('source', [0, 1, 2])
+def test_a_part_is_its_source_alone(three, source):
+  whole, texts = three
+  part = whole.part(source)
+  assert part.sources == (whole.sources[source],)
+  assert part.weights == (1.0,)
+  assert len(part.source) == len(texts[source])
+  assert not part.source.any()
+  assert f'{part.sources[0]} (100%)' in part.summary()
+  (first, *_) = np.flatnonzero(whole.source == source)
+  for split in ('train', 'heldout'):
+    docs = part.documents(split)
+    np.testing.assert_array_equal(docs + first, whole.documents(split, source))
+    assert docs.tolist() == part.documents(split, 0).tolist()
+  for d, text in enumerate(texts[source]):
+    assert part.document_text(d) == text
+    mine, theirs = (
+      slice(*corpus.token_offsets[i : i + 2])
+      for corpus, i in ((part, d), (whole, d + first))
+    )
+    np.testing.assert_array_equal(part.tokens[mine], BYTES.encode(text)[0])
+    np.testing.assert_array_equal(part.tokens[mine], whole.tokens[theirs])
+    np.testing.assert_array_equal(part.starts[mine], whole.starts[theirs])
+
+
+def test_parts_are_all_of_the_corpus(three):
+  whole, _ = three
+  parts = [whole.part(i) for i in range(3)]
+  assert sum(len(part.source) for part in parts) == len(whole.source)
+  for split in ('train', 'heldout'):
+    total = sum(len(part.documents(split)) for part in parts)
+    assert total == len(whole.documents(split))
+  # Of one source, a part is the corpus.
+  alone = parts[0].part(0)
+  np.testing.assert_array_equal(alone.token_offsets, parts[0].token_offsets)
+
+
+@pytest.mark.parametrize('source', [0, 1, 2])
+def test_windows_of_a_part_never_leave_their_source(three, source):
+  """Up to the last token of its last document, chunks' text included."""
+  whole, texts = three
+  part = whole.part(source)
+  docs = part.documents('heldout')
+  table = windows.windows(part, docs, 4, 3)
+  doc_B, start_B = windows.locate(table, windows.spread(table, 10_000, 0))
+  assert set(doc_B.tolist()) == set(docs.tolist())
+  batch, _ = chunking.chunk_windows(part, doc_B, start_B, 1, 4, BYTES, 9)
+  at_B = part.token_offsets[doc_B] + start_B
+  for b, d in enumerate(doc_B):
+    text = texts[source][d].encode()
+    tokens = part.tokens[at_B[b] : at_B[b] + 7]
+    begin = start_B[b]
+    assert bytes(tokens.tolist()) == text[begin : begin + 7]
+    length = batch['encoder_len_BC'][b, 0]
+    ids = batch['encoder_BCM'][b, 0, 1 : length - 1]
+    assert bytes(ids.tolist()) in text

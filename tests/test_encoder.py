@@ -25,7 +25,12 @@ def encode(batch, pooling='cls'):
 
 
 def bert_by_hand(params, ids, pooling):
-  """One chunk's vector: float64, its real tokens alone, a loop over heads."""
+  states_ME = states_by_hand(params, ids)
+  return states_ME[0] if pooling == 'cls' else states_ME.mean(0)
+
+
+def states_by_hand(params, ids):
+  """One chunk's states: float64, its real tokens alone, a loop over heads."""
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
   def norm(x_ME, w):
@@ -52,7 +57,7 @@ def bert_by_hand(params, ids, pooling):
     h_MF = h_MF * (1 + np.vectorize(math.erf)(h_MF / math.sqrt(2))) / 2
     h_ME = h_MF @ w['down_proj']['kernel'] + w['down_proj']['bias']
     x_ME = norm(x_ME + h_ME, w['output_norm'])
-  return x_ME[0] if pooling == 'cls' else x_ME.mean(0)
+  return x_ME
 
 
 @pytest.mark.parametrize('pooling', POOLINGS)
@@ -63,6 +68,19 @@ def test_vectors_are_those_of_a_bert_written_by_hand(pooling):
     ids = batch['encoder_BCM'][b, i, : batch['encoder_len_BC'][b, i]]
     expected_E = bert_by_hand(toy.params()['encoder'], ids, pooling)
     np.testing.assert_allclose(c_BCE[b, i], expected_E, atol=1e-5)
+
+
+def test_states_are_those_of_a_bert_written_by_hand():
+  batch = toy.batch(B=3)
+  ids_XM = batch['encoder_BCM'].reshape(-1, toy.M)
+  len_X = batch['encoder_len_BC'].reshape(-1)
+  states_XME = toy.method('encoder_states')(toy.params(), ids_XM, len_X)
+  assert states_XME.shape == (12, toy.M, CFG.width)
+  for x in np.flatnonzero(len_X):
+    expected_ME = states_by_hand(toy.params()['encoder'], ids_XM[x, : len_X[x]])
+    np.testing.assert_allclose(
+      states_XME[x, : len_X[x]], expected_ME, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize('pooling', POOLINGS)

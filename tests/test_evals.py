@@ -4,6 +4,7 @@ Dimension key: W windows, C chunks, O outputs.
 """
 
 import functools
+import json
 import os
 import threading
 
@@ -22,6 +23,7 @@ from refrag_jax.evals import (
   perplexity,
   qa,
   reconstruction,
+  replug,
   selection,
 )
 from refrag_jax.models.refrag import init_params
@@ -30,13 +32,14 @@ from refrag_jax.stages import lm
 K, C = 4, 4  # of toy_config.py
 SELECTORS = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
 PLAIN_ROWS = ('no_context', 'full_context', 'last_k')
+CEPE_ROWS = ('cepe', 'cepe_unfrozen')
 STAT = {'mean', 'se', 'n'}
 
 
 @pytest.fixture(scope='module')
 def session(tmp_path_factory):
   folder = toy_config.write_data(tmp_path_factory.mktemp('data'))
-  cfg = toy_run.config(folder)
+  cfg = toy_run.config(folder, model__piece_length=4)
   return toy_run.open_session(cfg, f'{folder}/run', toy_run.mesh())
 
 
@@ -60,7 +63,7 @@ def context(session, params):
 
 def surroundings(session, params, stop=None):
   return common.Context(
-    session, params.get, {'toy': session.corpus}, stop or threading.Event()
+    session, params.get, {'toy': session.corpus}, stop or threading.Event(), {}
   )
 
 
@@ -78,8 +81,9 @@ def score(context, windows):
 
 @pytest.fixture(scope='module')
 def tables(context):
-  """Each eval, run once."""
-  return {name: run(context) for name, run in EVALS.items()}
+  """Each eval of this file, run once; test_evidence.py has the others."""
+  names = ('log_perplexity', 'reconstruction', 'selection', 'qa')
+  return {name: EVALS[name](context) for name in names}
 
 
 def document_means(windows, nll_WO, length=6):
@@ -106,6 +110,10 @@ def test_log_perplexity_has_every_row(tables):
   expected |= {
     f'refrag_k4_{name}_p{p}' for name in SELECTORS for p in ('0.25', '0.5')
   }
+  expected |= {'replug', 'replug_trained'}
+  expected |= {
+    f'{row}{suffix}' for row in CEPE_ROWS for suffix in ('', '_shuffled')
+  }
   assert rows.keys() == expected
   for name, row in rows.items():
     assert row.keys() == {'P3', 'P6', 'bits_per_byte', 'vs'}
@@ -123,7 +131,7 @@ def test_log_perplexity_has_every_row(tables):
 def test_rows_without_their_checkpoint_are_left_out(session, params):
   some = {role: params[role] for role in ('before', 'mixed')}
   rows = perplexity.run(surroundings(session, some))['toy']
-  expected = {*PLAIN_ROWS, 'refrag_k4', 'refrag_k4_shuffled'}
+  expected = {*PLAIN_ROWS, 'replug', 'refrag_k4', 'refrag_k4_shuffled'}
   expected |= {
     f'refrag_k4_{name}_p{p}'
     for name in set(SELECTORS) - {'rl'}
@@ -145,8 +153,12 @@ def test_each_row_is_measured_with_its_own_weights(
   )
   compressed = jax.jit(functools.partial(forward.compressed_nll, session.model))
   other_W = common.other_document(windows['doc_B'])
-  chunks = ('chunks_BCK', 'chunk_len_BC', 'encoder_BCM', 'encoder_len_BC')
-  swapped = windows | {key: windows[key][other_W] for key in chunks}
+  cepe = jax.jit(functools.partial(forward.cepe_nll, session.model))
+  ensemble = jax.jit(functools.partial(replug.nll, session.model))
+  read = ('chunks', 'chunk_', 'encoder', 'piece')
+  swapped = windows | {
+    key: windows[key][other_W] for key in windows if key.startswith(read)
+  }
   for row, nll_WO in {
     'no_context': plain(params['before'], windows, 'none'),
     'no_context_trained': plain(params['trained'], windows, 'none'),
@@ -155,6 +167,11 @@ def test_each_row_is_measured_with_its_own_weights(
     'refrag_k4': compressed(params['mixed'], windows),
     'refrag_k4_shuffled': compressed(params['mixed'], swapped),
     'refrag_k4_cpt': compressed(params['cpt'], windows),
+    'replug': ensemble(params['before'], windows),
+    'replug_trained': ensemble(params['trained'], windows),
+    'cepe': cepe(params['cepe'], windows),
+    'cepe_shuffled': cepe(params['cepe'], swapped),
+    'cepe_unfrozen': cepe(params['cepe_unfrozen'], windows),
   }.items():
     for length in (3, 6):
       mean = document_means(windows, nll_WO, length).mean()
@@ -198,14 +215,19 @@ def test_table_by_hand():
     'a': {'P1': np.array([1.0, 3.0, 5.0])},  # documents 2, 5
     'b': {'P1': np.array([1.0, 1.0, 2.0]), 'P2': np.array([0.0, 0.0, 1.0])},
   }
-  out = common.table(rows, doc_W, ('b', 'absent'), bits_per_nat=2.0)
+  documents = {'doc': [], 'rows': {'before': {}}}
+  out = common.table(rows, doc_W, ('b', 'absent'), documents, bits_per_nat=2.0)
   assert out['a']['P1'] == pytest.approx({'mean': 3.5, 'se': 1.5, 'n': 2})
   assert out['b']['P1'] == {'mean': 1.5, 'se': 0.5, 'n': 2}
   # Paired: 2 - 1 = 1 and 5 - 2 = 3, and not the difference of two tables.
   assert out['a']['vs'] == {'b': {'P1': {'mean': 2.0, 'se': 1.0, 'n': 2}}}
   assert out['b']['vs'] == {}
   assert out['a']['bits_per_byte'] == {'P1': 7.0}
-  assert 'bits_per_byte' not in common.table(rows, doc_W, ())['a']
+  assert 'bits_per_byte' not in common.table(rows, doc_W, (), documents)['a']
+  # The document means themselves, for comparisons with other runs.
+  assert documents['doc'].tolist() == [0, 1]
+  assert documents['rows'].keys() == {'before', 'a', 'b'}
+  assert documents['rows']['a']['P1'].tolist() == [2, 5]
 
 
 def test_batches_cover_ragged_rows_once(context):
@@ -214,6 +236,9 @@ def test_batches_cover_ragged_rows_once(context):
   batch = {'x': np.arange(rows), 'doc_B': np.zeros(rows)}
   got = common.map_batches(context, double, batch)
   np.testing.assert_array_equal(got, np.arange(rows) * 2)
+  size = jax.jit(lambda batch: batch['x'] * 0 + batch['x'].shape[0])
+  assert (common.map_batches(context, size, batch) == 8).all()
+  assert (common.map_batches(context, size, batch, rows=4) == 4).all()
   few = {key: value[:3] for key, value in batch.items()}
   np.testing.assert_array_equal(
     common.map_batches(context, double, few), [0, 2, 4]
@@ -404,6 +429,70 @@ def test_an_eval_of_nothing_is_refused(session, tmp_path):
   with pytest.raises(UserError, match='there is no checkpoint in'):
     evaluate.run(toy_run.replaced(cfg, init_from=missing), str(tmp_path))
   assert not os.path.exists(tmp_path / 'results.json')
+
+
+@pytest.fixture(scope='module')
+def mixed_text(tmp_path_factory):
+  """(folder, texts by file): two sources, and one that is only measured."""
+  folder = tmp_path_factory.mktemp('mixed')
+  rng = np.random.default_rng(0)
+  texts = {}
+  for name, letters in (('a', 'abcdef'), ('b', 'QRSTUV'), ('c', '012345')):
+    texts[name] = [''.join(rng.choice(list(letters), 90)) for _ in range(30)]
+    lines = [json.dumps({'text': text}) for text in texts[name]]
+    (folder / f'{name}.jsonl').write_text('\n'.join(lines))
+  return folder, texts
+
+
+def open_mixed(mixed_text, *measured):
+  folder, _ = mixed_text
+  cfg = toy_run.config(
+    toy_config.write_data(folder),
+    data__text=tuple(str(folder / f'{name}.jsonl') for name in 'ab'),
+    eval__data=measured,
+  )
+  opened = toy_run.open_session(cfg, f'{folder}/run', toy_run.mesh())
+  return opened, evaluate._datasets(opened)
+
+
+@pytest.mark.parametrize('data', [(), ('heldout',)])
+def test_each_source_is_measured_on_its_own_documents(mixed_text, data):
+  """By name, in the order of data.text; no window mixes two of them."""
+  opened, datasets = open_mixed(mixed_text, *data)
+  assert list(datasets) == ['a', 'b']
+  for name, corpus in datasets.items():
+    batch = pipeline.eval_windows(opened.config, corpus, C * K, 6, 500)
+    ids = np.concatenate(
+      [batch['chunks_BCK'].reshape(len(batch['doc_B']), -1),
+       batch['output_BO']], 1
+    )  # fmt: skip
+    heldout = set(corpus.documents('heldout').tolist())
+    assert set(batch['doc_B'].tolist()) == heldout
+    for d, ids_T in zip(batch['doc_B'], ids, strict=True):
+      text = corpus.document_text(d)
+      assert text in mixed_text[1][name]
+      assert bytes(ids_T.tolist()).decode() in text
+
+
+def test_heldout_and_other_texts_are_measured_side_by_side(mixed_text):
+  other = str(mixed_text[0] / 'c.jsonl')
+  opened, datasets = open_mixed(mixed_text, 'heldout', other)
+  assert list(datasets) == ['a', 'b', 'c']
+  # All of a text that nothing is trained on, one side of the others.
+  assert len(datasets['c'].documents('heldout')) == 30
+  for name in 'ab':
+    assert 0 < len(datasets[name].documents('heldout')) < 30
+  total = sum(len(datasets[name].documents('heldout')) for name in 'ab')
+  assert total == len(opened.corpus.documents('heldout'))
+
+
+def test_texts_of_one_name_go_by_their_paths(mixed_text):
+  folder, texts = mixed_text
+  (folder / 'more').mkdir()
+  same = folder / 'more' / 'a.jsonl'
+  same.write_text('\n'.join(json.dumps({'text': t}) for t in texts['c']))
+  _, datasets = open_mixed(mixed_text, 'heldout', str(same))
+  assert list(datasets) == [str(folder / 'a.jsonl'), 'b', str(same)]
 
 
 def test_complete_means_of_this_config(session, tmp_path):

@@ -68,6 +68,11 @@ K, L, O = 16, 128, 2048
 DATA = CONFIG.data
 
 
+# CEPE: pieces of 256 tokens, with room for their chunks' text.
+PIECE = 256
+PIECES, PIECE_M = L * K // PIECE, PIECE // K * (DATA.max_encoder_tokens - 2) + 2
+
+
 def refrag_batch(C, Q, O):
   i32 = lambda *shape: jax.ShapeDtypeStruct((ROWS, *shape), jnp.int32)
   M = DATA.max_encoder_tokens
@@ -81,6 +86,8 @@ def refrag_batch(C, Q, O):
     'output_BO': i32(O),
     'output_len_B': i32(),
     'loss_mask_BO': jax.ShapeDtypeStruct((ROWS, O), bool),
+    'piece_BPM': i32(PIECES, PIECE_M),
+    'piece_len_BP': i32(PIECES),
   }
 
 
@@ -92,13 +99,15 @@ def lm_batch(T):
 def step_cost(name, batch, variant, cfg):
   """FLOPs a row of the stage's whole step, preparation included."""
   stage = STAGES[name]
+  has_cross = name.startswith('cepe')
+  model = dataclasses.replace(MODEL, piece_length=PIECE * has_cross)
 
   def state(key):
-    params = init_params(MODEL, key)
+    params = init_params(model, key)
     return TrainState(jnp.int32(0), params, init_opt_state(params, stage))
 
   run = functools.partial(
-    train_step, model=Refrag(MODEL), stage=stage, cfg=cfg, variant=variant
+    train_step, model=Refrag(model), stage=stage, cfg=cfg, variant=variant
   )
   key = jax.random.key(0)
   traced = jax.jit(run).trace(
@@ -134,6 +143,12 @@ CASES = {
   'cpt_trained none': (window(), 'none', closed_form.control(MODEL, 0, O)),
   'cpt_trained last_k': (window(), 'last_k', closed_form.control(MODEL, L, O)),
   'cpt_trained full': (window(), 'full', closed_form.control(MODEL, L * K, O)),
+  'cepe': (
+    window(), None,
+    closed_form.cepe(MODEL, PIECES, PIECE_M, O, closed_form.FROZEN)),
+  'cepe_unfrozen': (
+    window(), None,
+    closed_form.cepe(MODEL, PIECES, PIECE_M, O, closed_form.TRAINED)),
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def config(tmp_path_factory):
   stages['lm'] = stage(output_length=32, factors=(), periodic_fraction=0.4)
   return types.SimpleNamespace(
     seed=0,
-    model=types.SimpleNamespace(chunk_size=K),
+    model=types.SimpleNamespace(chunk_size=K, piece_length=0),
     data=types.SimpleNamespace(
       text=(str(directory / 'a.jsonl'), str(directory / 'b.jsonl')),
       weights=(3.0, 1.0),

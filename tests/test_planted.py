@@ -65,6 +65,7 @@ def model_config(width: int, decoder_layers: int) -> config.ModelConfig:
     compute_dtype='float32',
     remat='none',
     loss_block=0,
+    piece_length=0,
   )
 
 

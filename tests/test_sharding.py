@@ -52,6 +52,9 @@ GOLDEN = {
   'policy/layers_[01]/(o|down)_proj/bias': (None,),
   'policy/norm/(scale|bias)': (None,),
   'policy/score/kernel': (None, None),
+  'cross/layernorm/scale': (None, None),
+  'cross/[qkv]_proj/kernel': (None, 'fsdp', 'tensor', None),
+  'cross/o_proj/kernel': (None, 'tensor', None, 'fsdp'),
 }
 
 
@@ -68,7 +71,7 @@ def specs(tree):
 
 
 def test_golden_layout_of_every_parameter():
-  found, used = specs(toy.params()), set()
+  found, used = specs(toy.params(toy.CEPE)), set()
   for name, spec in found.items():
     (pattern,) = [p for p in GOLDEN if re.fullmatch(p, name)]
     assert spec == PartitionSpec(*GOLDEN[pattern]), name

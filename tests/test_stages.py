@@ -21,6 +21,7 @@ REFRAG = ('encoder', 'projection', 'decoder')
 # stage: the parameter groups that it trains (design.md section 2)
 TRAINS = {
   'lm': ('decoder',),
+  'mlm': ('encoder',),
   'reconstruct': ('encoder', 'projection'),
   'cpt': REFRAG,
   'mixed': REFRAG,
@@ -30,6 +31,9 @@ TRAINS = {
   'mixed_trained': ('decoder',),
   'sft_full': ('decoder',),
   'sft_none': ('decoder',),
+  'cepe_warmup': ('encoder', 'cross'),
+  'cepe': ('encoder', 'cross'),
+  'cepe_unfrozen': ('encoder', 'cross', 'decoder'),
 }
 # Three steps on one batch from one set of parameters: the losses and the norms
 # of the gradients; for `grpo` rewards, its loss is 0 on fresh rollouts.
@@ -37,6 +41,10 @@ GOLDEN = {
   'lm': (
     (6.09938, 5.98694, 5.87849),
     (1.55374, 1.50852, 1.45843),
+  ),
+  'mlm': (
+    (5.58057, 5.51848, 5.46209),
+    (1.46577, 1.45462, 1.39961),
   ),
   'reconstruct': (
     (6.15935, 5.95264, 5.85795),
@@ -74,13 +82,25 @@ GOLDEN = {
     (5.76591, 5.61711, 5.47292),
     (2.01294, 1.96023, 1.87666),
   ),
+  'cepe_warmup': (
+    (5.93130, 5.75846, 5.64255),
+    (7.28570, 4.19032, 3.57322),
+  ),
+  'cepe': (
+    (6.17667, 5.98377, 5.87792),
+    (6.64811, 3.88642, 3.27001),
+  ),
+  'cepe_unfrozen': (
+    (6.17667, 5.87932, 5.69565),
+    (6.96220, 3.89826, 3.76503),
+  ),
 }
 
 
 @pytest.fixture(scope='module')
 def session(tmp_path_factory):
   folder = toy_config.write_data(tmp_path_factory.mktemp('data'))
-  cfg = toy_run.config(folder)
+  cfg = toy_run.config(folder, model__piece_length=4)
   return toy_run.open_session(cfg, f'{folder}/run', toy_run.mesh())
 
 
@@ -290,6 +310,7 @@ def test_the_stage_chain():
   chain = {name: stage.predecessor for name, stage in STAGES.items()}
   assert chain == {
     'lm': None,
+    'mlm': 'lm',
     'reconstruct': 'lm',
     'cpt': 'reconstruct',
     'mixed': 'cpt',
@@ -299,6 +320,9 @@ def test_the_stage_chain():
     'mixed_trained': 'cpt_trained',
     'sft_full': 'mixed_trained',
     'sft_none': 'mixed_trained',
+    'cepe_warmup': 'lm',
+    'cepe': 'cepe_warmup',
+    'cepe_unfrozen': 'cepe_warmup',
   }
 
 

@@ -49,6 +49,7 @@ def test_frozen_groups_stay_bitwise_and_hold_no_moments(name):
     'mixed': ('decoder', 'encoder', 'projection'),
     'grpo': ('policy',),
     'cpt_trained': ('decoder',),
+    'cepe': ('cross', 'encoder'),
   }[name]
   for group, before in state.params.items():
     after = new_state.params[group]

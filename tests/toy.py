@@ -1,7 +1,7 @@
 """A model of toy sizes and random ragged batches, for the tests of the core.
 
-Dimension key: B batch, Q prefix slots, C chunks, K chunk size, M encoder tokens
-of a chunk, O output slots.
+Dimension key: B batch, Q prefix slots, C chunks, K chunk size, P pieces, M
+encoder tokens of a chunk or piece, O output slots.
 
 No number here is a usual default (RoPE's base, the epsilons), so that a module
 that does not read its config is seen; no parameter is 0 or 1 everywhere, so
@@ -63,10 +63,14 @@ MODEL = ModelConfig(
     norm_eps=1e-3,
   ),
   chunk_size=K,
+  piece_length=0,
   compute_dtype='float32',
   remat='none',
   loss_block=0,
 )
+
+# With the fifth parameter group; the other four are drawn as without it.
+CEPE = dataclasses.replace(MODEL, piece_length=4)
 
 
 def jit(f, **kwargs):
@@ -89,13 +93,15 @@ def params(cfg: ModelConfig = MODEL, seed: int = 0) -> dict:
   """Random parameters, biases and norm scales included."""
   rng = np.random.default_rng(seed)
   shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+  cross = {'cross': shapes.pop('cross')} if cfg.piece_length else {}
 
   def draw(path, shape):
     x = 0.3 * rng.standard_normal(shape.shape)
     x += path_str(path).endswith('scale')
     return jnp.asarray(x, jnp.float32)
 
-  return jax.tree_util.tree_map_with_path(draw, shapes)
+  drawn = jax.tree_util.tree_map_with_path(draw, shapes)
+  return drawn | jax.tree_util.tree_map_with_path(draw, cross)
 
 
 @functools.cache  # each shape compiles once
@@ -109,7 +115,8 @@ def batch(B: int, C: int = 4, Q: int = 3, O: int = 5, seed: int = 0) -> dict:
   """Ragged rows in the pipeline's format; no slot of a padding id is 0.
 
   Each row has a short prefix and output, the last chunk of each row is short,
-  and from three chunks on one in the middle is absent.
+  and from three chunks on one in the middle is absent. Of the three pieces one
+  is absent in each row, and all of them in the last.
   """
   rng = np.random.default_rng(seed)
   ids = lambda vocab, *shape: rng.integers(1, vocab, shape).astype(np.int32)
@@ -123,7 +130,8 @@ def batch(B: int, C: int = 4, Q: int = 3, O: int = 5, seed: int = 0) -> dict:
   if C:
     chunk_len_BC[:, -1] = rng.integers(1, K, B)
   output_len_B = rng.integers(2, O + 1, B).astype(np.int32)
-  return {
+  P, piece_M = 3, MODEL.encoder.max_length
+  out = {
     'prefix_BQ': ids(decoder, B, Q),
     'prefix_len_B': rng.integers(1, Q + 1, B).astype(np.int32),
     'chunks_BCK': ids(decoder, B, C, K),
@@ -135,7 +143,12 @@ def batch(B: int, C: int = 4, Q: int = 3, O: int = 5, seed: int = 0) -> dict:
     'loss_mask_BO': np.arange(O)[None] < output_len_B[:, None],
     'doc_B': np.arange(B, dtype=np.int32),
     'id_B': np.arange(B, dtype=np.int32),
+    'piece_BPM': ids(encoder, B, P, piece_M),
+    'piece_len_BP': rng.integers(3, piece_M + 1, (B, P)).astype(np.int32),
   }
+  out['piece_len_BP'][np.arange(B), rng.integers(0, P, B)] = 0
+  out['piece_len_BP'][-1] = 0
+  return out
 
 
 def lm_batch(B: int, T: int = 12, seed: int = 0) -> dict:
@@ -178,12 +191,17 @@ STEPS = {
     {'num_generations': 4, 'clip_eps': 0.2, 'updates_per_rollout': 2},
   ),
   'cpt_trained': ('full', {}),
+  'cepe': (None, {}),
 }
 
 
+def model_of(name: str) -> ModelConfig:
+  return CEPE if name == 'cepe' else MODEL
+
+
 def state(name: str) -> TrainState:
-  opt_state = init_opt_state(params(), STAGES[name])
-  return TrainState(jnp.int32(0), params(), opt_state)
+  start = params(model_of(name))
+  return TrainState(jnp.int32(0), start, init_opt_state(start, STAGES[name]))
 
 
 def step_batch(name: str, B: int = 8) -> dict:
@@ -196,7 +214,7 @@ def step(name: str, accumulation_steps: int = 1):
   variant, fields = STEPS[name]
   run = functools.partial(
     train_step,
-    model=model(),
+    model=model(model_of(name)),
     stage=STAGES[name],
     cfg=stage(accumulation_steps=accumulation_steps, **fields),
     variant=variant,

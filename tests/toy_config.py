@@ -65,6 +65,9 @@ def get_config(preset: str = ''):
   c.stage.lm = common.stage(
     **steps, peak_learning_rate=3e-3, output_length=24, periodic_fraction=0.25
   )
+  c.stage.mlm = common.stage(
+    **steps, peak_learning_rate=2e-3, context_length=16, factors=(1, 4)
+  )
   c.stage.reconstruct = common.stage(
     **steps, peak_learning_rate=2e-3, context_length=16, factors=(1, 4)
   )
@@ -87,8 +90,11 @@ def get_config(preset: str = ''):
   contexts = ('none', 'last_k', 'full')
   c.stage.cpt_trained = common.control(c.stage.cpt, contexts=contexts)
   c.stage.mixed_trained = common.control(c.stage.mixed, contexts=contexts)
+  c.stage.cpt_frozen = common.control(c.stage.cpt)
   c.stage.sft_full = common.control(c.stage.sft, contexts=('full',))
   c.stage.sft_none = common.control(c.stage.sft, contexts=('none',))
+  # Not in c.stages: who runs them sets model.piece_length.
+  common.cepe(c, piece_length=0)
 
   c.eval.num_windows = 16
   c.eval.batch_size = 8
@@ -97,6 +103,9 @@ def get_config(preset: str = ''):
   c.eval.expand_fractions = (0.25, 0.5)
   c.eval.tail_chunks = 1
   c.eval.num_questions = 8
+  c.eval.copy_lengths = (4, 8)
+  c.eval.context_lengths = (8, 32)
+  c.eval.num_passages = 2
   return c
 
 

@@ -67,6 +67,20 @@ class Corpus:
       side = side & (self.source == source)
     return np.flatnonzero(side)
 
+  def part(self, source: int) -> 'Corpus':
+    """Returns the corpus of one source alone; its documents count from 0."""
+    first, last = np.searchsorted(self.source, (source, source + 1))
+    return dataclasses.replace(
+      self,
+      sources=self.sources[source : source + 1],
+      weights=(1.0,),
+      meta=self.meta | {'sources': [self.meta['sources'][source]]},
+      token_offsets=self.token_offsets[first : last + 1],
+      text_offsets=self.text_offsets[first : last + 1],
+      source=np.zeros(last - first, np.int32),
+      heldout=self.heldout[first:last],
+    )
+
   def document_text(self, doc: int) -> str:
     begin, end = self.text_offsets[doc : doc + 2]
     return self.text[begin:end].tobytes().decode('utf-8')

@@ -2,10 +2,11 @@
 
 There is no iterator state to save: a run that resumes at step n asks for batch
 n, and each process asks for its own rows of it. Control arms (`cpt_trained`)
-draw the very windows, in the very order, of the stage they control.
+draw the very windows, in the very order, of the stage they control; so does the
+baseline CEPE, whose batches hold the context in pieces besides.
 
 Dimension key: B rows, T row length, Q prefix, C chunks, K tokens of a chunk,
-M encoder tokens of a chunk, O output tokens.
+M encoder tokens of a chunk or piece, P pieces, O output tokens.
 """
 
 import functools
@@ -15,18 +16,27 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
-from refrag_jax.config import Config, context_chunks
-from refrag_jax.data import chunking, curriculum, tokenizers, windows
+from refrag_jax.config import Config, context_chunks, piece_tokens
+from refrag_jax.data import (
+  chunking,
+  curriculum,
+  masked,
+  tokenizers,
+  windows,
+)
 from refrag_jax.data import corpus as corpus_lib
 
 Batch = dict[str, np.ndarray]
 # (step, row numbers) -> those rows of that step's batch.
 Sampler = Callable[[int, np.ndarray], Batch]
+# CEPE's stages: the stage of REFRAG whose windows each one reads.
+CEPE = {'cepe_warmup': 'reconstruct', 'cepe': 'cpt', 'cepe_unfrozen': 'cpt'}
 
 
 def base_stage(stage_name: str) -> str:
   """Returns the stage that a control arm repeats: itself for the others."""
-  return stage_name.removesuffix('_trained')
+  name = stage_name.removesuffix('_trained').removesuffix('_frozen')
+  return CEPE.get(name, name)
 
 
 def prepare_corpus(config: Config, cache_dir: str) -> corpus_lib.Corpus:
@@ -65,7 +75,10 @@ def sampler(
     # The twins with full or no context see the same questions, too.
     seed = stream_seed(config, 'sft')
     return functools.partial(_questions(config, 'train').batch, seed)
-  return _window_sampler(config, stage_name, corpus)
+  sample = _window_sampler(config, stage_name, corpus)
+  if stage_name == 'mlm':
+    return _masked_sampler(config, stage_name, sample)
+  return sample
 
 
 def train_batches(
@@ -138,7 +151,10 @@ def heldout_batch(
   n_B = windows.spread(table, num_rows, batch_seed)
   if not factor:
     factor = context_chunks(stage, config.model.chunk_size)[-1]
-  return _window_batch(config, stage_name, corpus, table, n_B, factor)
+  batch = _window_batch(config, stage_name, corpus, table, n_B, factor)
+  if stage_name == 'mlm':
+    return _masked(config, batch, n_B, batch_seed)
+  return batch
 
 
 def eval_windows(
@@ -168,7 +184,14 @@ def eval_windows(
     skip=0,
     output_at=context_length,
     output_length=output_length,
+    pieces=_in_pieces(config, context_length),
   )
+
+
+def _in_pieces(config: Config, context_length: int) -> bool:
+  """Whether CEPE can read the context: some evals have several lengths."""
+  piece = config.model.piece_length
+  return piece > 0 and context_length % piece == 0
 
 
 def reconstruction_windows(
@@ -183,6 +206,22 @@ def reconstruction_windows(
   docs = corpus.documents(split)
   table = windows.windows(corpus, docs, 0, length, f'{split} documents')
   n_B = windows.spread(table, num_windows, seed)
+  chunks = length // config.model.chunk_size
+  return _cut(config, corpus, table, n_B, chunks, 0, 0, length)
+
+
+def reconstructions_at(
+  config: Config,
+  corpus: corpus_lib.Corpus,
+  doc_B: np.ndarray,
+  start_B: np.ndarray,
+  length: int,
+) -> Batch:
+  """As `reconstruction_windows`, from given tokens of given documents."""
+  docs = np.unique(doc_B)
+  # Outputs of one token: so there is a window from every token on.
+  table = windows.windows(corpus, docs, length - 1, 1)
+  n_B = table.bounds[np.searchsorted(table.docs, doc_B)] + start_B
   chunks = length // config.model.chunk_size
   return _cut(config, corpus, table, n_B, chunks, 0, 0, length)
 
@@ -256,7 +295,7 @@ def _lm_sampler(config, stage_name, corpus) -> Sampler:
 
 def _table(config, stage_name, corpus, docs, what) -> windows.Windows:
   stage = config.stage[stage_name]
-  if base_stage(stage_name) == 'reconstruct':  # the context is the target
+  if base_stage(stage_name) in ('reconstruct', 'mlm'):  # context is target
     return windows.windows(corpus, docs, 0, stage.context_length, what)
   return windows.windows(
     corpus, docs, stage.context_length, stage.output_length, what
@@ -304,14 +343,37 @@ def _window_sampler(config, stage_name, corpus) -> Sampler:
   return sample
 
 
+def _masked_sampler(config, stage_name, sample_text: Sampler) -> Sampler:
+  """Hides tokens anew at every slot of the stream, so in every epoch."""
+  batch_size = config.stage[stage_name].batch_size
+  seed = stream_seed(config, stage_name)
+
+  def sample(step: int, row_B: np.ndarray) -> Batch:
+    key_B = step * batch_size + row_B
+    return _masked(config, sample_text(step, row_B), key_B, seed)
+
+  return sample
+
+
+def _masked(config, batch: Batch, key_B: np.ndarray, seed: int) -> Batch:
+  tokenizer = tokenizers.load(config.data.encoder_tokenizer)
+  return masked.mask(batch, key_B, seed, tokenizer)
+
+
 def _window_batch(config, stage_name, corpus, table, n_B, factor) -> Batch:
   """Cuts windows as a stage wants them with `factor` chunks of context."""
   stage = config.stage[stage_name]
   context = factor * config.model.chunk_size
+  if stage_name == 'mlm':  # nothing for the decoder
+    doc_B, start_B = windows.locate(table, n_B)
+    return masked.windows_twice(config, corpus, doc_B, start_B, factor) | {
+      'doc_B': doc_B.astype(np.int32),
+      'id_B': n_B.astype(np.int32),
+    }
   if base_stage(stage_name) == 'reconstruct':  # the first chunks, themselves
     return _cut(
       config, corpus, table, n_B, factor, skip=0, output_at=0,
-      output_length=context,
+      output_length=context, pieces=stage_name in CEPE,
     )  # fmt: skip
   return _cut(  # the last chunks before the output
     config,
@@ -322,24 +384,35 @@ def _window_batch(config, stage_name, corpus, table, n_B, factor) -> Batch:
     skip=stage.context_length - context,
     output_at=stage.context_length,
     output_length=stage.output_length,
+    pieces=stage_name in CEPE,
   )
 
 
 def _cut(
-  config, corpus, table, n_B, num_chunks, skip, output_at, output_length
-) -> Batch:
+  config, corpus, table, n_B, num_chunks, skip, output_at, output_length,
+  pieces=False,
+) -> Batch:  # fmt: skip
   """Returns windows n as refrag batch; places are tokens from their begin."""
   tokenizer = tokenizers.load(config.data.tokenizer)
   doc_B, start_B = windows.locate(table, n_B)
-  batch, _ = chunking.chunk_windows(
-    corpus,
-    doc_B,
-    start_B + skip,
-    num_chunks,
-    config.model.chunk_size,
-    tokenizers.load(config.data.encoder_tokenizer),
-    config.data.max_encoder_tokens,
-  )
+
+  def context_in(number, size, max_encoder_tokens):
+    return chunking.chunk_windows(
+      corpus,
+      doc_B,
+      start_B + skip,
+      number,
+      size,
+      tokenizers.load(config.data.encoder_tokenizer),
+      max_encoder_tokens,
+    )[0]
+
+  k, piece = config.model.chunk_size, config.model.piece_length
+  batch = context_in(num_chunks, k, config.data.max_encoder_tokens)
+  if pieces:
+    cut = context_in(num_chunks * k // piece, piece, piece_tokens(config))
+    batch['piece_BPM'] = cut['encoder_BCM']
+    batch['piece_len_BP'] = cut['encoder_len_BC']
   rows = len(n_B)
   first_B = corpus.token_offsets[doc_B] + start_B + output_at
   token_BO = first_B[:, None] + np.arange(output_length)

@@ -45,6 +45,7 @@ class Tokenizer:
   pad_id: int
   cls_id: int
   sep_id: int
+  mask_id: int  # what `mlm` hides a token behind
   fingerprint: str
   encode_batch: Callable[[Sequence[str]], list[Encoded]]
   decode: Callable[[Sequence[int]], str]
@@ -85,7 +86,7 @@ def starts_of(offsets_N2: np.ndarray) -> np.ndarray:
 
 
 def _bytes() -> Tokenizer:
-  # 259 ids are used; 264 so that the table divides over 8 devices.
+  # 260 ids are used; 264 so that the table divides over 8 devices.
   return Tokenizer(
     name='bytes',
     vocab_size=264,
@@ -94,6 +95,7 @@ def _bytes() -> Tokenizer:
     pad_id=258,
     cls_id=256,
     sep_id=257,
+    mask_id=259,
     fingerprint=hashlib.sha256(b'refrag_jax bytes 1').hexdigest(),
     encode_batch=lambda texts: [_encode_bytes(text) for text in texts],
     decode=_decode_bytes,
@@ -190,6 +192,8 @@ def _hugging_face(path: str) -> Tokenizer:
   return Tokenizer(
     name=path,
     vocab_size=len(hf),
+    # Not in `identity`: it tells no text's ids, and not every one has a mask.
+    mask_id=first('mask', 'unk', 'pad', 'eos', 'sep', 'cls', 'bos'),
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
     encode_batch=encode_batch,
     decode=decode,

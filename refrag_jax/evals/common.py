@@ -19,14 +19,27 @@ from refrag_jax.session import Session
 ROLES = {
   'before': 'lm',  # the decoder before REFRAG
   'trained': 'mixed_trained',  # the same continued training, uncompressed
+  'cpt_trained': 'cpt_trained',
   'reconstruct': 'reconstruct',
   'cpt': 'cpt',
+  'cpt_frozen': 'cpt_frozen',
   'mixed': 'mixed',
   'policy': 'grpo',  # `mixed`, with the policy trained on it
   'sft': 'sft',
   'sft_full': 'sft_full',
   'sft_none': 'sft_none',
+  'cepe': 'cepe',
+  'cepe_unfrozen': 'cepe_unfrozen',
 }
+
+CONTEXT_KEYS = (
+  'chunks_BCK',
+  'chunk_len_BC',
+  'encoder_BCM',
+  'encoder_len_BC',
+  'piece_BPM',
+  'piece_len_BP',
+)
 
 
 class Context(NamedTuple):
@@ -36,38 +49,49 @@ class Context(NamedTuple):
   params: Callable[[str], dict | None]  # of a role; None: no such checkpoint
   datasets: dict[str, Any]  # name -> corpus whose held-out side is measured
   stop: threading.Event
+  # eval -> dataset -> {'doc': numbers, 'rows': row -> column -> a value each}:
+  # what the STATs are made of, for comparisons with rows of other runs.
+  documents: dict[str, Any]
+
+  def documents_of(self, eval_name: str, dataset: str) -> dict[str, Any]:
+    of_eval = self.documents.setdefault(eval_name, {})
+    return of_eval.setdefault(dataset, {'doc': [], 'rows': {}})
 
   def available(self, *roles: str) -> bool:
     return all(self.params(role) is not None for role in roles)
 
 
-def map_batches(context: Context, function, batch: dict, *static) -> np.ndarray:
+def map_batches(
+  context: Context, function, batch: dict, *static, rows: int = 0
+) -> np.ndarray:
   """`function(batch, *static)` over all rows, in batches of one shape.
 
   Args:
     function: jitted; takes the batch's leaves on device, returns (B, ...).
     batch: host arrays (W, ...); the last batch is filled up and cut off again.
+    rows: of a batch; 0 takes the config's.
 
   Raises:
     Stopped: asked to stop; evals start over, they keep no state.
   """
-  rows = len(batch['doc_B'])
+  total = len(batch['doc_B'])
   ways = context.session.mesh.shape['data'] * context.session.mesh.shape['fsdp']
-  size = -(-min(context.session.config.eval.batch_size, rows) // ways) * ways
+  rows = min(rows or context.session.config.eval.batch_size, total)
+  size = -(-rows // ways) * ways
   parts = []
-  for first in range(0, rows, size):
+  for first in range(0, total, size):
     if context.stop.is_set():
       raise Stopped(
         'stopped during the evals; the same command starts them again'
       )
-    index = np.minimum(np.arange(first, first + size), rows - 1)
+    index = np.minimum(np.arange(first, first + size), total - 1)
     piece = {key: value[index] for key, value in batch.items()}
     placed = jax.device_put(
       piece, sharding.batch_sharding(context.session.mesh)
     )
     parts.append(function(placed, *static))
   # Fetched at the end, so that the device is not waited for at each batch.
-  return np.concatenate([np.asarray(part) for part in parts])[:rows]
+  return np.concatenate([np.asarray(part) for part in parts])[:total]
 
 
 def other_document(doc_W: np.ndarray) -> np.ndarray:
@@ -86,6 +110,13 @@ def other_document(doc_W: np.ndarray) -> np.ndarray:
   return index_W
 
 
+def shuffled(windows: dict) -> dict:
+  """The windows, each with the context of another document's."""
+  other_W = other_document(windows['doc_B'])
+  keys = [key for key in CONTEXT_KEYS if key in windows]
+  return windows | {key: windows[key][other_W] for key in keys}
+
+
 def prefix_means(nll_WO: np.ndarray, lengths: Iterable[int]) -> dict[str, Any]:
   """Mean over the first n outputs of each window, by 'P<n>'."""
   return {f'P{n}': nll_WO[:, :n].mean(1) for n in lengths}
@@ -95,6 +126,7 @@ def table(
   rows: dict[str, dict[str, np.ndarray]],
   doc_W: np.ndarray,
   references: Iterable[str],
+  documents: dict[str, Any],
   bits_per_nat: float | None = None,
 ) -> dict[str, Any]:
   """Rows of per-window values to rows of STATs with paired differences.
@@ -103,6 +135,7 @@ def table(
     rows: row -> column -> values (W,).
     doc_W: the unit of standard errors.
     references: rows that every other one is compared with (row minus other).
+    documents: takes the document means, as in `Context`.
     bits_per_nat: nats per token to bits per byte of text; None: do not show.
   """
   by_row = {
@@ -112,6 +145,8 @@ def table(
     }
     for name, columns in rows.items()
   }
+  documents['doc'] = np.unique(doc_W)
+  documents['rows'] |= by_row
   out = {}
   for name, columns in by_row.items():
     row = {column: results.stat(values) for column, values in columns.items()}

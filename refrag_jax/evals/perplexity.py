@@ -3,9 +3,11 @@
 Dimension key: W windows, B batch of them, C chunks, O outputs.
 
 Rows: the decoder before REFRAG and the one with the same continued training,
-each with no, the last, or all context; REFRAG with everything compressed, with
-another document's chunks (what is left of its gain there was not read from the
-context), and with chunks expanded by each selector.
+each with no, the last, or all context, and as an ensemble over its pieces
+(REPLUG); REFRAG with everything compressed, with another document's chunks
+(what is left of its gain there was not read from the context), and with chunks
+expanded by each selector; the baseline CEPE, with another document's pieces as
+well.
 """
 
 import functools
@@ -16,9 +18,16 @@ import numpy as np
 from refrag_jax import forward
 from refrag_jax.config import expanded_chunks
 from refrag_jax.data import pipeline
-from refrag_jax.evals import common, selection
+from refrag_jax.evals import common, replug, selection
 
 PLAIN = {'no_context': 'none', 'full_context': 'full', 'last_k': 'last_k'}
+DECODERS = {
+  'before': '',
+  'trained': '_trained',  # as long as `mixed`
+  'cpt_trained': '_cpt_trained',
+}
+REFRAG = {'mixed': '', 'cpt': '_cpt', 'cpt_frozen': '_frozen'}
+CEPE = ('cepe', 'cepe_unfrozen')  # roles, and rows
 
 
 def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
@@ -26,19 +35,18 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
   config, k = context.session.config, context.session.config.model.chunk_size
   model = context.session.model
   rows = {}
-  for role, suffix in (('before', ''), ('trained', '_trained')):
+  for role, suffix in DECODERS.items():
     if context.available(role):
       params = context.params(role)
       for row, kind in PLAIN.items():
-        rows[row + suffix] = common.map_batches(
-          context, functools.partial(_plain(model, kind), params), windows
-        )
-  other_W = common.other_document(windows['doc_B'])
-  chunk_keys = ('chunks_BCK', 'chunk_len_BC', 'encoder_BCM', 'encoder_len_BC')
-  shuffled = windows | {key: windows[key][other_W] for key in chunk_keys}
+        rows[row + suffix] = plain_nll(context, role, windows, kind)
+      rows[f'replug{suffix}'] = common.map_batches(
+        context, functools.partial(_nll(replug.nll, model), params), windows
+      )
+  shuffled = common.shuffled(windows)
   W, C = windows['chunk_len_BC'].shape
   nobody_WC = np.zeros((W, C))
-  for role, suffix in (('mixed', ''), ('cpt', '_cpt')):
+  for role, suffix in REFRAG.items():
     if context.available(role):
       for which, data in (('', windows), ('_shuffled', shuffled)):
         rows[f'refrag_k{k}{suffix}{which}'] = selection.selected_nll(
@@ -54,7 +62,24 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
           rows[f'refrag_k{k}_{name}_p{p:g}'] = selection.selected_nll(
             context, role, windows, score_WC, draws
           )
+  for role in CEPE if config.model.piece_length else ():
+    if context.available(role):
+      run = functools.partial(
+        _nll(forward.cepe_nll, model), context.params(role)
+      )
+      for which, data in (('', windows), ('_shuffled', shuffled)):
+        rows[role + which] = common.map_batches(context, run, data)
   return rows
+
+
+def plain_nll(
+  context: common.Context, role: str, windows: dict, kind: str, rows: int = 0
+) -> np.ndarray:
+  """NLL of the outputs by the decoder alone, (W, O); `rows` of a batch."""
+  run = _plain(context.session.model, kind)
+  return common.map_batches(
+    context, functools.partial(run, context.params(role)), windows, rows=rows
+  )
 
 
 @functools.lru_cache(maxsize=8)
@@ -64,6 +89,11 @@ def _plain(model, kind: str):
   )
 
 
+@functools.lru_cache(maxsize=8)
+def _nll(function, model):
+  return jax.jit(functools.partial(function, model))
+
+
 def run(context: common.Context) -> dict:
   """The `log_perplexity` table of results.json."""
   config = context.session.config
@@ -71,13 +101,15 @@ def run(context: common.Context) -> dict:
   cfg = config.stage['cpt']
   lengths = sorted(config.eval.output_lengths)
   references = [
-    row + suffix for suffix in ('', '_trained') for row in PLAIN
+    row + suffix for suffix in DECODERS.values() for row in PLAIN
   ] + [f'refrag_k{k}', f'refrag_k{k}_shuffled']
   references += [
     f'refrag_k{k}_{name}_p{p:g}'
     for name in ('random', 'last')
     for p in config.eval.expand_fractions
   ]
+  references += ['replug', 'replug_trained']
+  references += [row + which for row in CEPE for which in ('', '_shuffled')]
   out = {}
   for name, corpus in context.datasets.items():
     windows = pipeline.eval_windows(
@@ -88,6 +120,7 @@ def run(context: common.Context) -> dict:
       {row: common.prefix_means(x, lengths) for row, x in nll.items()},
       windows['doc_B'],
       references,
+      context.documents_of('log_perplexity', name),
       common.bits_per_nat(corpus),
     )
   return out

@@ -58,7 +58,8 @@ def run(context: common.Context) -> dict:
       'em': np.array([text_metrics.exact_match(*p) for p in pairs], float),
       'f1': np.array([text_metrics.f1(*p) for p in pairs], float),
     }
-  out = common.table(rows, docs, REFERENCES)
+  documents = context.documents_of('qa', config.data.questions)
+  out = common.table(rows, docs, REFERENCES, documents)
   if {'full_context_twin', 'no_context_twin'} <= out.keys():
     gain = out['full_context_twin']['vs']['no_context_twin']['gold_nll']
     if not (results.significant(gain) and gain['mean'] < 0):

@@ -53,6 +53,7 @@ def run(context: common.Context) -> dict:
       rows,
       windows['doc_B'],
       (f'{row}_shuffled', 'no_context'),
+      context.documents_of('reconstruction', name),
       common.bits_per_nat(corpus),
     )
   return out

@@ -110,15 +110,27 @@ def expand_top(score_BC, draws: int, tail: int):
 
 
 def selected_nll(
-  context: common.Context, role: str, windows: dict, score_WC, draws, tail=0
+  context: common.Context,
+  role: str,
+  windows: dict,
+  score_WC,
+  draws: int,
+  tail: int = 0,
+  rows: int = 0,
 ) -> np.ndarray:
-  """NLL of the outputs with the best chunks expanded, (W, O)."""
+  """NLL of the outputs with the best chunks expanded, (W, O).
+
+  Args:
+    score_WC: of each chunk; `draws` of them are expanded, and the tail.
+    rows: of a batch; 0 takes the config's.
+  """
   run = _expanded_nll(context.session.model, draws, tail)
   params = context.params(role)
   return common.map_batches(
     context,
     lambda batch: run(params, batch),
     windows | {'score_BC': np.asarray(score_WC, np.float32)},
+    rows=rows,
   )
 
 
@@ -155,20 +167,24 @@ def run(context: common.Context) -> dict:
         config.eval.num_windows,
     )  # fmt: skip
     C = windows['chunk_len_BC'].shape[1]
+    documents = context.documents_of('selection', name)
+    documents['doc'] = np.unique(windows['doc_B'])
     rows = []
     for tail in dict.fromkeys((0, config.eval.tail_chunks)):
       rows += _rows(context, role, windows, scores(context, windows, tail),
-                    C, k, tail)  # fmt: skip
+                    C, k, tail, documents)  # fmt: skip
     out[name] = rows
   return out
 
 
-def _rows(context, role, windows, score, C, k, tail) -> list[dict]:
+def _rows(context, role, windows, score, C, k, tail, documents) -> list[dict]:
   config, docs = context.session.config, windows['doc_B']
   mean = lambda nll_WO: results.by_document(nll_WO.mean(1), docs)
   tail_key = {'tail_expanded': True} if tail else {}
   nobody_WC = np.zeros((len(docs), C))
   base = mean(selected_nll(context, role, windows, nobody_WC, 0, tail))
+  suffix = '_tail' if tail else ''
+  documents['rows'][f'none{suffix}'] = {'nll': base}
   rows = [{
       'selector': 'none', 'p': 0.0, 'expanded': tail, 'rate': rate(k, tail, C),
       'nll': results.stat(base), **tail_key,
@@ -182,6 +198,7 @@ def _rows(context, role, windows, score, C, k, tail) -> list[dict]:
       for name, s in score.items()
     }
     for name, values in nll.items():
+      documents['rows'][f'{name}_p{p:g}{suffix}'] = {'nll': values}
       rows.append(
         {
           'selector': name,

@@ -27,9 +27,10 @@ class Block(nn.Module):
   """Pre-norm attention and SwiGLU, residual each."""
 
   cfg: DecoderConfig
+  cross: nn.Module | None
 
   @nn.compact
-  def __call__(self, x_BTD, cache, angles, mask_BTS, slots_BT):
+  def __call__(self, x_BTD, cache, angles, mask_BTS, slots_BT, memory):
     c = self.cfg
     D, N, M, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
     dense = layers.Projection
@@ -48,6 +49,8 @@ class Block(nn.Module):
       k_BTMH, v_BTMH = cache['k'], cache['v']
     out_BTNH = layers.attention(q_BTNH, k_BTMH, v_BTMH, mask_BTS)
     x_BTD += dense((N, H, D), 2, False, name='o_proj')(out_BTNH)
+    if self.cross is not None:
+      x_BTD = self.cross(x_BTD, memory)
 
     h_BTD = layers.RMSNorm(c.norm_eps, name='post_attention_layernorm')(x_BTD)
     gate_BTF = dense((D, c.mlp_width), 1, False, name='gate_proj')(h_BTD)
@@ -63,6 +66,9 @@ class Decoder(nn.Module):
   cfg: DecoderConfig
   dtype: jnp.dtype
   remat: str
+  # A layer between attention and MLP of every block, with parameters in a
+  # group of its own: the baseline CEPE alone has one (models/cepe.py).
+  cross: nn.Module | None = None
 
   def setup(self):
     c = self.cfg
@@ -81,9 +87,9 @@ class Decoder(nn.Module):
       block,
       variable_axes={'params': 0},
       split_rngs={'params': True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
       length=c.num_layers,
-    )(c)
+    )(c, self.cross)
     self.norm = layers.RMSNorm(c.norm_eps)
 
   def embed(self, ids_BT: jax.Array) -> jax.Array:
@@ -95,7 +101,14 @@ class Decoder(nn.Module):
     c = self.cfg
     return self.embed_tokens.T if c.tie_embeddings else self.lm_head
 
-  def __call__(self, embeds_BTD, positions_BT, segment_ids_BT=None, cache=None):
+  def __call__(
+    self,
+    embeds_BTD,
+    positions_BT,
+    segment_ids_BT=None,
+    cache=None,
+    memory=None,
+  ):
     """Runs the decoder.
 
     Args:
@@ -104,6 +117,7 @@ class Decoder(nn.Module):
       segment_ids_BT: packing: a position sees earlier ones of its own segment
         only; 0 is padding. None: one segment a row, padding at the end.
       cache: None, or {'k', 'v'}: (Y, B, S, M, H) as from `init_cache`.
+      memory: what `cross` reads; None without one.
 
     Returns:
       hidden_BTD after the final norm, and the new cache (None without one).
@@ -120,7 +134,9 @@ class Decoder(nn.Module):
       positions_BT, self.cfg.head_dim, self.cfg.rope_theta
     )
     x_BTD = constrain(embeds_BTD.astype(self.dtype), 'batch', None, None)
-    x_BTD, cache = self.layers(x_BTD, cache, angles, mask_BTS, positions_BT)
+    x_BTD, cache = self.layers(
+      x_BTD, cache, angles, mask_BTS, positions_BT, memory
+    )
     return self.norm(x_BTD), cache
 
 

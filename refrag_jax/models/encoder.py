@@ -1,7 +1,8 @@
 """A RoBERTa/BERT-type encoder: each chunk's tokens to one vector c_i.
 
 Dimension key: X chunks (batch and chunk axes folded), M encoder tokens of a
-chunk, E width, N heads, H head dimension, F MLP width.
+chunk, E width, N heads, H head dimension, F MLP width, V vocabulary, P
+positions, D decoder width.
 
 Paper section 2: c_i = M_enc(C_i), attention only within a chunk. Pooling is
 not stated there; the first position (CLS) is ours, mean an option.
@@ -46,7 +47,6 @@ class Encoder(nn.Module):
   dtype: jnp.dtype
   remat: str
 
-  @nn.compact
   def __call__(self, ids_XM: jax.Array, len_X: jax.Array) -> jax.Array:
     """Encodes chunks; returns c_XE float32.
 
@@ -54,6 +54,14 @@ class Encoder(nn.Module):
       ids_XM: encoder tokens, CLS first, SEP last, padding behind.
       len_X: real tokens of each chunk; an absent chunk (0) gives a finite
         vector that nobody reads.
+    """
+    return pool(self.states(ids_XM, len_X), len_X, self.cfg.pooling)
+
+  @nn.compact
+  def states(self, ids_XM: jax.Array, len_X: jax.Array) -> jax.Array:
+    """The last layer's state of every token, (X, M, E) in compute dtype.
+
+    Arguments as in `__call__`; states at padding are finite and mean nothing.
     """
     c = self.cfg
     M = ids_XM.shape[1]
@@ -87,8 +95,27 @@ class Encoder(nn.Module):
       in_axes=nn.broadcast,
       length=c.num_layers,
     )(c, name='layers')(x_XME, mask_XMM)
-    x_XME = x_XME.astype(jnp.float32)
-    if c.pooling == 'cls':
-      return x_XME[:, 0]
-    real_XM1 = real_XM[..., None].astype(jnp.float32)
-    return (x_XME * real_XM1).sum(1) / jnp.maximum(real_XM1.sum(1), 1.0)
+    return x_XME
+
+
+def pool(states_XME: jax.Array, len_X: jax.Array, pooling: str) -> jax.Array:
+  """A chunk's vector c_XE, float32: 'cls' (first position) or 'mean'."""
+  x_XME = states_XME.astype(jnp.float32)
+  if pooling == 'cls':
+    return x_XME[:, 0]
+  real_XM = jnp.arange(x_XME.shape[1])[None] < len_X[:, None]
+  real_XM1 = real_XM[..., None].astype(jnp.float32)
+  return (x_XME * real_XM1).sum(1) / jnp.maximum(real_XM1.sum(1), 1.0)
+
+
+def take_decoder_embeddings(params: dict) -> dict:
+  """Starts a fresh encoder with a trained decoder's embeddings as its own.
+
+  For equal widths and vocabularies. Scaled to the size of the fresh ones, which
+  is that of the position embeddings: a norm follows the sum of the two.
+  """
+  rms = lambda x: jnp.sqrt(jnp.mean(x**2))
+  word_VD = params['decoder']['embed_tokens']
+  fresh_VE = params['encoder']['word_embeddings']
+  word_VE = word_VD * (rms(fresh_VE) / rms(word_VD))
+  return params | {'encoder': params['encoder'] | {'word_embeddings': word_VE}}

@@ -2,7 +2,7 @@
 
 Dimension key: B batch, Q prefix slots, C chunks (the paper's L), K chunk size
 (k), M encoder tokens of a chunk, O output slots, T decoder positions, E encoder
-width, D decoder width, X = B * C chunks folded.
+width, D decoder width, X = B * C chunks folded, or any texts to encode.
 
     chunks --encode--> c_i --project--> e_i --splice--> decode --> hidden
                         +----score----> s_i (which chunks to expand)
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from refrag_jax.config import ModelConfig
-from refrag_jax.models import splice
+from refrag_jax.models import cepe, splice
 from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoder import Encoder
 from refrag_jax.models.policy import Policy
@@ -40,6 +40,10 @@ class Refrag(nn.Module):
     B, C, M = encoder_BCM.shape
     c_XE = self.encoder(encoder_BCM.reshape(-1, M), encoder_len_BC.reshape(-1))
     return c_XE.reshape(B, C, -1)
+
+  def encoder_states(self, ids_XM, len_X) -> jax.Array:
+    """The encoder's state of every token, (X, M, E) in compute dtype."""
+    return self.encoder.states(ids_XM, len_X)
 
   def project(self, c_BCE) -> jax.Array:
     """e_i = phi(c_i), float32 (B, C, D)."""
@@ -105,7 +109,7 @@ class Refrag(nn.Module):
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
-  """Fresh float32 parameters of all four groups."""
+  """Fresh float32 parameters of the four groups, of `cross` if asked for."""
 
   def touch_all(model):
     zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
@@ -120,4 +124,7 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
     model.decode(batch, model.project(c_BCE), ~valid_BC, 0)
     model.head()
 
-  return Refrag(cfg).init(key, method=touch_all)['params']
+  params = Refrag(cfg).init(key, method=touch_all)['params']
+  if cfg.piece_length:  # the run has the baseline CEPE
+    params |= {'cross': cepe.init_cross(cfg, key)}
+  return params

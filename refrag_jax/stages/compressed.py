@@ -17,7 +17,7 @@ from refrag_jax import forward, losses
 from refrag_jax.models import policy
 from refrag_jax.stages.stage import Stage, expansion_variants
 
-ALL_BUT_POLICY = r'^(?!policy/)'
+ALL_BUT_POLICY = r'^(encoder|projection|decoder)/'
 
 
 def loss(model, params, batch, variant, cfg):
@@ -72,6 +72,8 @@ CPT = Stage(
   loss=loss,
   evaluate=evaluate,
 )
+# What an encoder alone can do for a decoder that stays as it is.
+CPT_FROZEN = CPT._replace(trainable=RECONSTRUCT.trainable)
 MIXED = Stage(
   predecessor='cpt',
   trainable=ALL_BUT_POLICY,

@@ -1,0 +1,94 @@
+"""More context at the same k, and more than was trained on (paper Table 2).
+
+Dimension key: W windows, C chunks, O outputs.
+
+All lengths s predict the same targets: windows are cut for the longest one, and
+a shorter context is the last s tokens of it. Documents that are too short for
+the longest drop out of all rows, and `n` counts what is left.
+
+Rows for each s: REFRAG with everything compressed, with another document's
+chunks, and the decoder with the same continued training on full and on last-k
+context; and that decoder without context.
+"""
+
+import numpy as np
+
+from refrag_jax.data import pipeline
+from refrag_jax.errors import UserError
+from refrag_jax.evals import common, perplexity, selection
+from refrag_jax.progress import say
+
+
+def run(context: common.Context) -> dict:
+  """The `context_length` table of results.json."""
+  config = context.session.config
+  lengths = sorted(config.eval.context_lengths)
+  outputs = sorted(config.eval.output_lengths)
+  out = {}
+  for name, corpus in context.datasets.items() if lengths else ():
+    try:
+      windows = pipeline.eval_windows(
+        config, corpus, lengths[-1], outputs[-1], config.eval.num_windows
+      )
+    except UserError as e:  # of several texts one may have short documents
+      say(f'eval context_length leaves {name} out: {e}')
+      continue
+    nll = measure(context, windows)
+    if nll:
+      out[name] = common.table(
+        {row: common.prefix_means(x, outputs) for row, x in nll.items()},
+        windows['doc_B'],
+        # Each length's controls, and the shortest context as such.
+        [row for row in nll if not row.startswith('refrag')]
+        + [row for row in nll if row.endswith('_shuffled')]
+        + [f'refrag_k{config.model.chunk_size}_s{lengths[0]}'],
+        context.documents_of('context_length', name),
+        common.bits_per_nat(corpus),
+      )
+  return out
+
+
+def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
+  """NLL of every output of every window, row -> (W, O)."""
+  config, k = context.session.config, context.session.config.model.chunk_size
+  role = 'mixed' if context.available('mixed') else 'cpt'
+  rows = {}
+  if context.available('trained'):
+    rows['no_context_trained'] = perplexity.plain_nll(
+      context, 'trained', windows, 'none'
+    )
+  for s in sorted(config.eval.context_lengths):
+    size = batch_rows(config, s)
+    cut = last_chunks(windows, s // k)
+    W, C = cut['chunk_len_BC'].shape
+    if context.available(role):
+      for which, data in (('', cut), ('_shuffled', common.shuffled(cut))):
+        rows[f'refrag_k{k}_s{s}{which}'] = selection.selected_nll(
+          context, role, data, np.zeros((W, C)), 0, rows=size
+        )
+    if context.available('trained'):
+      for row in ('full_context', 'last_k'):
+        rows[f'{row}_trained_s{s}'] = perplexity.plain_nll(
+          context, 'trained', cut, perplexity.PLAIN[row], size
+        )
+  return rows
+
+
+def batch_rows(config, length: int) -> int:
+  """Rows of a batch with contexts of `length` tokens.
+
+  As many tokens as the config's batch has at the length that was trained on:
+  attention holds rows x length^2 scores, which fit no memory otherwise.
+  """
+  trained = config.stage['cpt'].context_length
+  rows = config.eval.batch_size * trained // length
+  return min(config.eval.batch_size, max(1, rows))
+
+
+def last_chunks(windows: dict, chunks: int) -> dict:
+  """The windows with the last chunks of their context alone."""
+  keys = ('chunks_BCK', 'chunk_len_BC', 'encoder_BCM', 'encoder_len_BC')
+  cut = {key: windows[key][:, -chunks:] for key in keys}
+  pieces = ('piece_BPM', 'piece_len_BP')  # nobody reads them here
+  rest = {key: windows[key] for key in windows if key not in pieces}
+  return rest | cut
