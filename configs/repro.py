@@ -1,6 +1,6 @@
 """The paper's claims at small scale: ablation arms, controls, verdicts.
 
-  launch/run.sh --mode=repro --config=configs/repro.py:cpu --workdir=runs/repro
+  launch/run.sh --config=configs/repro.py:cpu --mode=repro --workdir=runs/repro
 
 Every arm is an ordinary run with some values changed, in a workdir of its own
 (runs/repro/seed0/main, ...); one may be named: --config.repro.arms=k16. At the

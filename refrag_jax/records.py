@@ -29,12 +29,17 @@ class Run(NamedTuple):
   arm: str
   directory: str
   results: dict[str, Any]  # results.json
-  config: dict[str, Any]  # the values of config.json; {}: there is none
+  saved: dict[str, Any]  # config.json; {}: there is none
   evals: dict[str, Any]  # of documents.json
 
   @property
   def name(self) -> str:
     return f'seed{self.seed}/{self.arm}'
+
+  @property
+  def config(self) -> dict[str, Any]:
+    """The values of its config; {} where it left none."""
+    return self.saved.get('config', {})
 
 
 class Records(NamedTuple):
@@ -201,9 +206,7 @@ def _read(seed: int, arm: str, directory: str, notes: list[str]) -> Run:
         f'results.json and documents.json are of another {key}; run its evals '
         'again'
       )
-  run = Run(
-    seed, arm, directory, numbers, saved.get('config', saved), {}
-  )  # fmt: skip
+  run = Run(seed, arm, directory, numbers, saved, {})
   return run._replace(evals=_whole(run, documents.get('evals', {}), notes))
 
 

@@ -199,9 +199,15 @@ def _forests(verdict: Verdict) -> Iterator[str]:
 def _runs(workdir, spec, records: Records, failures) -> Iterator:
   path = os.path.join(workdir, 'config_repro.json')
   saved = results.read_json(path) if os.path.exists(path) else {}
-  if saved.get('command_line'):
-    yield Text(f'Command: `{" ".join(map(str, saved["command_line"]))}`')
   runs = list(records.runs.values())
+  yield Items([
+    f'Command: `{" ".join(command)}`'
+    for command in dict.fromkeys(
+      tuple(map(str, of['command_line']))
+      for of in (saved, *(run.saved for run in runs))
+      if of.get('command_line')
+    )
+  ])  # fmt: skip
   if runs:
     versions = runs[0].results.get('versions', {})
     yield Text(
@@ -235,6 +241,15 @@ def _runs(workdir, spec, records: Records, failures) -> Iterator:
     rows,
     f'Wall time of the stages, {page.number(round(total))} s in all; evals '
     'come on top. Date: when its results were written.' if rows else '',
+    prose=(1,),
+  )  # fmt: skip
+  changes = {run.arm: run.saved['changes'] for run in runs
+             if run.saved.get('changes')}  # fmt: skip
+  yield Table(
+    ('arm', 'what it changes'),
+    [(f'`{arm}`', ', '.join(f'`{c}`' for c in of)) for arm, of in
+     changes.items()],
+    folded='What each arm changes in the config',
     prose=(1,),
   )  # fmt: skip
   for title, texts in (

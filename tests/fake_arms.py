@@ -4,6 +4,7 @@ A cell's value at a document is its level, plus what the document adds to all
 cells, plus a little of its own. With LEVELS as they are each claim holds.
 """
 
+import functools
 import hashlib
 import pathlib
 import tomllib
@@ -12,6 +13,7 @@ import numpy as np
 
 from refrag_jax import claim_tests, results
 from refrag_jax.environment import ROOT
+from refrag_jax.records import Records, Run
 
 CORPUS = 'c0ffee' * 10
 DATASETS = {'books': 26, 'latex': 44, 'articles': 60, 'papers': 38}
@@ -130,22 +132,55 @@ def rng(*key):
   return np.random.default_rng(list(digest[:16]))
 
 
+@functools.cache
+def normal(n, *key):
+  return rng(*key).normal(size=n)
+
+
 def documents(cells, levels, seed, noise=0.02):
   """The `evals` of documents.json of one arm, from its cells."""
   out = {}
   for cell in cells:
     _, part, row, column = cell.split('/')
     for dataset, n in DATASETS.items():
-      own = rng(dataset).normal(0.0, 0.3, n)  # what a document adds everywhere
+      own = normal(n, dataset) * 0.3  # what a document adds everywhere
       if column in ('hit', 'exact'):
         own = own * 0.1
       value = level(cell, levels) + own
-      value = value + rng(cell, dataset, seed).normal(0.0, noise, n)
+      value = value + noise * normal(n, cell, dataset, seed)
       table = out.setdefault(part, {}).setdefault(
         dataset, {'doc': [3 * i + 1 for i in range(n)], 'rows': {}}
       )
       table['rows'].setdefault(row, {})[column] = value.tolist()
   return out
+
+
+def arms_of(spec, *, seeds=(0, 1), leave_out=(), **changes):
+  """The `evals` of all arms of the claims file by (seed, arm).
+
+  Args:
+    **changes: of LEVELS, '/' as '__'; they come before the others.
+  """
+  levels = {k.replace('__', '/'): v for k, v in changes.items()}
+  levels |= {k: v for k, v in LEVELS.items() if k not in levels}
+  of_arm = {}
+  for cell in cells_of(spec):
+    of_arm.setdefault(cell.split('/')[0], []).append(cell)
+  return {
+    (seed, arm): documents(cells, levels, seed)
+    for seed in seeds
+    for arm, cells in of_arm.items()
+    if arm not in leave_out
+  }
+
+
+def records_of(spec, **options):
+  """The same as records, without files."""
+  runs = {
+    (seed, arm): Run(seed, arm, '', {'corpus': CORPUS}, {}, evals)
+    for (seed, arm), evals in arms_of(spec, **options).items()
+  }
+  return Records('repro_cpu', CORPUS, runs, ())
 
 
 def write_run(
@@ -167,26 +202,21 @@ def write_run(
   results.write_json(directory / 'results.json', numbers)
   results.write_json(directory / 'documents.json', head | {'evals': evals})
   saved = {'name': f'{config}_{arm}', 'seed': seed} | (saved or {})
-  results.write_json(directory / 'config.json', {'config': saved})
+  results.write_json(
+    directory / 'config.json', {'config': saved, 'changes': [f'name={arm}']}
+  )
   return directory
 
 
-def write_arms(workdir, spec, *, seeds=(0, 1), leave_out=(), **changes):
-  """All arms of the claims file; `changes` are of LEVELS, '/' as '__'.
+def write_arms(workdir, spec, **options):
+  """All arms of the claims file, with the options of `arms_of`.
 
   Returns:
     The directories by (seed, arm).
   """
-  levels = {k.replace('__', '/'): v for k, v in changes.items()} | LEVELS
-  levels |= {k.replace('__', '/'): v for k, v in changes.items()}
-  of_arm = {}
-  for cell in cells_of(spec):
-    of_arm.setdefault(cell.split('/')[0], []).append(cell)
   return {
-    (seed, arm): write_run(workdir, seed, arm, documents(cells, levels, seed))
-    for seed in seeds
-    for arm, cells in of_arm.items()
-    if arm not in leave_out
+    (seed, arm): write_run(workdir, seed, arm, evals)
+    for (seed, arm), evals in arms_of(spec, **options).items()
   }
 
 

@@ -138,6 +138,7 @@ def test_every_parameter_of_its_groups_matters_and_no_other():
     assert (np.abs(np.asarray(grad)).max() > 1e-5) == read, name
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_nothing():
   batch = toy.batch(B=3)
 
@@ -176,6 +177,7 @@ def test_training_learns_to_read_the_pieces():
   assert own < shuffled - 1.5
 
 
+@pytest.mark.slow
 def test_the_group_is_there_only_when_asked_for():
   """And the other four are then, bitwise, what they are without it."""
   init = lambda cfg: toy.jit(init_params, static_argnums=0)(
@@ -301,6 +303,7 @@ def compile_cache(tmp_path_factory):
     yield
 
 
+@pytest.mark.slow
 def test_an_arm_starts_from_a_decoder_that_was_trained_without_it(
   folder, compile_cache
 ):

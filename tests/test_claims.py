@@ -79,18 +79,21 @@ LOWER = {'test': 'lower', 'cells': [A, B]}
 
 @pytest.fixture(scope='module')
 def spec():
-  return fake_arms.claims_file()
+  """With fewer resamples: what lies far from 0 needs no more."""
+  found = fake_arms.claims_file()
+  assert found['statistics']['resamples'] == 10_000
+  return found | {'statistics': found['statistics'] | {'resamples': 500}}
 
 
-def judged(tmp_path, spec, number, **options):
-  fake_arms.write_arms(tmp_path, spec, **options)
-  records = load(tmp_path)
+def judged(spec, number, **options):
   only = [claim for claim in spec['claim'] if claim['number'] == number]
+  records = fake_arms.records_of(spec, **options)
   (verdict,) = claims.judge(spec | {'claim': only}, records)
   return verdict
 
 
-def test_all_claims_can_be_confirmed(tmp_path, spec):
+def test_all_claims_can_be_confirmed(tmp_path):
+  spec = fake_arms.claims_file()
   fake_arms.write_arms(tmp_path, spec)
   verdicts = claims.judge(spec, load(tmp_path))
   assert [v.number for v in verdicts] == list(range(1, 11))
@@ -147,9 +150,9 @@ DIRECT = 'reconstruct_direct_steps__reconstruction__refrag_k8__'
   ],
 )
 def test_each_test_of_each_claim_can_come_out_the_other_way(
-  tmp_path, spec, number, changes, says
+  spec, number, changes, says
 ):
-  verdict = judged(tmp_path, spec, number, **changes)
+  verdict = judged(spec, number, **changes)
   assert verdict.verdict == 'contrary', verdict.why
   assert says in verdict.why
   assert 'comes out the other way on books, latex, articles, papers' in (
@@ -178,10 +181,9 @@ def test_each_test_of_each_claim_can_come_out_the_other_way(
   ],
 )  # fmt: skip
 def test_a_precondition_that_fails_leaves_nothing_to_test(
-  tmp_path, spec, changes, name, numbers
+  spec, changes, name, numbers
 ):
-  fake_arms.write_arms(tmp_path, spec, **changes)
-  for verdict in claims.judge(spec, load(tmp_path)):
+  for verdict in claims.judge(spec, fake_arms.records_of(spec, **changes)):
     if verdict.number in numbers:
       assert verdict.verdict == 'not testable', (verdict.number, verdict.why)
       assert f'precondition {name}' in verdict.why
@@ -190,20 +192,16 @@ def test_a_precondition_that_fails_leaves_nothing_to_test(
       assert verdict.verdict != 'not testable', (verdict.number, verdict.why)
 
 
-def test_without_reconstruction_reading_alone_claim_2_can_be_contrary(
-  tmp_path, spec
-):
+def test_what_works_without_reconstruction_alone_is_contrary(spec):
   """The precondition must not hide that the arm beside it does better."""
-  verdict = judged(
-    tmp_path, spec, 2, **{CPT: 2.4, CPT + 'P4': 2.6,
-    'cpt_direct__log_perplexity__refrag_k8_cpt__': 1.8}
-  )  # fmt: skip
+  direct = 'cpt_direct__log_perplexity__refrag_k8_cpt__'
+  verdict = judged(spec, 2, **{CPT + 'P4': 2.6, CPT: 2.4, direct: 1.8})
   assert verdict.verdict == 'contrary'
 
 
-def test_a_missing_arm_is_named(tmp_path, spec):
-  fake_arms.write_arms(tmp_path, spec, leave_out=('k32', 'frozen'))
-  verdicts = {v.number: v for v in claims.judge(spec, load(tmp_path))}
+def test_a_missing_arm_is_named(spec):
+  records = fake_arms.records_of(spec, leave_out=('k32', 'frozen'))
+  verdicts = {v.number: v for v in claims.judge(spec, records)}
   assert verdicts[3].verdict == 'not testable'
   assert verdicts[3].why == 'there is no k32/log_perplexity/refrag_k32_cpt/P16'
   # Of a test that decides nothing it changes nothing.
@@ -213,9 +211,8 @@ def test_a_missing_arm_is_named(tmp_path, spec):
   assert 'frozen/log_perplexity/refrag_k8_frozen/P16' in beside.why
 
 
-def test_one_seed_of_two_is_undecided(tmp_path, spec):
-  fake_arms.write_arms(tmp_path, spec, seeds=(0,))
-  for verdict in claims.judge(spec, load(tmp_path)):
+def test_one_seed_of_two_is_undecided(spec):
+  for verdict in claims.judge(spec, fake_arms.records_of(spec, seeds=(0,))):
     assert verdict.verdict == 'undecided'
     assert 'has 1 of 2 seeds (0)' in verdict.why
 
@@ -635,8 +632,10 @@ def test_learning_rates_are_held_against_the_grid():
   for (_, arm), run in records.runs.items():
     run.results['stages'] = {'cpt': {}, 'cpt_trained': {}, 'strange': {}}
     rate = {'a': 1e-3, 'b': 2e-3}[arm]
-    run.config['stage'] = {
-      name: {'peak_learning_rate': rate} for name in run.results['stages']
+    run.saved['config'] = {
+      'stage': {
+        name: {'peak_learning_rate': rate} for name in run.results['stages']
+      }
     }
   used = {1e-3: ['seed0/a'], 2e-3: ['seed0/b']}
   assert claims.learning_rates(spec, records) == [

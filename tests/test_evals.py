@@ -102,15 +102,18 @@ def assert_stats(tree):
 
 def test_log_perplexity_has_every_row(tables):
   rows = tables['log_perplexity']['toy']
-  expected = {row + suffix for row in PLAIN_ROWS for suffix in ('', '_trained')}
+  decoders = ('', '_trained', '_cpt_trained')
+  expected = {
+    row + suffix for row in (*PLAIN_ROWS, 'replug') for suffix in decoders
+  }
   expected |= {
     f'refrag_k4{suffix}'
-    for suffix in ('', '_shuffled', '_cpt', '_cpt_shuffled')
+    for which in ('', '_cpt', '_frozen')
+    for suffix in (which, f'{which}_shuffled')
   }
   expected |= {
     f'refrag_k4_{name}_p{p}' for name in SELECTORS for p in ('0.25', '0.5')
   }
-  expected |= {'replug', 'replug_trained'}
   expected |= {
     f'{row}{suffix}' for row in CEPE_ROWS for suffix in ('', '_shuffled')
   }

@@ -199,6 +199,7 @@ def test_nll_is_that_of_states_times_word_embeddings():
   np.testing.assert_allclose(total, sum(map(sum, rows)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_reconstruct_starts_from_it_where_the_config_says_so(trained):
   directory = trained.checkpoint_dir('mlm')
   assert checkpoint.read_meta(directory)['trained'] == ['decoder', 'encoder']

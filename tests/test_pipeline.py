@@ -324,7 +324,7 @@ def test_speed(config, corpus):
   wide = types.SimpleNamespace(
     **vars(config)
     | {
-      'model': types.SimpleNamespace(chunk_size=8),
+      'model': types.SimpleNamespace(chunk_size=8, piece_length=0),
       'stage': {
         'cpt': stage(
           context_length=64, output_length=16, batch_size=128, factors=()

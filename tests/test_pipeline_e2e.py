@@ -14,12 +14,13 @@ import time
 import numpy as np
 import pytest
 
+from configs import tiny
 from refrag_jax import validate
 from refrag_jax.environment import ROOT
-from refrag_jax.stages import STAGES
 
 pytestmark = pytest.mark.slow
 STAT = {'mean', 'se', 'n'}
+CONFIG = tiny.get_config('smoke')
 
 
 @pytest.fixture(scope='module')
@@ -101,7 +102,7 @@ def test_the_head_says_what_ran(numbers):
 
 def test_every_stage_has_its_record(numbers):
   """design.md section 4."""
-  assert list(numbers['stages']) == list(STAGES)
+  assert list(numbers['stages']) == list(CONFIG.stages)
   for name, record in numbers['stages'].items():
     assert record['steps'] == 2
     before, after, gain = (
@@ -137,7 +138,7 @@ def test_stages_follow_each_other(numbers):
 
 
 def test_every_eval_has_its_table(numbers):
-  assert numbers['evals'].keys() == set(validate.EVALS)
+  assert numbers['evals'].keys() == set(CONFIG.evals)
   (rows,) = numbers['evals']['log_perplexity'].values()
   assert_rows(rows, ('P4', 'P8', 'P16'))
   plain = {'no_context', 'full_context', 'last_k'}

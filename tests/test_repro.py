@@ -11,11 +11,17 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import checkpoint, config, repro, results, train
+from refrag_jax import checkpoint, cli, config, repro, results, sharding, train
 from refrag_jax.config import ArmConfig
 from refrag_jax.environment import ROOT
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.session import abstract_params, fresh_params
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Runs by themselves take all 8 of conftest.py, and long to compile."""
+  monkeypatch.setattr(sharding, 'make_mesh', lambda **_: toy_run.mesh())
 
 
 @pytest.fixture(scope='module')
@@ -92,6 +98,18 @@ def test_an_arm_is_the_config_with_its_values(folder):
   b = repro.arm_config(cfg, 'b', 3, 'w')
   assert b.evals == ('copying',)
   assert a.data.cache_dir == b.data.cache_dir != ''
+
+
+@pytest.mark.parametrize('preset', ['cpu', 'smoke'])
+def test_every_arm_of_the_project_builds(preset):
+  cfg = cli.load(
+    cli.parse([f'--config={ROOT}/configs/repro.py:{preset}'])
+  ).config
+  order = repro.in_order(cfg)
+  assert order[0] == 'main' and len(order) == 17
+  for name in order:
+    built = repro.arm_config(cfg, name, 0, 'w')
+    assert built.stages and built.evals
 
 
 def test_arms_come_after_those_they_start_from(folder):
@@ -228,6 +246,7 @@ def test_an_arm_that_fails_lets_the_others_run(folder, tmp_path, capsys):
   assert os.path.getmtime(f'{workdir}/seed0/main/results.json') == before
 
 
+@pytest.mark.slow
 def test_a_source_without_checkpoint_is_trained_again(folder, tmp_path, capsys):
   """Records came from elsewhere; the numbers that follow are the same."""
   (tmp_path / 'claims.toml').write_text(EMPTY_CLAIMS)

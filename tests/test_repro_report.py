@@ -24,6 +24,13 @@ COMMAND = ['python', '-m', 'refrag_jax.main', '--mode=repro', '--x=<&>']
 FAILED = {'seed0/k32': 'stage cpt: loss nan at step 7'}
 
 
+def claims_file():
+  """With fewer resamples, which the page must say."""
+  spec = fake_arms.claims_file()
+  spec['statistics']['resamples'] = 1_234
+  return spec
+
+
 def write(workdir, spec, records, failures=FAILED):
   verdicts = claims.judge(spec, records)
   repro_report.write(str(workdir), spec, records, verdicts, failures)
@@ -35,7 +42,7 @@ def write(workdir, spec, records, failures=FAILED):
 def folder(tmp_path_factory):
   """All arms but two, one of another text, and a claim that is contrary."""
   workdir = tmp_path_factory.mktemp('repro')
-  spec = fake_arms.claims_file()
+  spec = claims_file()
   directories = fake_arms.write_arms(
     workdir, spec, leave_out=('k32', 'cepe_unfrozen'),
     main__log_perplexity__last_k_trained=1.6,
@@ -122,12 +129,13 @@ def test_what_ran_and_what_did_not(written):
   body = sections(text)['What ran']
   assert ' '.join(COMMAND) in body
   assert f'Corpus `{fake_arms.CORPUS[:12]}`' in body and 'jax 0.10.2' in body
-  arms = {row[0]: row for row in rows(body)}
+  arms = {row[0]: row for row in rows(body) if len(row) > 2}
   assert arms['`main`'] == [
     '`main`', '`lm` 300 × 128, `reconstruct` 300 × 128, `cpt` 300 × 128, '
     '`grpo` 300 × 128', '1,286', '1,286', '1 x cpu', '`0123abc`',
     '2026-11-20 10:00, 2026-11-21 10:00',
   ]  # fmt: skip
+  assert ['`k4`', '`name=k4`'] in rows(body)
   assert arms['`k32`'][2:4] == ['missing', 'missing']
   assert arms['`k4`'][2:4] == ['322', '322']
   walls = [321.5 * len(run.results['stages']) for run in records.runs.values()]
@@ -144,7 +152,7 @@ def test_what_ran_and_what_did_not(written):
 def test_rules_and_preconditions_are_printed(written):
   text, _, _, spec = written
   body = sections(text)['How it is decided']
-  for words in ('3 of its standard errors', '10,000 resamples', '10%',
+  for words in ('3 of its standard errors', '1,234 resamples', '10%',
                 'each of 2 seeds', 'needs 3 data sets'):  # fmt: skip
     assert words in body
   found = rows(sections(text)['Preconditions'])
@@ -273,7 +281,7 @@ def test_words_are_text_not_markup(written):
 
 def test_nothing_to_show(tmp_path):
   """No runs; no claims; runs without details, sizes, curves or configs."""
-  spec = fake_arms.claims_file()
+  spec = claims_file()
   text, whole = write(tmp_path, spec, claims.load(tmp_path), {})
   assert '0 confirmed, 0 contrary, 0 undecided, 10 not testable' in text
   parsed(whole)

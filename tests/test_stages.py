@@ -31,6 +31,7 @@ TRAINS = {
   'mixed_trained': ('decoder',),
   'sft_full': ('decoder',),
   'sft_none': ('decoder',),
+  'cpt_frozen': ('encoder', 'projection'),
   'cepe_warmup': ('encoder', 'cross'),
   'cepe': ('encoder', 'cross'),
   'cepe_unfrozen': ('encoder', 'cross', 'decoder'),
@@ -81,6 +82,10 @@ GOLDEN = {
   'sft_none': (
     (5.76591, 5.61711, 5.47292),
     (2.01294, 1.96023, 1.87666),
+  ),
+  'cpt_frozen': (
+    (6.03004, 5.65999, 5.65544),
+    (17.65452, 6.71541, 8.75773),
   ),
   'cepe_warmup': (
     (5.93130, 5.75846, 5.64255),
@@ -320,6 +325,7 @@ def test_the_stage_chain():
     'mixed_trained': 'cpt_trained',
     'sft_full': 'mixed_trained',
     'sft_none': 'mixed_trained',
+    'cpt_frozen': 'reconstruct',
     'cepe_warmup': 'lm',
     'cepe': 'cepe_warmup',
     'cepe_unfrozen': 'cepe_warmup',

@@ -269,6 +269,7 @@ def test_steps_compile_once_per_shape_and_variant(folder, tmp_path):
   fresh = toy_run.fresh_params(session)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, 'initial_params', lambda *_: fresh)
+    patch.setattr(train, 'groups_after', lambda *_: {'decoder'})
     learning_rate = optimizer.learning_rate
     patch.setattr(
       optimizer,

@@ -124,9 +124,11 @@ def exact(
   if not len(start_W):
     return {}
   windows = pipeline.reconstructions_at(config, corpus, chosen.doc, start_W, n)
+  # Few shapes, so few programs; a shorter span repeats its last token.
+  S = 1 << (int(chosen.size.max()) - 1).bit_length()
   windows['place_BS'] = (chosen.first - start_W)[:, None] + np.minimum(
-    np.arange(chosen.size.max()), chosen.size[:, None] - 1
-  )  # a shorter span repeats its last token
+    np.arange(S), chosen.size[:, None] - 1
+  )
   rows = {}
   for which, data, expanded in (
     ('compressed', windows, False),

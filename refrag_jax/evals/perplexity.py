@@ -37,12 +37,10 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
   rows = {}
   for role, suffix in DECODERS.items():
     if context.available(role):
-      params = context.params(role)
       for row, kind in PLAIN.items():
         rows[row + suffix] = plain_nll(context, role, windows, kind)
-      rows[f'replug{suffix}'] = common.map_batches(
-        context, functools.partial(_nll(replug.nll, model), params), windows
-      )
+      run = functools.partial(_nll(replug.nll, model), context.params(role))
+      rows[f'replug{suffix}'] = common.map_batches(context, run, windows)
   shuffled = common.shuffled(windows)
   W, C = windows['chunk_len_BC'].shape
   nobody_WC = np.zeros((W, C))
@@ -108,7 +106,7 @@ def run(context: common.Context) -> dict:
     for name in ('random', 'last')
     for p in config.eval.expand_fractions
   ]
-  references += ['replug', 'replug_trained']
+  references += [f'replug{suffix}' for suffix in DECODERS.values()]
   references += [row + which for row in CEPE for which in ('', '_shuffled')]
   out = {}
   for name, corpus in context.datasets.items():
