@@ -179,7 +179,7 @@ def test_selection_lists_every_selector_and_rate(numbers):
 def test_a_run_leaves_its_files(workdir):
   for name in ('config.json', 'metrics.jsonl', 'samples.jsonl', 'report.html'):
     assert (workdir / name).stat().st_size > 0
-  assert sorted(os.listdir(workdir / 'checkpoints')) == sorted(STAGES)
+  assert sorted(os.listdir(workdir / 'checkpoints')) == sorted(CONFIG.stages)
   half = [
     path
     for path, _, files in os.walk(workdir)
@@ -189,7 +189,7 @@ def test_a_run_leaves_its_files(workdir):
   assert half == []
   text = (workdir / 'metrics.jsonl').read_text()
   lines = [json.loads(line) for line in text.splitlines()]
-  for name in STAGES:
+  for name in CONFIG.stages:
     mine = [x for x in lines if x['stage'] == name]
     assert [x['step'] for x in mine if x['split'] == 'train'] == [1, 2]
     assert [x['step'] for x in mine if x['split'] == 'heldout'] == [0, 2]
@@ -201,7 +201,7 @@ def test_the_report_needs_nothing_else(workdir):
   links = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]+)', page)
   assert [x for x in links if not x.startswith(('#', 'data:'))] == []
   assert not re.search(r'@import|url\(\s*["\']?(?!data:|#)', page)
-  for name in STAGES:
+  for name in CONFIG.stages:
     assert name in page
 
 
