@@ -544,10 +544,9 @@ def test_estimates_of_sums_are_the_ordinary_ones():
 def test_the_error_of_a_share():
   """Its first-order error is what the bootstrap sees, not that of its top."""
   rng = np.random.default_rng(2)
-  none_N = rng.normal(2.0, 0.3, 400)
-  value_N3 = np.stack([
-    none_N, none_N - 0.75 * rng.normal(1, 0.3, 400), none_N - 1.0,
-  ], 1)  # fmt: skip
+  none_N, gap_N = rng.normal(2.0, 0.3, 400), rng.uniform(0.5, 1.5, 400)
+  closed_N = gap_N * rng.normal(0.75, 0.05, 400)  # much of a large gap
+  value_N3 = np.stack([none_N, none_N - closed_N, none_N - gap_N], 1)
   shares = share('no', 'x', 'all'), share('no', 'x', 'all').negative()
   rule = RULE._replace(level=0.6827)
   found, minus = estimates(
