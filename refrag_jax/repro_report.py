@@ -123,8 +123,8 @@ def _claim(verdict: Verdict) -> Iterator:
 
 _FOREST = (
   'Pooled estimate with its bootstrap interval; `|`: each seed alone; `x`: the '
-  'margin on both sides, where the test has one. Left of zero the first cell '
-  'is lower, which is better.'
+  'margin on both sides, where the test has one. Of a difference: left of zero '
+  'the first cell is lower, which is better.'
 )
 _PART_NOTE = (
   'Estimate: the left side less the right side of the test (a slope or share '
