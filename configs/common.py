@@ -180,6 +180,7 @@ def base() -> ml_collections.ConfigDict:
   c.eval.num_questions = 256
   c.eval.copy_lengths = (16, 32)
   c.eval.context_lengths = ()
+  c.eval.context_windows = 128  # they are long
   c.eval.num_passages = 4
 
   # Ablations (--mode=repro): arms by name, see `arm` and configs/repro.py.

@@ -121,6 +121,7 @@ class EvalConfig:
   num_questions: int
   copy_lengths: tuple[int, ...]  # tokens of the spans of `copying`
   context_lengths: tuple[int, ...]  # the s of `context_length`; (): skip it
+  context_windows: int  # held-out windows of `context_length`
   num_passages: int  # in a context of `passages`, one of them useful; 0: skip
 
 

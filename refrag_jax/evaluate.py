@@ -4,6 +4,7 @@ Which weights answer for which rows is in evals/common.py.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -109,19 +110,21 @@ def run_evals(
     path = os.path.join(session.workdir, 'policy_scores.json')
     results.write_json(path, {'examples': examples})
   if jax.process_index() == 0:
-    write_documents(session, context.documents)
+    write_documents(context)
   return evals
 
 
-def write_documents(session: Session, documents: dict[str, Any]) -> None:
+def write_documents(context: Context) -> None:
   """documents.json: the document means behind the STATs of results.json.
 
   A row of this run can so be paired with a row of another one over the same
-  text: `docs` are numbers within a data set, `corpus` is its hash.
+  text: `doc` are numbers within a data set, and `datasets` has its text's hash.
   """
+  session, documents = context.session, context.documents
   path = os.path.join(session.workdir, 'documents.json')
   old = results.read_json(path) if os.path.exists(path) else {}
   new = head(session)
+  new['datasets'] = {name: of.hash for name, of in context.datasets.items()}
   if old.get('fingerprint') == new['fingerprint']:
     documents = old['evals'] | documents
   text = results.json_line(new | {'evals': _rounded(documents)})
@@ -147,6 +150,7 @@ def head(session: Session) -> dict[str, Any]:
     'git': environment.git_commit(),
     'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     'corpus': session.corpus.hash,
+    'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
   }
 
 

@@ -31,6 +31,7 @@ class Run(NamedTuple):
   results: dict[str, Any]  # results.json
   saved: dict[str, Any]  # config.json; {}: there is none
   evals: dict[str, Any]  # of documents.json
+  datasets: dict[str, str]  # of documents.json: the hash of each one's text
 
   @property
   def name(self) -> str:
@@ -206,7 +207,8 @@ def _read(seed: int, arm: str, directory: str, notes: list[str]) -> Run:
         f'results.json and documents.json are of another {key}; run its evals '
         'again'
       )
-  run = Run(seed, arm, directory, numbers, saved, {})
+  texts = documents.get('datasets', {})
+  run = Run(seed, arm, directory, numbers, saved, {}, texts)
   return run._replace(evals=_whole(run, documents.get('evals', {}), notes))
 
 
@@ -244,6 +246,10 @@ def _refusals(run: Run, first: Run, kept: Mapping) -> Iterator[str | bool]:
   yield own != other and (
     f'it is an arm of the config {own}, and {first.name} of {other}'
   )
+  for name in run.datasets.keys() & first.datasets.keys():
+    yield run.datasets[name] != first.datasets[name] and (
+      f'its data set {name} is another text than that of {first.name}'
+    )
   seed = run.config.get('seed', run.seed)
   yield seed != run.seed and f'it was trained with seed {seed}'
   mark = run.results.get('fingerprint')

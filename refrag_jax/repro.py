@@ -40,6 +40,8 @@ def run(config: Config, workdir: str) -> int:
     Stopped: asked to stop, the state of the arm in progress saved.
   """
   spec = read_claims(config.repro.claims)
+  # A fault of the file shows before the runs and not behind them.
+  claims.judge(spec, claims.Records(config.name, '', {}, ()))
   chosen = [
     (seed, arm, arm_config(config, arm, seed, workdir))
     for seed in config.repro.seeds

@@ -470,7 +470,9 @@ def _round_up(p: float) -> float:
 def _validate_eval(config: Config) -> None:
   section = config.eval
   if config.evals:
-    _positive(section, 'eval.', 'num_windows', 'batch_size')
+    _positive(
+      section, 'eval.', 'num_windows', 'batch_size', 'context_windows'
+    )
   if 'qa' in config.evals:
     _positive(section, 'eval.', 'num_questions')
   _not_negative(

@@ -177,7 +177,7 @@ def arms_of(spec, *, seeds=(0, 1), leave_out=(), **changes):
 def records_of(spec, **options):
   """The same as records, without files."""
   runs = {
-    (seed, arm): Run(seed, arm, '', {'corpus': CORPUS}, {}, evals)
+    (seed, arm): Run(seed, arm, '', {'corpus': CORPUS}, {}, evals, {})
     for (seed, arm), evals in arms_of(spec, **options).items()
   }
   return Records('repro_cpu', CORPUS, runs, ())

@@ -32,7 +32,7 @@ def records_of(cells, config='c', corpus='x'):
   for (seed, cell), of_dataset in cells.items():
     arm, part, row, column = cell.split('/')
     head = {'config': f'{config}_{arm}', 'corpus': corpus, 'stages': {}}
-    run = runs.setdefault((seed, arm), Run(seed, arm, '', head, {}, {}))
+    run = runs.setdefault((seed, arm), Run(seed, arm, '', head, {}, {}, {}))
     for dataset, (docs, values) in of_dataset.items():
       table = run.evals.setdefault(part, {}).setdefault(
         dataset, {'doc': list(docs), 'rows': {}}

@@ -233,7 +233,7 @@ def test_short_documents_drop_out_and_n_says_so(session, lengths_only):
   s = (int(np.median(size_D)) - O) // K * K
   long = int((size_D >= s + O).sum())
   assert 2 <= long < len(size_D)
-  some = config_with(session, context_lengths=(8, s), num_windows=500)
+  some = config_with(session, context_lengths=(8, s), context_windows=500)
   out = context_length.run(surroundings(some, {}))['toy']
   assert out['refrag_k4_s8']['P6']['n'] == long
   # None is long enough: the data set is left out, the others are not.

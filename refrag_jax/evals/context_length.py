@@ -7,8 +7,8 @@ a shorter context is the last s tokens of it. Documents that are too short for
 the longest drop out of all rows, and `n` counts what is left.
 
 Rows for each s: REFRAG with everything compressed, with another document's
-chunks, and the decoder with the same continued training on full and on last-k
-context; and that decoder without context.
+chunks, and the decoder with the same continued training on last-k and, up to
+FULL times the trained length, on full context; and that decoder without any.
 """
 
 import numpy as np
@@ -17,6 +17,10 @@ from refrag_jax.data import pipeline
 from refrag_jax.errors import UserError
 from refrag_jax.evals import common, perplexity, selection
 from refrag_jax.progress import say
+
+# Full context costs the square of its length, and by then it is far beyond the
+# positions that the decoder was trained on.
+FULL = 4
 
 
 def run(context: common.Context) -> dict:
@@ -28,7 +32,7 @@ def run(context: common.Context) -> dict:
   for name, corpus in context.datasets.items() if lengths else ():
     try:
       windows = pipeline.eval_windows(
-        config, corpus, lengths[-1], outputs[-1], config.eval.num_windows
+        config, corpus, lengths[-1], outputs[-1], config.eval.context_windows
       )
     except UserError as e:  # of several texts one may have short documents
       say(f'eval context_length leaves {name} out: {e}')
@@ -67,7 +71,10 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
           context, role, data, np.zeros((W, C)), 0, rows=size
         )
     if context.available('trained'):
-      for row in ('full_context', 'last_k'):
+      plain = ['last_k']
+      if s <= FULL * config.stage['cpt'].context_length:
+        plain.append('full_context')
+      for row in plain:
         rows[f'{row}_trained_s{s}'] = perplexity.plain_nll(
           context, 'trained', cut, perplexity.PLAIN[row], size
         )

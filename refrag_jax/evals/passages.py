@@ -29,7 +29,7 @@ def run(context: common.Context) -> dict:
   """The `passages` table of results.json."""
   config = context.session.config
   P, k = config.eval.num_passages, config.model.chunk_size
-  if not P or not context.available('mixed'):
+  if not P or not selection.selecting_role(context):
     return {}
   length = config.stage['mixed'].context_length // k // P * k
   out = {}
@@ -104,7 +104,7 @@ def measure(
 ) -> dict[str, dict[str, np.ndarray]]:
   """Row -> column -> value of every window, (W,)."""
   config = context.session.config
-  role = 'policy' if context.available('policy') else 'mixed'
+  role = selection.selecting_role(context)
   W, C = windows['chunk_len_BC'].shape
   useful_WC = np.arange(C) // (C // P) == place_W[:, None]
   # Its end first; nothing else is ever among the best C / P.

@@ -50,8 +50,8 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
         rows[f'refrag_k{k}{suffix}{which}'] = selection.selected_nll(
           context, role, data, nobody_WC, 0
         )
-  if context.available('mixed'):
-    role = 'policy' if context.available('policy') else 'mixed'
+  role = selection.selecting_role(context)
+  if role:
     score = selection.scores(context, windows, 0)
     for p in config.eval.expand_fractions:
       draws = expanded_chunks(p, C)
@@ -59,6 +59,11 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
         for name, score_WC in score.items():
           rows[f'refrag_k{k}_{name}_p{p:g}'] = selection.selected_nll(
             context, role, windows, score_WC, draws
+          )
+        # What expansion is worth to a decoder that never met one.
+        if context.available('cpt') and 'random' in score:
+          rows[f'refrag_k{k}_cpt_random_p{p:g}'] = selection.selected_nll(
+            context, 'cpt', windows, score['random'], draws
           )
   for role in CEPE if config.model.piece_length else ():
     if context.available(role):

@@ -28,11 +28,20 @@ from refrag_jax.evals import common
 from refrag_jax.models import policy
 
 
+def selecting_role(context: common.Context) -> str:
+  """Whose weights chunks are selected for: `mixed`, with its policy if any.
+
+  A checkpoint of the policy holds the `mixed` that it was trained on.
+  """
+  roles = ('policy', 'mixed')
+  return next((role for role in roles if context.available(role)), '')
+
+
 def scores(context: common.Context, windows: dict, tail: int) -> dict:
   """float32 (W, C) for each configured selector that has its checkpoint."""
   config, model = context.session.config, context.session.model
-  params, before = context.params('policy'), context.params('before')
-  params = params or context.params('mixed')
+  before = context.params('before')
+  params = context.params(selecting_role(context))
   W, C = windows['chunk_len_BC'].shape
   wanted = config.eval.selectors
   out = {}
@@ -155,10 +164,9 @@ def rate(chunk_size: int, expanded: int, chunks: int) -> float:
 
 def run(context: common.Context) -> dict:
   """The `selection` table of results.json, a list of rows a dataset."""
-  config = context.session.config
-  if not context.available('mixed'):
+  config, role = context.session.config, selecting_role(context)
+  if not role:
     return {}
-  role = 'policy' if context.available('policy') else 'mixed'
   cfg, k = config.stage['mixed'], config.model.chunk_size
   out = {}
   for name, corpus in context.datasets.items():
