@@ -83,7 +83,7 @@ def get_config(preset: str = 'cpu'):
   c.stage.reconstruct = common.stage(
     num_train_steps=260,
     batch_size=128,
-    peak_learning_rate=3e-3,
+    peak_learning_rate=1.5e-3,
     context_length=context,
     factors=FACTORS,
   )
