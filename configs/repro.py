@@ -10,7 +10,7 @@ beside the paper's, and the numbers behind them. Interrupted, the same command
 continues; arms from other machines count when their directories are copied in.
 
 The text: books, mathematics in LaTeX and encyclopaedia, mixed in equal shares,
-papers only to measure. configs/repro_text.md says how to get comparable files;
+papers only to measure. docs/repro.md says how to get comparable files;
 name your own with --config.data.text=A.jsonl.gz,B.jsonl.gz and
 --config.eval.data=heldout,C.jsonl.gz.
 """

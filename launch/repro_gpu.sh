@@ -2,7 +2,7 @@
 # launch/repro_gpu.sh ARGS: a piece of the ablations on one H200, 9 minutes of
 # it; exit code 75: not done yet, call again. All arms of one seed should take
 # three pieces (not measured). The text is 35 MB of compressed files under data/
-# (docs/repro_text.md); checkpoints stay in the workdir between the pieces.
+# (docs/repro.md); checkpoints stay in the workdir between the pieces.
 #
 # PIECE_SECONDS: length of a piece. ARGS such as --config.repro.seeds=1.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

@@ -185,7 +185,7 @@ def records_of(spec, **options):
 
 def write_run(
   workdir, seed, arm, evals, *, corpus=CORPUS, config='repro_cpu', mark=None,
-  stages=None, saved=None, **more,
+  stages=None, saved=None, datasets=None, **more,
 ):  # fmt: skip
   """results.json, documents.json and config.json of one arm."""
   directory = pathlib.Path(workdir) / f'seed{seed}' / arm
@@ -200,7 +200,10 @@ def write_run(
   }
   numbers = head | {'stages': stages or {}, 'evals': {}} | more
   results.write_json(directory / 'results.json', numbers)
-  results.write_json(directory / 'documents.json', head | {'evals': evals})
+  texts = {'datasets': {'d': 'c0ffee'} | (datasets or {})}
+  results.write_json(
+    directory / 'documents.json', head | texts | {'evals': evals}
+  )
   saved = {'name': f'{config}_{arm}', 'seed': seed} | (saved or {})
   results.write_json(
     directory / 'config.json', {'config': saved, 'changes': [f'name={arm}']}

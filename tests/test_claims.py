@@ -469,6 +469,8 @@ def test_runs_are_read_by_seed_and_arm(tmp_path):
     (dict(config='repro_gpu'), 'an arm of the config repro_gpu'),
     (dict(mark='main0'), 'the same run as seed0/main, which counts once'),
     (dict(saved={'seed': 7}), 'it was trained with seed 7'),
+    (dict(datasets={'d': 'x'}), 'its data set d is another text than that of '
+     'seed0/main'),
   ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_left_out_by_name(tmp_path, change, message):

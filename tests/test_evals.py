@@ -112,7 +112,9 @@ def test_log_perplexity_has_every_row(tables):
     for suffix in (which, f'{which}_shuffled')
   }
   expected |= {
-    f'refrag_k4_{name}_p{p}' for name in SELECTORS for p in ('0.25', '0.5')
+    f'refrag_k4_{name}_p{p}'
+    for name in (*SELECTORS, 'cpt_random')
+    for p in ('0.25', '0.5')
   }
   expected |= {
     f'{row}{suffix}' for row in CEPE_ROWS for suffix in ('', '_shuffled')
@@ -147,7 +149,7 @@ def test_rows_without_their_checkpoint_are_left_out(session, params):
 
 
 def test_each_row_is_measured_with_its_own_weights(
-  session, params, tables, windows
+  session, params, context, tables, windows
 ):
   """design.md section 4, "Which weights an eval uses"."""
   rows = tables['log_perplexity']['toy']
@@ -158,6 +160,15 @@ def test_each_row_is_measured_with_its_own_weights(
   other_W = common.other_document(windows['doc_B'])
   cepe = jax.jit(functools.partial(forward.cepe_nll, session.model))
   ensemble = jax.jit(functools.partial(replug.nll, session.model))
+  random_WC = selection.scores(context, windows, 0)['random']
+
+  def expanded(params, draws):
+    mask_WC = selection.expand_top(np.asarray(random_WC, np.float32), draws, 0)
+    c_BCE = forward.chunk_vectors(session.model, params, windows)
+    return forward.output_nll(
+      session.model, params, windows, c_BCE, mask_WC, draws
+    )
+
   read = ('chunks', 'chunk_', 'encoder', 'piece')
   swapped = windows | {
     key: windows[key][other_W] for key in windows if key.startswith(read)
@@ -170,6 +181,8 @@ def test_each_row_is_measured_with_its_own_weights(
     'refrag_k4': compressed(params['mixed'], windows),
     'refrag_k4_shuffled': compressed(params['mixed'], swapped),
     'refrag_k4_cpt': compressed(params['cpt'], windows),
+    'refrag_k4_cpt_random_p0.25': expanded(params['cpt'], 1),
+    'refrag_k4_random_p0.25': expanded(params['policy'], 1),
     'replug': ensemble(params['before'], windows),
     'replug_trained': ensemble(params['trained'], windows),
     'cepe': cepe(params['cepe'], windows),
@@ -334,6 +347,24 @@ def test_selection_rows(session, params, tables, windows):
     nll_WO = direct(params['policy'], expand_WC)
     mean = document_means(windows, nll_WO).mean()
     np.testing.assert_allclose(row['nll']['mean'], mean, rtol=1e-5)
+
+
+def test_a_policy_alone_selects_for_the_model_it_was_trained_on(
+  session, params, tables
+):
+  """An arm that trains another policy has no `mixed` of its own."""
+  alone = surroundings(session, {'policy': params['policy']})
+  rows = selection.run(alone)['toy']
+  whole = {
+    (row.get('tail_expanded', False), row['p'], row['selector']): row
+    for row in tables['selection']['toy']
+  }
+  assert {row['selector'] for row in rows} == {
+    'none', 'rl', 'random', 'last', 'oracle',
+  }  # fmt: skip
+  for row in rows:
+    key = row.get('tail_expanded', False), row['p'], row['selector']
+    assert row['nll'] == whole[key]['nll']
 
 
 def test_rates_of_the_papers_table_13():

@@ -281,6 +281,23 @@ def test_each_length_is_measured_in_its_own_batches(
   }
 
 
+def test_full_context_ends_at_a_multiple_of_the_trained_length(
+  context, session, monkeypatch
+):
+  """`cpt` has 16 tokens: 64 are measured, 68 are not."""
+  zeros = lambda *_, **__: np.zeros((W, O))
+  monkeypatch.setattr(context_length.perplexity, 'plain_nll', zeros)
+  monkeypatch.setattr(selection, 'selected_nll', zeros)
+  monkeypatch.setattr(context_length, 'last_chunks', lambda whole, _: whole)
+  whole = pipeline.eval_windows(session.config, session.corpus, 32, O, W)
+  longer = config_with(session, context_lengths=(64, 68))
+  rows = context_length.measure(context._replace(session=longer), whole)
+  assert {row for row in rows if row.startswith('full')} == {
+    'full_context_trained_s64'
+  }
+  assert {'last_k_trained_s68', 'refrag_k4_s68'} <= rows.keys()
+
+
 # --- passages ---------------------------------------------------------------
 
 

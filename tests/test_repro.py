@@ -100,7 +100,7 @@ def test_an_arm_is_the_config_with_its_values(folder):
   assert a.data.cache_dir == b.data.cache_dir != ''
 
 
-@pytest.mark.parametrize('preset', ['cpu', 'smoke'])
+@pytest.mark.parametrize('preset', ['cpu', 'gpu', 'smoke'])
 def test_every_arm_of_the_project_builds(preset):
   cfg = cli.load(
     cli.parse([f'--config={ROOT}/configs/repro.py:{preset}'])
@@ -301,6 +301,17 @@ def test_claims_that_cannot_be_read(folder, tmp_path):
   (tmp_path / 'bad.toml').write_text('a = [')
   with pytest.raises(UserError, match='is no TOML'):
     repro.read_claims(str(tmp_path / 'bad.toml'))
+
+
+def test_claims_of_another_config_are_refused_before_the_runs(
+  folder, tmp_path
+):
+  path = f'{ROOT}/configs/claims.toml'
+  cfg = toy_run.config(folder, repro__claims=path)
+  cfg = with_arms(cfg, main=arm(('lm',)))
+  with pytest.raises(UserError, match=r'has no \[preset.toy_run\]'):
+    repro.run(cfg, str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
 
 
 def test_the_claims_of_the_project_are_toml():
