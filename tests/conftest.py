@@ -4,6 +4,12 @@ import os
 
 # Also for the processes that tests start; an accelerator is not touched.
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Programs of toy sizes that run a few times: compiling them well costs twice
+# what it costs without, and saves nothing.
+os.environ.setdefault(
+  'XLA_FLAGS',
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
+)
 
 import jax
 from absl import flags

@@ -12,10 +12,6 @@ from refrag_jax import records, results
 from refrag_jax.environment import ROOT
 
 MINUTES = 5  # on two cores, cold compilation cache
-# Programs that run twice: compiling them well costs more than it saves.
-XLA_FLAGS = (
-  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-)
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +23,6 @@ def smoke(tmp_path_factory):
     'JAX_COMPILATION_CACHE_DIR': str(root / 'cache'),
     'JAX_NUM_CPU_DEVICES': '1',
     'PYTHONPATH': ROOT,
-    'XLA_FLAGS': XLA_FLAGS,
   }
   clock = time.monotonic()
   done = subprocess.run(
