@@ -108,6 +108,26 @@ ENCODERS = {
 }
 
 
+# What Llama-2 does not have, and a model from scratch does not need.
+PLAIN_DECODER = dict(
+  rope_factor=1.0,
+  rope_low_freq_factor=1.0,
+  rope_high_freq_factor=4.0,
+  rope_original_length=0,
+  qkv_bias=False,
+  qk_norm=False,
+  sliding_window=0,
+  max_length=0,
+)
+BERT = dict(
+  kind='bert',
+  global_every=0,
+  local_window=0,
+  rope_theta=0.0,
+  local_rope_theta=0.0,
+)
+
+
 def base() -> ml_collections.ConfigDict:
   """A config without stages: what a file does not set stays as it is here."""
   c = ml_collections.ConfigDict()
@@ -226,12 +246,16 @@ def arm(stages=(), evals=(), changes=()) -> ml_collections.ConfigDict:
 
 def decoder(size: str, vocab_size: int) -> ml_collections.ConfigDict:
   """One of DECODERS; `vocab_size` is its tokenizer's, 264 for 'bytes'."""
-  return ml_collections.ConfigDict(dict(DECODERS[size], vocab_size=vocab_size))
+  return ml_collections.ConfigDict(
+    PLAIN_DECODER | DECODERS[size] | dict(vocab_size=vocab_size)
+  )
 
 
 def encoder(size: str, vocab_size: int) -> ml_collections.ConfigDict:
   """One of ENCODERS; `vocab_size` is its tokenizer's, 264 for 'bytes'."""
-  return ml_collections.ConfigDict(dict(ENCODERS[size], vocab_size=vocab_size))
+  return ml_collections.ConfigDict(
+    BERT | ENCODERS[size] | dict(vocab_size=vocab_size)
+  )
 
 
 def stage(**fields) -> ml_collections.ConfigDict:

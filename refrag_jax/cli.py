@@ -21,7 +21,7 @@ from refrag_jax import config as config_lib
 from refrag_jax import environment, typed
 from refrag_jax.errors import UserError
 
-_FLAGS = ('--config', '--workdir', '--mode', '--help')
+_FLAGS = ('--config', '--workdir', '--mode', '--from', '--to', '--help')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Command:
   config_file: str
   preset: str
   workdir: str
+  source: str  # --from
+  target: str  # --to
   overrides: dict[str, str | None]  # dotted key: text; None for a bare flag
   help: bool
   argv: tuple[str, ...]
@@ -51,6 +53,7 @@ def usage(modes: Mapping[str, tuple], later: Mapping[str, str]) -> str:
   lines = [
     'python -m refrag_jax.main --config=FILE.py[:preset] [--workdir=DIR]',
     '                          [--mode=MODE] [--config.a.b=value ...]',
+    '                          [--from=DIR] [--to=DIR]',
     '',
     'Trains and evaluates REFRAG (arXiv 2509.01092). To start with:',
     '  python -m refrag_jax.main --config=configs/tiny.py --workdir=runs/tiny',
@@ -70,13 +73,13 @@ def usage(modes: Mapping[str, tuple], later: Mapping[str, str]) -> str:
 
 def parse(argv: list[str]) -> Command:
   """Splits the arguments; files and types are looked at in `load`."""
-  flags = {'--config': '', '--workdir': '', '--mode': 'train'}
+  flags = dict.fromkeys(_FLAGS[:-1], '') | {'--mode': 'train'}
   overrides: dict[str, str | None] = {}
   rest = list(argv)
   while rest:
     raw = rest.pop(0)
     if raw in ('-h', '--help', '-help', '--helpfull', 'help'):
-      return Command('', '', '', '', {}, True, tuple(argv))
+      return Command('', '', '', '', '', '', {}, True, tuple(argv))
     if not raw.startswith('-'):
       raise UserError(
         f'unexpected argument {raw!r}: flags are written --config=FILE.py, '
@@ -108,6 +111,8 @@ def parse(argv: list[str]) -> Command:
     config_file=file,
     preset=preset,
     workdir=flags['--workdir'],
+    source=flags['--from'],
+    target=flags['--to'],
     overrides=overrides,
     help=False,
     argv=tuple(argv),

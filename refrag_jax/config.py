@@ -15,7 +15,11 @@ from refrag_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """A Llama-type decoder (paper section 2: LLaMA-2-7B, unchanged)."""
+  """A Llama-type decoder (paper section 2: LLaMA-2-7B, unchanged).
+
+  With what its relatives add: biases (Qwen2), norms on queries and keys
+  (Qwen3), a sliding window (Mistral), stretched rotary positions (Llama 3.1).
+  """
 
   vocab_size: int
   num_layers: int
@@ -25,14 +29,26 @@ class DecoderConfig:
   num_kv_heads: int
   head_dim: int
   rope_theta: float
+  # Llama 3.1: rotations slower than low_freq_factor turns in
+  # original_length positions are slowed by factor, those faster than
+  # high_freq_factor turns are left alone, a ramp between. factor 1: as it is.
+  rope_factor: float
+  rope_low_freq_factor: float
+  rope_high_freq_factor: float
+  rope_original_length: int
   norm_eps: float
   tie_embeddings: bool
+  qkv_bias: bool
+  qk_norm: bool  # RMSNorm over each head's query and key, before the rotation
+  sliding_window: int  # positions a token sees, itself included; 0: all
+  max_length: int  # positions that the model has; 0: any number
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-  """A RoBERTa/BERT-type bidirectional encoder (paper: RoBERTa-Large)."""
+  """A bidirectional encoder (paper: RoBERTa-Large)."""
 
+  kind: str  # 'bert': RoBERTa and relatives, or 'modernbert'
   vocab_size: int
   num_layers: int
   width: int
@@ -40,6 +56,12 @@ class EncoderConfig:
   num_heads: int
   max_length: int  # positions, special tokens included
   position_offset: int  # of position 0: RoBERTa pad_id + 1 = 2, BERT 0
+  # 'modernbert' only: every global_every-th layer from the first on sees all,
+  # the others local_window tokens to each side, with rotations of their own.
+  global_every: int
+  local_window: int
+  rope_theta: float
+  local_rope_theta: float
   norm_eps: float
   pooling: str  # 'cls' (first position) or 'mean' over real tokens
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from refrag_jax import checkpoint, environment, report, results
+from refrag_jax import checkpoint, environment, pretrained, report, results
 from refrag_jax.config import Config
 from refrag_jax.data import corpus as corpus_lib
 from refrag_jax.data import tokenizers
@@ -40,19 +40,19 @@ def run(config: Config, workdir: str) -> int:
   played by its siblings. Empty: the checkpoints of this workdir.
   """
   session = open_session(config, workdir)
-  directory = os.path.join(workdir, 'checkpoints')
-  if config.init_from:
-    given = os.path.abspath(config.init_from)
-    directory = os.path.dirname(given)
+  directory, given = os.path.join(workdir, 'checkpoints'), config.init_from
+  exported = pretrained.is_source(given) if given else False
+  if given:
     trained_groups(session, given, f'evals read {given}')
-  found = [os.path.join(directory, stage) for stage in ROLES.values()]
-  if not any(checkpoint.latest_step(path) is not None for path in found):
+    directory = os.path.dirname(os.path.abspath(given))
+  paths = _stages_of_source(given) if exported else _stages_beside(directory)
+  if not paths:
     raise UserError(
       f'evals read {directory}, but no stage has a checkpoint there: train '
       'first, or name one with --config.init_from=DIR/checkpoints/STAGE'
     )
   with jax.set_mesh(session.mesh):
-    evals = run_evals(session, directory, threading.Event())
+    evals = run_evals(session, paths, threading.Event())
   path = os.path.join(workdir, 'results.json')
   old = results.read_json(path) if os.path.exists(path) else {}
   if jax.process_index() == 0:
@@ -70,7 +70,7 @@ def run(config: Config, workdir: str) -> int:
 def write_results(session: Session, stop: threading.Event) -> None:
   """The end of a training run: evals, and `results.json` whole."""
   directory = os.path.join(session.workdir, 'checkpoints')
-  evals = run_evals(session, directory, stop)
+  evals = run_evals(session, _stages_beside(directory), stop)
   stages = {
     name: results.read_json(session.record_path(name))
     for name in session.config.stages
@@ -95,11 +95,11 @@ def is_complete(config: Config, workdir: str) -> bool:
 
 
 def run_evals(
-  session: Session, directory: str, stop: threading.Event
+  session: Session, paths: dict[str, str], stop: threading.Event
 ) -> dict[str, Any]:
-  """Runs `config.evals` on the checkpoints under `directory`."""
+  """Runs `config.evals` on the checkpoints at `paths`, by stage."""
   context = Context(
-    session, _loader(session, directory), _datasets(session), stop, {}
+    session, _loader(session, paths), _datasets(session), stop, {}
   )
   evals = {}
   for name in session.config.evals:
@@ -162,13 +162,31 @@ def fingerprint(config: Config) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _loader(session: Session, directory: str):
+def _stages_beside(directory: str) -> dict[str, str]:
+  """The stages that have a checkpoint under a directory."""
+  paths = {stage: os.path.join(directory, stage) for stage in ROLES.values()}
+  return {
+    stage: path
+    for stage, path in paths.items()
+    if checkpoint.latest_step(path) is not None
+  }
+
+
+def _stages_of_source(name: str) -> dict[str, str]:
+  """The stages whose part an export, or a decoder of others, can play."""
+  stage = pretrained.locate(name).exported.get('stage', 'lm')
+  # A policy comes with the `mixed` that it was trained on.
+  stages = ('mixed', 'grpo') if stage == 'grpo' else (stage,)
+  return dict.fromkeys(stages, name)
+
+
+def _loader(session: Session, paths: dict[str, str]):
   """Role -> parameters of its stage's newest checkpoint, loaded once."""
 
   @functools.cache
   def params(role: str):
-    path = os.path.join(directory, ROLES[role])
-    if checkpoint.latest_step(path) is None:
+    path = paths.get(ROLES[role])
+    if path is None:
       return None
     return load_params(session, path, f'evals read {path}')[0]
 

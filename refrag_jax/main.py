@@ -23,6 +23,16 @@ MODES = {
     'run the ablation arms of a config, write verdicts',
   ),
   'data': ('refrag_jax.show', 'run', 'show examples as the model sees them'),
+  'import': (
+    'refrag_jax.exchange',
+    'run_import',
+    'Hugging Face models to a checkpoint: --from=DECODER[,ENCODER] [--to=DIR]',
+  ),
+  'export': (
+    'refrag_jax.exchange',
+    'run_export',
+    'a checkpoint to Hugging Face directories: --from=CHECKPOINT --to=DIR',
+  ),
   'doctor': ('refrag_jax.doctor', 'run', 'check this machine and its packages'),
 }
 LATER = {
@@ -32,9 +42,8 @@ LATER = {
   'chat': 'converse over a store',
   'serve': 'answer over HTTP',
   'bench': 'measure latency',
-  'import': 'read a Hugging Face directory',
-  'export': 'write a Hugging Face directory',
 }
+EXCHANGE = ('import', 'export')  # with --from and --to
 # The disk's fault, not the program's: one line says more than a traceback.
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT)
 
@@ -80,6 +89,13 @@ def _dispatch(argv: list[str]) -> int | None:
     if environment.join_cluster():
       cli.announce(loaded, workdir)
   run = getattr(importlib.import_module(module), function)
+  if command.mode in EXCHANGE:
+    return run(config, workdir, command.source, command.target)
+  for flag in ('source', 'target'):
+    if getattr(command, flag):
+      raise UserError(
+        f'--mode={command.mode} takes no --{"from" if flag == "source" else "to"}'
+      )
   return run(config, workdir)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from refrag_jax import checkpoint, sharding
+from refrag_jax import checkpoint, pretrained, sharding
 from refrag_jax.config import Config
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
@@ -21,7 +21,7 @@ class Session(NamedTuple):
   mesh: jax.sharding.Mesh
   model: Refrag
   tokenizer: Any
-  corpus: Any
+  corpus: Any  # None where only the model is needed
   identity: dict[str, Any]  # what a checkpoint must agree with
 
   def checkpoint_dir(self, stage: str) -> str:
@@ -37,8 +37,8 @@ def open_session(config: Config, workdir: str) -> Session:
   Raises:
     UserError: the mesh, the vocabulary or the text does not fit.
   """
-  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  session = open_model(config, workdir)
+  ways = session.mesh.shape['data'] * session.mesh.shape['fsdp']
   for name in config.stages:
     cfg = config.stage[name]
     if (cfg.batch_size // cfg.accumulation_steps) % ways:
@@ -47,6 +47,13 @@ def open_session(config: Config, workdir: str) -> Session:
         f'{cfg.accumulation_steps} does not divide over {ways} devices '
         '(mesh data x fsdp)'
       )
+  corpus = pipeline.prepare_corpus(config, os.path.join(workdir, 'data'))
+  return session._replace(corpus=corpus)
+
+
+def open_model(config: Config, workdir: str = '') -> Session:
+  """A session without text; the errors of `open_session`."""
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   tokenizer = tokenizers.load(config.data.tokenizer)
   encoder_tokenizer = tokenizers.load(config.data.encoder_tokenizer)
   tokenizers.check_vocab(
@@ -55,7 +62,6 @@ def open_session(config: Config, workdir: str) -> Session:
   tokenizers.check_vocab(
     encoder_tokenizer, config.model.encoder.vocab_size, 'model.encoder'
   )
-  corpus = pipeline.prepare_corpus(config, os.path.join(workdir, 'data'))
   identity = {
     'model': {
       # What shapes the parameters; the rest may change between runs.
@@ -69,7 +75,7 @@ def open_session(config: Config, workdir: str) -> Session:
     },
   }
   return Session(
-    config, workdir, mesh, Refrag(config.model), tokenizer, corpus, identity
+    config, workdir, mesh, Refrag(config.model), tokenizer, None, identity
   )
 
 
@@ -78,12 +84,19 @@ def load_params(
 ) -> tuple[dict, list[str]]:
   """What a stage's checkpoint has trained, and fresh parameters beside it.
 
+  Args:
+    directory: of a checkpoint, or a source as in pretrained.py.
+
   Returns:
     Parameters of all groups, and the names of those that were read.
   """
   groups = trained_groups(session, directory, why)
   abstract = abstract_params(session)
-  read = checkpoint.load_params(directory, {g: abstract[g] for g in groups})
+  wanted = {group: abstract[group] for group in groups}
+  if pretrained.is_source(directory):
+    read = pretrained.read(pretrained.locate(directory), wanted)
+  else:
+    read = checkpoint.load_params(directory, wanted)
   rest = [group for group in abstract if group not in groups]
   return fresh_params(session, rest) | read, groups
 
@@ -97,6 +110,10 @@ def trained_groups(session: Session, directory: str, why: str) -> list[str]:
   Raises:
     UserError: there is no checkpoint, or what it has trained does not fit.
   """
+  if pretrained.is_source(directory):
+    source = pretrained.locate(directory)
+    pretrained.check(source, session.config.model, why)
+    return list(source.paths)
   groups = checkpoint.require(directory, {}, why)['trained']
   identity = {part: dict(of) for part, of in session.identity.items()}
   if 'encoder' not in groups:

@@ -24,6 +24,7 @@ from refrag_jax import (
   checkpoint,
   evaluate,
   optimizer,
+  pretrained,
   programs,
   report,
   results,
@@ -408,6 +409,8 @@ def origin(session: Session, name: str) -> str:
   source = init_from(session, name, check=False)
   if source is None:
     return 'scratch'
+  if pretrained.is_source(source):
+    return pretrained.fingerprint(pretrained.locate(source))
   # <workdir>/checkpoints/<stage> has its record in <workdir>/stages.
   folder, stage = os.path.split(os.path.abspath(source))
   record = os.path.join(os.path.dirname(folder), 'stages', f'{stage}.json')

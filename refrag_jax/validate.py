@@ -68,6 +68,19 @@ CONTROLS = ('cpt_trained', 'mixed_trained', 'sft_full', 'sft_none')
 QUESTIONS = ('sft', 'sft_full', 'sft_none')
 ENCODER_INIT = 'decoder_embeddings'
 PIECES = ('cepe_warmup', 'cepe', 'cepe_unfrozen')
+# Numbers of config.model that may be 0; all others are above it.
+MAY_BE_ZERO = {
+  'model.': ('loss_block', 'piece_length'),
+  'model.decoder.': ('rope_original_length', 'sliding_window', 'max_length'),
+  'model.encoder.': (
+    'position_offset',
+    'global_every',
+    'local_window',
+    'rope_theta',
+    'local_rope_theta',
+  ),
+  'model.policy.': (),
+}
 # Each p is a shape of its own and so a compilation of `grpo`'s step.
 MAX_GRPO_FRACTIONS = 4
 TABLE8_FACTORS = tuple(2**i for i in range(9))
@@ -178,7 +191,7 @@ def _validate_model(model: ModelConfig) -> None:
     (policy, 'model.policy.'),
     (model, 'model.'),
   ):
-    may_be_zero = ('position_offset', 'loss_block', 'piece_length')
+    may_be_zero = MAY_BE_ZERO[prefix]
     numbers = [
       field.name
       for field in dataclasses.fields(section)
@@ -217,7 +230,19 @@ def _validate_model(model: ModelConfig) -> None:
     f'gives an odd head size {head_dim}: rotary positions turn pairs, use '
     'fewer heads or positions=false',
   )
+  _refuse(
+    decoder.rope_factor > 1 and not decoder.rope_original_length,
+    f'config.model.decoder.rope_factor is {decoder.rope_factor:g}: give '
+    'rope_original_length, the positions before they were stretched',
+  )
+  _refuse(
+    encoder.kind == 'modernbert'
+    and not (encoder.global_every and encoder.rope_theta),
+    "config.model.encoder: kind 'modernbert' needs global_every, local_window, "
+    'rope_theta and local_rope_theta',
+  )
   for value, known, key in (
+    (encoder.kind, ('bert', 'modernbert'), 'model.encoder.kind'),
     (encoder.pooling, ('cls', 'mean'), 'model.encoder.pooling'),
     (model.compute_dtype, ('float32', 'bfloat16'), 'model.compute_dtype'),
     (model.remat, ('none', 'dots', 'full'), 'model.remat'),
@@ -470,9 +495,7 @@ def _round_up(p: float) -> float:
 def _validate_eval(config: Config) -> None:
   section = config.eval
   if config.evals:
-    _positive(
-      section, 'eval.', 'num_windows', 'batch_size', 'context_windows'
-    )
+    _positive(section, 'eval.', 'num_windows', 'batch_size', 'context_windows')
   if 'qa' in config.evals:
     _positive(section, 'eval.', 'num_questions')
   _not_negative(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from refrag_jax import config, forward, optimizer
 from refrag_jax.models import policy
 from refrag_jax.models.refrag import Refrag, init_params
@@ -41,6 +42,7 @@ def model_config(width: int, decoder_layers: int) -> config.ModelConfig:
       rope_theta=10_000.0,
       norm_eps=1e-5,
       tie_embeddings=True,
+      **common.PLAIN_DECODER,
     ),
     encoder=config.EncoderConfig(
       vocab_size=VOCAB,
@@ -52,6 +54,7 @@ def model_config(width: int, decoder_layers: int) -> config.ModelConfig:
       position_offset=0,
       norm_eps=1e-5,
       pooling='cls',
+      **common.BERT,
     ),
     policy=config.PolicyConfig(
       num_layers=2,

@@ -303,9 +303,7 @@ def test_claims_that_cannot_be_read(folder, tmp_path):
     repro.read_claims(str(tmp_path / 'bad.toml'))
 
 
-def test_claims_of_another_config_are_refused_before_the_runs(
-  folder, tmp_path
-):
+def test_claims_of_another_config_are_refused_before_the_runs(folder, tmp_path):
   path = f'{ROOT}/configs/claims.toml'
   cfg = toy_run.config(folder, repro__claims=path)
   cfg = with_arms(cfg, main=arm(('lm',)))

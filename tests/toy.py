@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import common
 from refrag_jax.config import (
   DecoderConfig,
   EncoderConfig,
@@ -42,6 +43,7 @@ MODEL = ModelConfig(
     rope_theta=50.0,
     norm_eps=1e-3,
     tie_embeddings=False,
+    **common.PLAIN_DECODER,
   ),
   encoder=EncoderConfig(
     vocab_size=24,
@@ -53,6 +55,7 @@ MODEL = ModelConfig(
     position_offset=2,
     norm_eps=1e-3,
     pooling='cls',
+    **common.BERT,
   ),
   policy=PolicyConfig(
     num_layers=2,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from refrag_jax.config import DecoderConfig, ModelConfig
 from refrag_jax.models import layers, splice
 from refrag_jax.models.decoder import Decoder
-from refrag_jax.models.encoder import Encoder
+from refrag_jax.models.encoders import ENCODERS
 
 
 class CrossAttention(nn.Module):
@@ -61,7 +61,7 @@ class Cepe(nn.Module):
   def setup(self):
     c = self.cfg
     dtype = jnp.dtype(c.compute_dtype)
-    self.encoder = Encoder(c.encoder, dtype, c.remat)
+    self.encoder = ENCODERS[c.encoder.kind](c.encoder, dtype, c.remat)
     self.cross = CrossAttention(c.decoder)
     self.decoder = Decoder(c.decoder, dtype, c.remat, self.cross)
 
@@ -142,8 +142,9 @@ def copy_self_attention(params: dict) -> dict:
   values stay random.
   """
   own = params['decoder']['layers']
-  source = {
-    name: own[name] for name in ('q_proj', 'k_proj', 'v_proj', 'o_proj')
+  source = {  # without the biases that some decoders have
+    name: {'kernel': own[name]['kernel']}
+    for name in ('q_proj', 'k_proj', 'v_proj', 'o_proj')
   } | {'layernorm': own['post_attention_layernorm']}
 
   def copy(fresh, old):

@@ -35,9 +35,12 @@ class Block(nn.Module):
     D, N, M, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
     dense = layers.Projection
     h_BTD = layers.RMSNorm(c.norm_eps, name='input_layernorm')(x_BTD)
-    q_BTNH = dense((D, N, H), 1, False, name='q_proj')(h_BTD)
-    k_BTMH = dense((D, M, H), 1, False, name='k_proj')(h_BTD)
-    v_BTMH = dense((D, M, H), 1, False, name='v_proj')(h_BTD)
+    q_BTNH = dense((D, N, H), 1, c.qkv_bias, name='q_proj')(h_BTD)
+    k_BTMH = dense((D, M, H), 1, c.qkv_bias, name='k_proj')(h_BTD)
+    v_BTMH = dense((D, M, H), 1, c.qkv_bias, name='v_proj')(h_BTD)
+    if c.qk_norm:
+      q_BTNH = layers.RMSNorm(c.norm_eps, name='q_norm')(q_BTNH)
+      k_BTMH = layers.RMSNorm(c.norm_eps, name='k_norm')(k_BTMH)
     q_BTNH = layers.apply_rope(q_BTNH, angles)
     k_BTMH = layers.apply_rope(k_BTMH, angles)
     if cache is not None:
@@ -122,17 +125,24 @@ class Decoder(nn.Module):
     Returns:
       hidden_BTD after the final norm, and the new cache (None without one).
     """
-    T = embeds_BTD.shape[1]
+    c, T = self.cfg, embeds_BTD.shape[1]
     if cache is not None:
       slots_S = jnp.arange(cache['k'].shape[2])
-      mask_BTS = slots_S[None, None] <= positions_BT[..., None]
+      back_BTS = positions_BT[..., None] - slots_S[None, None]
     else:
-      mask_BTS = jnp.tril(jnp.ones((1, T, T), bool))
-      if segment_ids_BT is not None:
-        mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    angles = layers.rope_angles(
-      positions_BT, self.cfg.head_dim, self.cfg.rope_theta
+      back_BTS = jnp.arange(T)[None, :, None] - jnp.arange(T)[None, None]
+    mask_BTS = back_BTS >= 0
+    if c.sliding_window:
+      mask_BTS &= back_BTS < c.sliding_window
+    if cache is None and segment_ids_BT is not None:
+      mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    scaling = layers.RopeScaling(
+      c.rope_factor,
+      c.rope_low_freq_factor,
+      c.rope_high_freq_factor,
+      c.rope_original_length,
     )
+    angles = layers.rope_angles(positions_BT, c.head_dim, c.rope_theta, scaling)
     x_BTD = constrain(embeds_BTD.astype(self.dtype), 'batch', None, None)
     x_BTD, cache = self.layers(
       x_BTD, cache, angles, mask_BTS, positions_BT, memory

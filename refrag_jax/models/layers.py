@@ -7,10 +7,12 @@ No architecture number has a default here: each comes from the config.
 """
 
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def fan_in_normal(num_in: int) -> nn.initializers.Initializer:
@@ -72,27 +74,53 @@ class LayerNorm(nn.Module):
   """(x - mean) / std * scale + bias, in float32."""
 
   eps: float
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x):
     shape = (1,) * (x.ndim - 1) + (-1,)
     scale = self.param('scale', nn.initializers.ones, x.shape[-1:], jnp.float32)
-    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:], jnp.float32)
     x32 = x.astype(jnp.float32)
     x32 -= jnp.mean(x32, -1, keepdims=True)
     x32 *= jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.eps)
-    return (x32 * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
+    x32 *= scale.reshape(shape)
+    if self.use_bias:
+      bias = self.param(
+        'bias', nn.initializers.zeros, x.shape[-1:], jnp.float32
+      )
+      x32 += bias.reshape(shape)
+    return x32.astype(x.dtype)
 
 
-def rope_angles(positions_BT: jax.Array, head_dim: int, theta: float):
+class RopeScaling(NamedTuple):
+  """Llama 3.1's stretching of slow rotations; see DecoderConfig."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_length: int
+
+
+def rope_angles(
+  positions_BT: jax.Array,
+  head_dim: int,
+  theta: float,
+  scaling: RopeScaling | None = None,
+):
   """Rotary angles (sin, cos), each float32 (B, T, 1, H/2).
 
   In float32 throughout: bfloat16 cannot even count past 256.
   """
   exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  angle = positions_BT[..., None, None].astype(jnp.float32) * (
-    theta**-exponent
-  ).reshape(1, 1, 1, -1)
+  frequency = theta**-exponent
+  if scaling is not None and scaling.factor != 1:
+    turns = scaling.original_length * frequency / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    frequency *= kept + (1 - kept) / scaling.factor
+  angle = positions_BT[..., None, None].astype(jnp.float32) * frequency.reshape(
+    1, 1, 1, -1
+  )
   return jnp.sin(angle), jnp.cos(angle)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from refrag_jax.config import ModelConfig
 from refrag_jax.models import cepe, splice
 from refrag_jax.models.decoder import Decoder
-from refrag_jax.models.encoder import Encoder
+from refrag_jax.models.encoders import ENCODERS
 from refrag_jax.models.policy import Policy
 from refrag_jax.models.projection import ChunkProjection
 
@@ -30,7 +30,7 @@ class Refrag(nn.Module):
   def setup(self):
     c = self.cfg
     dtype = jnp.dtype(c.compute_dtype)
-    self.encoder = Encoder(c.encoder, dtype, c.remat)
+    self.encoder = ENCODERS[c.encoder.kind](c.encoder, dtype, c.remat)
     self.projection = ChunkProjection(c.decoder.width)
     self.decoder = Decoder(c.decoder, dtype, c.remat)
     self.policy = Policy(c.policy)

@@ -1,0 +1,477 @@
+"""Weights in the Hugging Face layout; the only file that imports safetensors.
+
+Reading: each device's shard is read by range from the files and put there, so
+that a host holds its shards and one more at a time, never a whole model.
+Writing: one file of at most a few gigabytes after the other, with an index.
+Which tensor is which parameter stands in hf_families.py.
+
+Dimension key: Y layers.
+"""
+
+import collections
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from refrag_jax import hf_families, results
+from refrag_jax.errors import UserError
+from refrag_jax.hf_families import FAMILIES, Family, Tensor
+from refrag_jax.progress import say
+from refrag_jax.sharding import path_str
+
+INDEX = 'model.safetensors.index.json'
+SINGLE = 'model.safetensors'
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.msgpack', '.h5')
+SHARD_BYTES = 4 << 30  # of a file that is written
+
+
+# --- Reading ------------------------------------------------------------------
+
+
+class Files:
+  """The tensors of a directory, by name, read by range."""
+
+  def __init__(self, directory: str):
+    """Opens all files and reads their headers.
+
+    Raises:
+      UserError: a file is missing or damaged, or there are only pickles.
+    """
+    self.directory = directory
+    self._open, self._file_of = {}, {}
+    for file, names in self._listed().items():
+      handle = self._open[file] = self._opened(file)
+      there = set(handle.keys())
+      for name in names or there:
+        if name not in there:
+          raise UserError(
+            f'{directory}: {INDEX} says that {name} is in {file}, where it is '
+            'not; download both again'
+          )
+        self._file_of[name] = file
+
+  def _listed(self) -> dict[str, list[str]]:
+    """file: the names that it should hold; []: whatever it holds."""
+    index = os.path.join(self.directory, INDEX)
+    if os.path.exists(index):
+      files = collections.defaultdict(list)
+      for name, file in results.read_json(index)['weight_map'].items():
+        files[file].append(name)
+      missing = [f for f in sorted(files) if not self._exists(f)]
+      if missing:
+        raise UserError(
+          f'{self.directory} lacks {", ".join(missing)} of the {len(files)} '
+          f'files that its {INDEX} names: download it again'
+        )
+      return files
+    if self._exists(SINGLE):
+      return {SINGLE: []}
+    names = sorted(os.listdir(self.directory))
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+      raise UserError(
+        f'{self.directory} has its weights as {pickles[0]} only, a pickle, '
+        'which can run any program when it is opened: convert it to '
+        'safetensors where you trust it (transformers: from_pretrained, then '
+        'save_pretrained)'
+      )
+    raise UserError(f'{self.directory} has no {SINGLE} and no {INDEX}')
+
+  def _exists(self, file: str) -> bool:
+    return os.path.exists(os.path.join(self.directory, file))
+
+  def _opened(self, file: str):
+    path = os.path.join(self.directory, file)
+    try:
+      return safetensors.safe_open(path, 'numpy')
+    except (safetensors.SafetensorError, OSError) as e:
+      raise UserError(
+        f'{path} is damaged or cut off ({e}): download it again'
+      ) from None
+
+  def names(self) -> list[str]:
+    return list(self._file_of)
+
+  def slice(self, name: str):
+    """The tensor by name, from which ranges are read when it is indexed."""
+    return self._open[self._file_of[name]].get_slice(name)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(self.slice(name).get_shape())
+
+
+def read_config(directory: str) -> dict[str, Any]:
+  """config.json of a model's directory."""
+  path = os.path.join(directory, 'config.json')
+  if not os.path.exists(path):
+    raise UserError(
+      f'{directory} has no config.json: name the directory of a Hugging Face '
+      'model, or that of a stage under checkpoints/'
+    )
+  return results.read_json(path)
+
+
+def read_params(directory: str, abstract: Any) -> Any:
+  """A model's parameters, straight into the shardings of `abstract`.
+
+  Args:
+    directory: with config.json and safetensors.
+    abstract: a group's tree of ShapeDtypeStructs with shardings; values are
+      cast to their dtype on the way.
+
+  Raises:
+    UserError: a tensor is missing, left over, of another shape or not finite,
+      or a file is damaged.
+  """
+  family = FAMILIES[hf_families.family_of(read_config(directory), directory)]
+  files = Files(directory)
+  name_of = _checked_names(files, family, abstract, directory)
+  clock, size = time.monotonic(), 0
+  leaves = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+    tensor = _tensor_of(family, path_str(path))
+    leaves[path_str(path)] = array = _read_leaf(files, tensor, leaf, name_of)
+    size += array.nbytes
+    if not bool(jax.numpy.isfinite(array).all()):
+      raise UserError(
+        f'{directory}: {tensor.theirs} has values that are not finite; the '
+        'file is damaged, or was never a model'
+      )
+  seconds = max(time.monotonic() - clock, 1e-9)
+  say(f'{directory}  read {size / 1e9:.2f} GB in {seconds:.1f} s, '
+      f'{size / 1e9 / seconds:.2f} GB/s')  # fmt: skip
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: leaves[path_str(path)], abstract
+  )
+
+
+def _tensor_of(family: Family, path: str) -> Tensor:
+  found = [tensor for tensor in family.tensors if tensor.ours == path]
+  if not found:
+    raise UserError(f'{family.architecture} has nothing for our {path}')
+  return found[0]
+
+
+def _needed(family: Family, abstract: Any) -> Iterator[tuple[str, tuple]]:
+  """The tensors that a group is made of, and their shapes."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+    tensor = _tensor_of(family, path_str(path))
+    shape = leaf.shape
+    layers = [None]
+    if '{}' in tensor.theirs:
+      layers, shape = range(tensor.first, shape[0]), shape[1:]
+    theirs = _folded(tensor, shape)
+    theirs = (theirs[0] * tensor.parts, *theirs[1:])
+    for y in layers:
+      yield tensor.theirs.format(y), theirs
+    if tensor.added:
+      yield tensor.added, (None, *theirs[1:])  # any number of rows
+
+
+def _folded(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape there of our array without its layer axis (one part)."""
+  if tensor.num_in:
+    inputs, outputs = shape[: tensor.num_in], shape[tensor.num_in :]
+    return int(np.prod(outputs)), int(np.prod(inputs))
+  return (int(np.prod(shape)),) if tensor.ours.endswith('bias') else shape
+
+
+def _checked_names(files, family, abstract, directory) -> dict[str, str]:
+  """Canonical name: name in the files; refuses what does not fit."""
+  name_of = {}
+  for name in files.names():
+    short = hf_families.canonical(name, family)
+    if short in name_of:
+      raise UserError(f'{directory} has both {name} and {name_of[short]}')
+    name_of[short] = name
+  needed = dict(_needed(family, abstract))
+  missing = [name for name in needed if name not in name_of]
+  if missing:
+    raise UserError(
+      f'{directory} lacks {len(missing)} tensors that its config.json asks '
+      f'for: {_some(missing)}'
+    )
+  extra = [
+    name
+    for name in name_of
+    if name not in needed and not re.search(family.ignored, name)
+  ]
+  if extra == ['lm_head.weight'] and _same(
+    files, name_of, 'lm_head.weight', 'embed_tokens.weight'
+  ):
+    extra = []  # a tied head, written down all the same
+  if extra:
+    raise UserError(
+      f'{directory} has {len(extra)} tensors that have no place in this '
+      f'model: {_some(extra)}; its config.json does not belong to it'
+    )
+  for name, wanted in needed.items():
+    found = files.shape(name_of[name])
+    fits = len(found) == len(wanted) and all(
+      w in (None, f) for f, w in zip(found, wanted)
+    )
+    if not fits:
+      raise UserError(
+        f'{directory}: {name_of[name]} is {found}, but its config.json makes '
+        f'it {tuple("any" if w is None else w for w in wanted)}'
+      )
+  return name_of
+
+
+def _some(names: list[str]) -> str:
+  return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+
+
+def _same(files: Files, name_of: Mapping[str, str], a: str, b: str) -> bool:
+  if files.shape(name_of[a]) != files.shape(name_of[b]):
+    return False
+  one, other = (files.slice(name_of[name]) for name in (a, b))
+  rows = files.shape(name_of[a])[0]
+  return all(
+    np.array_equal(one[i : i + 4096], other[i : i + 4096])
+    for i in range(0, rows, 4096)
+  )
+
+
+def _read_leaf(files, tensor, leaf, name_of) -> jax.Array:
+  """One of our arrays, a shard at a time; replicas share what was read."""
+  where = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+  by_index = collections.defaultdict(list)
+  for device, index in where.items():
+    bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape))
+    by_index[bounds].append(device)
+  pieces = {}
+  for bounds, devices in by_index.items():
+    part = _read_shard(files, tensor, leaf, name_of, bounds)
+    for device in devices:
+      pieces[device] = jax.device_put(part, device)
+    jax.block_until_ready([pieces[device] for device in devices])
+  return jax.make_array_from_single_device_arrays(
+    leaf.shape, leaf.sharding, [pieces[device] for device in where]
+  )
+
+
+def _read_shard(files, tensor, leaf, name_of, bounds) -> np.ndarray:
+  """Our array between `bounds`, a (begin, end) for each axis."""
+  shape = tuple(end - begin for begin, end in bounds)
+  if '{}' not in tensor.theirs:
+    out = _read_range(files, tensor, tensor.theirs, name_of, leaf.shape, bounds)
+    return out.astype(leaf.dtype, copy=False)
+  out = np.empty(shape, leaf.dtype)
+  for place, y in enumerate(range(*bounds[0])):
+    if y < tensor.first:
+      out[place] = 1
+    else:
+      out[place] = _read_range(
+        files, tensor, tensor.theirs.format(y), name_of, leaf.shape[1:],
+        bounds[1:],
+      )  # fmt: skip
+  return out
+
+
+def _read_range(files, tensor, name, name_of, shape, bounds) -> np.ndarray:
+  """Our array of one layer (or of none) between bounds, in their dtype."""
+  theirs = files.slice(name_of[name])
+  sizes = tuple(end - begin for begin, end in bounds)
+  if not tensor.num_in:
+    if len(shape) == len(files.shape(name_of[name])):
+      out = theirs[tuple(slice(*b) for b in bounds)]
+    else:  # a bias of heads
+      begin, end, rest = _flat(shape, bounds)
+      out = theirs[begin:end].reshape(rest)
+      out = out[_inner(shape, bounds)]
+    if tensor.added:
+      row = files.slice(name_of[tensor.added])[0:1, slice(*bounds[-1])]
+      out = out.astype(np.float32) + row.astype(np.float32)
+    return out
+  n = tensor.num_in
+  in_begin, in_end, in_rest = _flat(shape[:n], bounds[:n])
+  out_begin, out_end, out_rest = _flat(shape[n:], bounds[n:])
+  offset = tensor.part * int(np.prod(shape[n:]))
+  read = theirs[offset + out_begin : offset + out_end, in_begin:in_end]
+  read = read.T.reshape(*in_rest, *out_rest)
+  inner = _inner(shape[:n], bounds[:n]) + _inner(shape[n:], bounds[n:])
+  return read[inner].reshape(sizes)
+
+
+def _flat(shape, bounds) -> tuple[int, int, tuple[int, ...]]:
+  """The range of folded axes that holds these bounds, and its shape.
+
+  The first axis is cut; the others are read whole.
+  """
+  inner = int(np.prod(shape[1:]))
+  begin, end = bounds[0]
+  return begin * inner, end * inner, (end - begin, *shape[1:])
+
+
+def _inner(shape, bounds) -> tuple[slice, ...]:
+  return (slice(None), *(slice(*b) for b in bounds[1:]))
+
+
+# --- Writing ------------------------------------------------------------------
+
+
+def write_params(
+  directory: str, group: str, params: Any, config: Mapping[str, Any], dtype: Any
+) -> list[str]:
+  """Writes a group as a model of the family that its config.json names.
+
+  Args:
+    directory: exists.
+    params: the group's arrays, on whatever mesh; each tensor is gathered when
+      its file is written.
+    dtype: of the tensors that are written.
+
+  Returns:
+    The names of the files.
+  """
+  family = FAMILIES[config['model_type']]
+  assert family.group == group, (family, group)
+  plan = _written(family, params)
+  sizes = {name: int(np.prod(shape)) for name, (shape, _) in plan.items()}
+  width = np.dtype(dtype).itemsize
+  files, last, used = [[]], 0, 0
+  for name, size in sizes.items():
+    if files[last] and used + size * width > SHARD_BYTES:
+      files.append([])
+      last, used = last + 1, 0
+    files[last].append(name)
+    used += size * width
+  names = [SINGLE]
+  if len(files) > 1:
+    names = [
+      f'model-{i + 1:05d}-of-{len(files):05d}.safetensors'
+      for i in range(len(files))
+    ]
+  for file, of_file in zip(names, files, strict=True):
+    tensors = {
+      name: np.ascontiguousarray(plan[name][1]().astype(dtype))
+      for name in of_file
+    }
+    path = os.path.join(directory, file)
+    save_file(tensors, path, metadata={'format': 'pt'})
+    del tensors
+  if len(files) > 1:
+    weight_map = {
+      name: file
+      for file, of_file in zip(names, files, strict=True)
+      for name in of_file
+    }
+    total = sum(sizes.values()) * width
+    results.write_json(
+      os.path.join(directory, INDEX),
+      {'metadata': {'total_size': total}, 'weight_map': weight_map},
+    )
+    names.append(INDEX)
+  results.write_json(
+    os.path.join(directory, 'config.json'),
+    {**config, 'dtype': np.dtype(dtype).name},
+  )
+  return [*names, 'config.json']
+
+
+def _written(
+  family: Family, params: Any
+) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+  """name: (shape, what fetches it), in the order of the layers."""
+  fused, plain = collections.defaultdict(dict), {}
+  for path, array in jax.tree_util.tree_leaves_with_path(params):
+    tensor = _tensor_of(family, path_str(path))
+    layers = [None]
+    if '{}' in tensor.theirs:
+      layers = range(tensor.first, array.shape[0])
+    for y in layers:
+      name = tensor.theirs.format(y)
+      fused[name][tensor.part] = (tensor, array, y)
+    if tensor.added:  # folded into ours: nothing is left for it
+      rows = (2 if family.architecture == 'BertModel' else 1, array.shape[-1])
+      plain[tensor.added] = (rows, lambda rows=rows: np.zeros(rows, np.float32))
+  out = {}
+  for name, parts in fused.items():
+    ordered = [parts[i] for i in sorted(parts)]
+    tensor, array, y = ordered[0]
+    shape = _folded(tensor, array.shape if y is None else array.shape[1:])
+    fetch = lambda ordered=ordered: np.concatenate(
+      [_fetch(*of) for of in ordered]
+    )
+    out[name] = ((shape[0] * len(ordered), *shape[1:]), fetch)
+  out |= plain
+  if family.group == 'decoder':  # of the class with a head
+    out = {
+      name if name.startswith('lm_head') else family.prefix + name: value
+      for name, value in out.items()
+    }
+  number = lambda name: int((re.findall(r'\.(\d+)\.', name) or [-1])[0])
+  return dict(sorted(out.items(), key=lambda item: number(item[0])))
+
+
+def _fetch(tensor: Tensor, array: jax.Array, y: int | None) -> np.ndarray:
+  """One layer of ours as theirs."""
+  ours = np.asarray(array if y is None else array[y])
+  shape = _folded(tensor, ours.shape)
+  if tensor.num_in:
+    return ours.reshape(shape[::-1]).T
+  return ours.reshape(shape)
+
+
+def save_arrays(path: str, params: Any) -> None:
+  """A small group whole, by its own names: projection and policy."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  save_file({path_str(p): np.asarray(x) for p, x in leaves}, path)
+
+
+def load_arrays(path: str, abstract: Any) -> Any:
+  """What `save_arrays` wrote, in the shardings of `abstract`.
+
+  Raises:
+    UserError: the file is damaged or holds something else.
+  """
+  try:
+    file = safetensors.safe_open(path, 'numpy')
+  except (safetensors.SafetensorError, OSError) as e:
+    raise UserError(f'{path} is damaged or cut off ({e})') from None
+  leaves = jax.tree_util.tree_leaves_with_path(abstract)
+  wanted, there = {path_str(p): x for p, x in leaves}, set(file.keys())
+  if wanted.keys() != there:
+    raise UserError(
+      f'{path} holds other arrays than this config has: '
+      f'{_some(sorted(wanted.keys() ^ there))}'
+    )
+
+  def load(p, x):
+    value = file.get_tensor(path_str(p))
+    if value.shape != x.shape:
+      raise UserError(
+        f'{path}: {path_str(p)} is {value.shape} there and {x.shape} here'
+      )
+    return jax.device_put(value.astype(x.dtype), x.sharding)
+
+  return jax.tree_util.tree_map_with_path(load, abstract)
+
+
+def digest(path: str) -> str:
+  """SHA-256 of a file."""
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def fingerprint(directory: str) -> str:
+  """What tells one model's directory from another, without reading weights."""
+  parts = [json.dumps(read_config(directory), sort_keys=True)]
+  for name in sorted(os.listdir(directory)):
+    if name.endswith('.safetensors'):
+      path = os.path.join(directory, name)
+      with open(path, 'rb') as f:
+        length = int.from_bytes(f.read(8), 'little')
+        header = f.read(min(length, 1 << 24))
+      parts += [name, str(os.path.getsize(path)), header.hex()]
+  return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,437 @@
+"""The families of Hugging Face models that come in and go out, as data.
+
+For each: what its config.json says in our numbers, both ways, and which of its
+tensors is which of our parameters. Nothing here reads a weight or needs JAX.
+
+Dimension key: Y layers, D decoder width, E encoder width, N query heads, M
+key/value heads, H head dimension, F MLP width, V vocabulary, P positions.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from refrag_jax.config import DecoderConfig, EncoderConfig
+from refrag_jax.errors import UserError
+
+
+class Tensor(NamedTuple):
+  """One of our parameters and the tensor, or tensors, that hold it.
+
+  Kernels are (in..., out...) here and (out, in) there, the axes of heads
+  folded; all other arrays are the same, folded. Ours stack the layers.
+  """
+
+  ours: str  # its path within its group
+  theirs: str  # '{}' stands for the layer
+  num_in: int = 0  # of a kernel: how many axes it contracts; 0: no kernel
+  part: int = 0  # of several kernels in one tensor: which ...
+  parts: int = 1  # ... of how many
+  first: int = 0  # the first layer that has it; before, ours is all ones
+  added: str = ''  # a tensor whose row 0 is added to every row of ours
+
+
+# Llama, Mistral, Qwen2 and Qwen3; what a model lacks is not in its parameters.
+DECODER = (
+  Tensor('embed_tokens', 'embed_tokens.weight'),
+  Tensor('norm/scale', 'norm.weight'),
+  Tensor('lm_head', 'lm_head.weight', 1),
+  Tensor('layers/input_layernorm/scale', 'layers.{}.input_layernorm.weight'),
+  Tensor(
+    'layers/post_attention_layernorm/scale',
+    'layers.{}.post_attention_layernorm.weight',
+  ),
+  *(
+    Tensor(f'layers/{x}_proj/{kind}', f'layers.{{}}.self_attn.{x}_proj.{name}',
+           num_in)
+    for x in 'qkv'
+    for kind, name, num_in in (('kernel', 'weight', 1), ('bias', 'bias', 0))
+  ),
+  Tensor('layers/q_norm/scale', 'layers.{}.self_attn.q_norm.weight'),
+  Tensor('layers/k_norm/scale', 'layers.{}.self_attn.k_norm.weight'),
+  Tensor('layers/o_proj/kernel', 'layers.{}.self_attn.o_proj.weight', 2),
+  *(
+    Tensor(f'layers/{x}_proj/kernel', f'layers.{{}}.mlp.{x}_proj.weight', 1)
+    for x in ('gate', 'up', 'down')
+  ),
+)  # fmt: skip
+
+
+def _dense(ours: str, theirs: str, num_in: int = 1) -> tuple[Tensor, ...]:
+  layer = f'encoder.layer.{{}}.{theirs}'
+  return (
+    Tensor(f'layers/{ours}/kernel', f'{layer}.weight', num_in),
+    Tensor(f'layers/{ours}/bias', f'{layer}.bias'),
+  )
+
+
+def _norm(ours: str, theirs: str) -> tuple[Tensor, ...]:
+  return (
+    Tensor(f'{ours}/scale', f'{theirs}.weight'),
+    Tensor(f'{ours}/bias', f'{theirs}.bias'),
+  )
+
+
+# BERT, RoBERTa, XLM-R and what is trained from them (MiniLM, BGE, E5). All
+# tokens are of type 0: its embedding is folded into the positions'.
+BERT = (
+  Tensor('word_embeddings', 'embeddings.word_embeddings.weight'),
+  Tensor(
+    'position_embeddings',
+    'embeddings.position_embeddings.weight',
+    added='embeddings.token_type_embeddings.weight',
+  ),
+  *_norm('embeddings_norm', 'embeddings.LayerNorm'),
+  *_dense('q_proj', 'attention.self.query'),
+  *_dense('k_proj', 'attention.self.key'),
+  *_dense('v_proj', 'attention.self.value'),
+  *_dense('o_proj', 'attention.output.dense', 2),
+  *_norm(
+    'layers/attention_norm', 'encoder.layer.{}.attention.output.LayerNorm'
+  ),
+  *_dense('up_proj', 'intermediate.dense'),
+  *_dense('down_proj', 'output.dense'),
+  *_norm('layers/output_norm', 'encoder.layer.{}.output.LayerNorm'),
+)
+MODERNBERT = (
+  Tensor('word_embeddings', 'embeddings.tok_embeddings.weight'),
+  Tensor('embeddings_norm/scale', 'embeddings.norm.weight'),
+  Tensor('layers/attention_norm/scale', 'layers.{}.attn_norm.weight', first=1),
+  *(
+    Tensor(f'layers/{x}_proj/kernel', 'layers.{}.attn.Wqkv.weight', 1, i, 3)
+    for i, x in enumerate('qkv')
+  ),
+  Tensor('layers/o_proj/kernel', 'layers.{}.attn.Wo.weight', 2),
+  Tensor('layers/mlp_norm/scale', 'layers.{}.mlp_norm.weight'),
+  Tensor('layers/gate_proj/kernel', 'layers.{}.mlp.Wi.weight', 1, 0, 2),
+  Tensor('layers/up_proj/kernel', 'layers.{}.mlp.Wi.weight', 1, 1, 2),
+  Tensor('layers/down_proj/kernel', 'layers.{}.mlp.Wo.weight', 1),
+  Tensor('final_norm/scale', 'final_norm.weight'),
+)
+
+
+class Family(NamedTuple):
+  group: str  # 'decoder' or 'encoder'
+  architecture: str  # the class that loads what we write
+  tensors: tuple[Tensor, ...]
+  prefix: str  # of its tensors' names in a model with a head
+  ignored: str  # regex: tensors of heads and buffers that REFRAG has no use for
+
+
+_HEADS = r'(pooler|cls|lm_head|classifier)\.|embeddings\.position_ids$'
+_INV_FREQ = r'rotary_emb\.inv_freq$'
+FAMILIES = {
+  'llama': Family('decoder', 'LlamaForCausalLM', DECODER, 'model.', _INV_FREQ),
+  'mistral': Family(
+    'decoder', 'MistralForCausalLM', DECODER, 'model.', _INV_FREQ
+  ),
+  'qwen2': Family('decoder', 'Qwen2ForCausalLM', DECODER, 'model.', _INV_FREQ),
+  'qwen3': Family('decoder', 'Qwen3ForCausalLM', DECODER, 'model.', _INV_FREQ),
+  'bert': Family('encoder', 'BertModel', BERT, 'bert.', _HEADS),
+  'roberta': Family('encoder', 'RobertaModel', BERT, 'roberta.', _HEADS),
+  'xlm-roberta': Family('encoder', 'XLMRobertaModel', BERT, 'roberta.', _HEADS),
+  'modernbert': Family(
+    'encoder', 'ModernBertModel', MODERNBERT, 'model.',
+    r'(head|decoder|classifier)\.',
+  ),
+}  # fmt: skip
+
+
+def family_of(values: Mapping[str, Any], where: str) -> str:
+  """The model_type of a config.json.
+
+  Raises:
+    UserError: it is none of FAMILIES.
+  """
+  name = values.get('model_type')
+  if name not in FAMILIES:
+    raise UserError(
+      f'{where} is a model of type {name!r}, which is not supported; there '
+      f'are {", ".join(FAMILIES)}'
+    )
+  return name
+
+
+def canonical(name: str, family: Family) -> str:
+  """A tensor's name as in Tensor.theirs, whatever head the model has."""
+  name = name.removeprefix(family.prefix)
+  # TensorFlow's names, in the files of the first BERTs.
+  return re.sub(r'LayerNorm\.gamma$', 'LayerNorm.weight',
+                re.sub(r'LayerNorm\.beta$', 'LayerNorm.bias', name))  # fmt: skip
+
+
+# --- config.json to our numbers -----------------------------------------------
+
+
+class _Reader:
+  """Values of a config.json, with errors that name file and key."""
+
+  def __init__(self, values: Mapping[str, Any], where: str):
+    self.values, self.where = values, where
+
+  def __call__(self, key: str, default: Any = None) -> Any:
+    value = self.values.get(key)
+    if value is None:
+      value = default
+    if value is None:
+      raise UserError(f'{self.where} has no {key}, which this model needs')
+    return value
+
+  def require(self, key: str, *allowed: Any) -> None:
+    """Refuses a variant that these models do not have."""
+    value = self.values.get(key, allowed[0])
+    if value not in allowed:
+      raise UserError(
+        f'{self.where}: {key} {value!r} is not supported, only '
+        f'{", ".join(map(repr, allowed))}'
+      )
+
+
+def decoder_config(values: Mapping[str, Any], where: str) -> DecoderConfig:
+  """The numbers of a decoder, from the layouts of transformers 5 and before.
+
+  Raises:
+    UserError: a number is missing, or the model has something that ours has
+      not.
+  """
+  family, read = family_of(values, where), _Reader(values, where)
+  if FAMILIES[family].group != 'decoder':
+    raise UserError(f'{where} is of type {family}, which is an encoder')
+  read.require('hidden_act', 'silu')
+  read.require('mlp_bias', False)
+  if family != 'qwen2':  # which has biases whatever it says
+    read.require('attention_bias', False)
+  heads, width = read('num_attention_heads'), read('hidden_size')
+  default_head_dim = 128 if family == 'qwen3' else width // heads
+  theta, scaling = _rope(values, read)
+  return DecoderConfig(
+    vocab_size=read('vocab_size'),
+    num_layers=read('num_hidden_layers'),
+    width=width,
+    mlp_width=read('intermediate_size'),
+    num_heads=heads,
+    num_kv_heads=read('num_key_value_heads', heads),
+    head_dim=read('head_dim', default_head_dim),
+    rope_theta=theta,
+    **scaling,
+    norm_eps=read('rms_norm_eps', 1e-6),
+    tie_embeddings=bool(values.get('tie_word_embeddings', False)),
+    qkv_bias=family == 'qwen2',
+    qk_norm=family == 'qwen3',
+    sliding_window=_sliding_window(family, values, where),
+    max_length=read('max_position_embeddings'),
+  )
+
+
+def _rope(values, read) -> tuple[float, dict[str, Any]]:
+  """Base and scaling; transformers 5 has them in rope_parameters."""
+  inner = values.get('rope_parameters') or {}
+  theta = inner.get('rope_theta') or values.get('rope_theta') or 10_000.0
+  scaling = values.get('rope_scaling') or inner
+  kind = scaling.get('rope_type') or scaling.get('type') or 'default'
+  off = dict(
+    rope_factor=1.0,
+    rope_low_freq_factor=1.0,
+    rope_high_freq_factor=4.0,
+    rope_original_length=0,
+  )
+  if kind == 'default':
+    return float(theta), off
+  if kind != 'llama3':
+    raise UserError(
+      f'{read.where}: rotary positions scaled by {kind!r} are not supported, '
+      "only 'llama3'"
+    )
+  scaled = _Reader(scaling, f'{read.where}, rope scaling,')
+  return float(theta), dict(
+    rope_factor=float(scaled('factor')),
+    rope_low_freq_factor=float(scaled('low_freq_factor')),
+    rope_high_freq_factor=float(scaled('high_freq_factor')),
+    rope_original_length=int(scaled('original_max_position_embeddings')),
+  )
+
+
+def _sliding_window(family: str, values, where: str) -> int:
+  """Positions seen, itself included; 0 where all are."""
+  if family == 'mistral':  # absent means 4096, null means none
+    return values.get('sliding_window', 4096) or 0
+  if not values.get('use_sliding_window') or family == 'llama':
+    return 0
+  layers = values['num_hidden_layers']
+  first = values.get('max_window_layers', layers)
+  kinds = values.get('layer_types') or [
+    'sliding_attention' if y >= first else 'full_attention'
+    for y in range(layers)
+  ]
+  if len(set(kinds)) > 1:
+    raise UserError(
+      f'{where}: some layers have a sliding window and others have none, '
+      'which is not supported'
+    )
+  return values['sliding_window'] if kinds[0] == 'sliding_attention' else 0
+
+
+def encoder_config(
+  values: Mapping[str, Any], pooling: str, where: str
+) -> EncoderConfig:
+  """The numbers of an encoder; errors as in `decoder_config`.
+
+  Args:
+    pooling: 'cls' or 'mean', which config.json does not say.
+  """
+  family, read = family_of(values, where), _Reader(values, where)
+  if FAMILIES[family].group != 'encoder':
+    raise UserError(f'{where} is of type {family}, which is a decoder')
+  numbers = dict(
+    vocab_size=read('vocab_size'),
+    num_layers=read('num_hidden_layers'),
+    width=read('hidden_size'),
+    mlp_width=read('intermediate_size'),
+    num_heads=read('num_attention_heads'),
+    pooling=pooling,
+  )
+  if family == 'modernbert':
+    return _modernbert_config(read, numbers)
+  read.require('hidden_act', 'gelu')
+  read.require('position_embedding_type', 'absolute')
+  offset = 0 if family == 'bert' else read('pad_token_id', 1) + 1
+  return EncoderConfig(
+    kind='bert',
+    **numbers,
+    max_length=read('max_position_embeddings') - offset,
+    position_offset=offset,
+    global_every=0,
+    local_window=0,
+    rope_theta=0.0,
+    local_rope_theta=0.0,
+    norm_eps=read('layer_norm_eps', 1e-12),
+  )
+
+
+def _modernbert_config(read: _Reader, numbers) -> EncoderConfig:
+  read.require('hidden_activation', 'gelu')
+  for key in ('norm_bias', 'attention_bias', 'mlp_bias'):
+    read.require(key, False)
+  every = read('global_attn_every_n_layers', 3)
+  kinds = read.values.get('layer_types')
+  if kinds:
+    whole = [i for i, kind in enumerate(kinds) if kind == 'full_attention']
+    every = whole[1] - whole[0] if len(whole) > 1 else len(kinds)
+    if whole != list(range(0, len(kinds), every)):
+      raise UserError(
+        f'{read.where}: layer_types is not every n-th layer from the first on '
+        'with full attention'
+      )
+  ropes = read.values.get('rope_parameters') or {}
+  theta = lambda kind, old, default: float(
+    (ropes.get(kind) or {}).get('rope_theta') or read(old, default)
+  )
+  return EncoderConfig(
+    kind='modernbert',
+    **numbers,
+    max_length=read('max_position_embeddings'),
+    position_offset=0,
+    global_every=every,
+    local_window=read('local_attention', 128) // 2,
+    rope_theta=theta('full_attention', 'global_rope_theta', 160_000.0),
+    local_rope_theta=theta('sliding_attention', 'local_rope_theta', 10_000.0),
+    norm_eps=read('norm_eps', 1e-5),
+  )
+
+
+# --- Our numbers to config.json -----------------------------------------------
+
+
+def decoder_json(cfg: DecoderConfig) -> dict[str, Any]:
+  """config.json of the family that has what this decoder has.
+
+  In the layout of transformers 5, and with the keys of the older one where
+  they do not contradict it.
+
+  Raises:
+    UserError: no family has all of it.
+  """
+  features = {
+    'qwen3': cfg.qk_norm,
+    'qwen2': cfg.qkv_bias,
+    'mistral': bool(cfg.sliding_window),
+  }
+  found = [name for name, has in features.items() if has] or ['llama']
+  if len(found) > 1:
+    raise UserError(
+      'no Hugging Face family has all that this decoder has: it would have to '
+      f'be {" and ".join(found)} at once'
+    )
+  rope = {'rope_type': 'default', 'rope_theta': cfg.rope_theta}
+  if cfg.rope_factor != 1:
+    rope |= {
+      'rope_type': 'llama3',
+      'factor': cfg.rope_factor,
+      'low_freq_factor': cfg.rope_low_freq_factor,
+      'high_freq_factor': cfg.rope_high_freq_factor,
+      'original_max_position_embeddings': cfg.rope_original_length,
+    }
+  return {
+    'architectures': [FAMILIES[found[0]].architecture],
+    'model_type': found[0],
+    'vocab_size': cfg.vocab_size,
+    'hidden_size': cfg.width,
+    'intermediate_size': cfg.mlp_width,
+    'num_hidden_layers': cfg.num_layers,
+    'num_attention_heads': cfg.num_heads,
+    'num_key_value_heads': cfg.num_kv_heads,
+    'head_dim': cfg.head_dim,
+    'hidden_act': 'silu',
+    'rms_norm_eps': cfg.norm_eps,
+    'tie_word_embeddings': cfg.tie_embeddings,
+    # Trained from nothing here, a model has rotary positions without end.
+    'max_position_embeddings': cfg.max_length or 1 << 20,
+    'sliding_window': cfg.sliding_window or None,
+    'rope_theta': cfg.rope_theta,
+    'rope_parameters': rope,
+  }
+
+
+def encoder_json(cfg: EncoderConfig) -> dict[str, Any]:
+  """config.json of an encoder."""
+  shared = {
+    'vocab_size': cfg.vocab_size,
+    'hidden_size': cfg.width,
+    'intermediate_size': cfg.mlp_width,
+    'num_hidden_layers': cfg.num_layers,
+    'num_attention_heads': cfg.num_heads,
+    'max_position_embeddings': cfg.max_length + cfg.position_offset,
+  }
+  if cfg.kind == 'modernbert':
+    return shared | {
+      'architectures': ['ModernBertModel'],
+      'model_type': 'modernbert',
+      'hidden_activation': 'gelu',
+      'global_attn_every_n_layers': cfg.global_every,
+      'local_attention': 2 * cfg.local_window,
+      'global_rope_theta': cfg.rope_theta,
+      'local_rope_theta': cfg.local_rope_theta,
+      'norm_eps': cfg.norm_eps,
+      'pad_token_id': 0,
+    }
+  family = 'roberta' if cfg.position_offset else 'bert'
+  return shared | {
+    'architectures': [FAMILIES[family].architecture],
+    'model_type': family,
+    'hidden_act': 'gelu',
+    'layer_norm_eps': cfg.norm_eps,
+    'type_vocab_size': 1 if cfg.position_offset else 2,
+    # RoBERTa's first position stands behind that of padding.
+    'pad_token_id': max(cfg.position_offset - 1, 0),
+  }
+
+
+def differences(ours: Any, theirs: Any) -> list[str]:
+  """The numbers in which two configs of a model disagree, by name."""
+  return [
+    f'{f.name} is {getattr(ours, f.name)!r} in the config and '
+    f'{getattr(theirs, f.name)!r} in the files'
+    for f in dataclasses.fields(ours)
+    if getattr(ours, f.name) != getattr(theirs, f.name)
+  ]

@@ -1,0 +1,55 @@
+"""Models of the Hugging Face hub by name; the only file that talks to it."""
+
+import os
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from refrag_jax.errors import UserError
+
+# No pickles: what could run a program is not even fetched.
+PATTERNS = (
+  '*.json', '*.safetensors', '*.model', 'vocab.txt', 'merges.txt',
+  '1_Pooling/*',
+)  # fmt: skip
+
+
+def resolve(name: str) -> str:
+  """The directory of a model: itself, or where the hub's copy of it lies.
+
+  Args:
+    name: a directory, or a hub name such as 'HuggingFaceTB/SmolLM2-135M'.
+
+  Raises:
+    UserError: it is neither, is gated, or there is no network and no copy.
+  """
+  if os.path.isdir(name):
+    return name
+  if name.count('/') != 1 or name.startswith(('.', '~', os.sep)):
+    raise UserError(
+      f'{name} is no directory, and no name of the Hugging Face hub either '
+      '(those are written OWNER/MODEL)'
+    )
+  try:
+    return huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS)
+  except hub_errors.GatedRepoError:
+    raise UserError(
+      f'{name} is gated: accept its licence at https://huggingface.co/{name} '
+      'with your account, then set HF_TOKEN to a token of it'
+    ) from None
+  except hub_errors.RepositoryNotFoundError:
+    raise UserError(
+      f'the hub has no {name}, or shows it to members only: check the name, '
+      'and set HF_TOKEN if it is private'
+    ) from None
+  except hub_errors.LocalEntryNotFoundError:
+    raise UserError(
+      f'{name} is neither a directory nor in the local cache of the hub, and '
+      'the hub cannot be reached: fetch it where there is a network '
+      f'(hf download {name}), and name the directory here'
+    ) from None
+  except (hub_errors.HfHubHTTPError, OSError) as e:
+    reason = str(e).strip().split('\n')[0][:200]
+    raise UserError(
+      f'{name} could not be fetched from the hub: {reason}'
+    ) from e
