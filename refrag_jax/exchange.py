@@ -16,7 +16,6 @@ from refrag_jax import (
   pretrained,
   results,
   session,
-  sharding,
 )
 from refrag_jax.config import Config
 from refrag_jax.data import tokenizers

@@ -157,8 +157,8 @@ def canonical(name: str, family: Family) -> str:
   """A tensor's name as in Tensor.theirs, whatever head the model has."""
   name = name.removeprefix(family.prefix)
   # TensorFlow's names, in the files of the first BERTs.
-  return re.sub(r'LayerNorm\.gamma$', 'LayerNorm.weight',
-                re.sub(r'LayerNorm\.beta$', 'LayerNorm.bias', name))  # fmt: skip
+  name = re.sub(r'LayerNorm\.gamma$', 'LayerNorm.weight', name)
+  return re.sub(r'LayerNorm\.beta$', 'LayerNorm.bias', name)
 
 
 # --- config.json to our numbers -----------------------------------------------

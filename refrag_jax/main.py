@@ -91,11 +91,9 @@ def _dispatch(argv: list[str]) -> int | None:
   run = getattr(importlib.import_module(module), function)
   if command.mode in EXCHANGE:
     return run(config, workdir, command.source, command.target)
-  for flag in ('source', 'target'):
-    if getattr(command, flag):
-      raise UserError(
-        f'--mode={command.mode} takes no --{"from" if flag == "source" else "to"}'
-      )
+  for flag, value in (('from', command.source), ('to', command.target)):
+    if value:
+      raise UserError(f'--mode={command.mode} takes no --{flag}')
   return run(config, workdir)
 
 

@@ -27,9 +27,7 @@ CONFIGS = [
 W = 64
 
 
-@pytest.fixture
-def ids_BT(request):
-  seed = request.getfixturevalue('seed')
+def drawn_ids(seed):
   rng = np.random.default_rng(100 + seed)
   return rng.integers(
     2, 40, (int(rng.integers(1, 4)), int(rng.integers(5, 41)))
@@ -90,7 +88,8 @@ def decoder_functions(model: Refrag):
 
 @pytest.mark.parametrize('seed', CONFIGS)
 @pytest.mark.parametrize('name', hf_torch.DECODERS)
-def test_decoder(name, seed, ids_BT, tmp_path):
+def test_decoder(name, seed, tmp_path):
+  ids_BT = drawn_ids(seed)
   model = hf_torch.decoder(name, seed)
   directory = hf_torch.saved(model, tmp_path / 'in')
   cfg = hf_torch.config_of(directory)
@@ -145,7 +144,8 @@ def encoder_functions(model: Refrag):
 
 @pytest.mark.parametrize('seed', CONFIGS)
 @pytest.mark.parametrize('name', hf_torch.ENCODERS)
-def test_encoder(name, seed, ids_BT, tmp_path):
+def test_encoder(name, seed, tmp_path):
+  ids_BT = drawn_ids(seed)
   model = hf_torch.encoder(name, seed)
   directory = hf_torch.saved(model, tmp_path / 'in')
   cfg = hf_torch.config_of(directory)

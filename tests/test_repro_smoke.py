@@ -1,6 +1,7 @@
 """All arms of configs/repro.py, two steps a stage, by the command itself."""
 
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ def test_every_cell_of_the_claims_is_measured(smoke):
 
 @pytest.mark.slow
 def test_the_report_is_whole(smoke):
-  text = open(os.path.join(smoke[0], 'RESULTS.md'), encoding='utf-8').read()
+  text = pathlib.Path(smoke[0], 'RESULTS.md').read_text(encoding='utf-8')
   for number in range(1, 11):
     assert f'### {number}. ' in text
   for run in records.load(smoke[0]).runs.values():
