@@ -12,6 +12,8 @@ Every field is defined in `refrag_jax/config.py`; the fields of a stage are
 explained here, once, in `stage`.
 """
 
+import dataclasses
+
 import ml_collections
 
 # Paper section 2 (LLaMA-2-7B) and its ablation (13B); `tiny` and `small` train
@@ -244,18 +246,45 @@ def arm(stages=(), evals=(), changes=()) -> ml_collections.ConfigDict:
   )
 
 
-def decoder(size: str, vocab_size: int) -> ml_collections.ConfigDict:
-  """One of DECODERS; `vocab_size` is its tokenizer's, 264 for 'bytes'."""
-  return ml_collections.ConfigDict(
-    PLAIN_DECODER | DECODERS[size] | dict(vocab_size=vocab_size)
-  )
+def decoder(size: str, vocab_size: int = 0) -> ml_collections.ConfigDict:
+  """A decoder's numbers.
+
+  Args:
+    size: of DECODERS; or the directory or hub name of a Hugging Face model,
+      whose config.json then says everything (name it in c.init_from as well).
+    vocab_size: its tokenizer's, 264 for 'bytes'; 0 takes config.json's.
+  """
+  if size in DECODERS:
+    numbers = PLAIN_DECODER | DECODERS[size]
+  else:
+    numbers = _hugging_face(size, 'decoder')
+  vocab_size = vocab_size or numbers['vocab_size']
+  return ml_collections.ConfigDict(numbers | dict(vocab_size=vocab_size))
 
 
-def encoder(size: str, vocab_size: int) -> ml_collections.ConfigDict:
-  """One of ENCODERS; `vocab_size` is its tokenizer's, 264 for 'bytes'."""
-  return ml_collections.ConfigDict(
-    BERT | ENCODERS[size] | dict(vocab_size=vocab_size)
-  )
+def encoder(size: str, vocab_size: int = 0) -> ml_collections.ConfigDict:
+  """An encoder's numbers; as `decoder`, with ENCODERS."""
+  if size in ENCODERS:
+    numbers = BERT | ENCODERS[size]
+  else:
+    numbers = _hugging_face(size, 'encoder')
+  vocab_size = vocab_size or numbers['vocab_size']
+  return ml_collections.ConfigDict(numbers | dict(vocab_size=vocab_size))
+
+
+def _hugging_face(name: str, group: str) -> dict:
+  """The numbers of a model by its config.json."""
+  # Imported here, so that configs without such a model need none of it.
+  from refrag_jax import hf_families, hub
+
+  directory = hub.resolve(name)
+  values = hf_families.read_config(directory)
+  if group == 'decoder':
+    numbers = hf_families.decoder_config(values, directory)
+  else:
+    pooling = hf_families.pooling(directory)
+    numbers = hf_families.encoder_config(values, pooling, directory)
+  return dataclasses.asdict(numbers)
 
 
 def stage(**fields) -> ml_collections.ConfigDict:

@@ -54,13 +54,15 @@ def save(
 ) -> None:
   """Starts saving; an error of an earlier save surfaces here."""
   manager.check_for_errors()
+  items = {
+    'params': ocp.args.StandardSave(state.params),
+    'meta': ocp.args.JsonSave(meta | {'format': FORMAT, 'step': step}),
+  }
+  if opt_state := _flat(state.opt_state):  # an imported model has none
+    items['opt_state'] = ocp.args.StandardSave(opt_state)
   manager.save(
     step,
-    args=ocp.args.Composite(
-      params=ocp.args.StandardSave(state.params),
-      opt_state=ocp.args.StandardSave(_flat(state.opt_state)),
-      meta=ocp.args.JsonSave(meta | {'format': FORMAT, 'step': step}),
-    ),
+    args=ocp.args.Composite(**items),
     metrics={'loss': float(heldout_loss)},
   )
 

@@ -109,17 +109,6 @@ class Files:
     return tuple(self.slice(name).get_shape())
 
 
-def read_config(directory: str) -> dict[str, Any]:
-  """config.json of a model's directory."""
-  path = os.path.join(directory, 'config.json')
-  if not os.path.exists(path):
-    raise UserError(
-      f'{directory} has no config.json: name the directory of a Hugging Face '
-      'model, or that of a stage under checkpoints/'
-    )
-  return results.read_json(path)
-
-
 def read_params(directory: str, abstract: Any) -> Any:
   """A model's parameters, straight into the shardings of `abstract`.
 
@@ -132,7 +121,7 @@ def read_params(directory: str, abstract: Any) -> Any:
     UserError: a tensor is missing, left over, of another shape or not finite,
       or a file is damaged.
   """
-  family = FAMILIES[hf_families.family_of(read_config(directory), directory)]
+  family = FAMILIES[hf_families.family_of(hf_families.read_config(directory), directory)]
   files = Files(directory)
   name_of = _checked_names(files, family, abstract, directory)
   clock, size = time.monotonic(), 0
@@ -466,7 +455,7 @@ def digest(path: str) -> str:
 
 def fingerprint(directory: str) -> str:
   """What tells one model's directory from another, without reading weights."""
-  parts = [json.dumps(read_config(directory), sort_keys=True)]
+  parts = [json.dumps(hf_families.read_config(directory), sort_keys=True)]
   for name in sorted(os.listdir(directory)):
     if name.endswith('.safetensors'):
       path = os.path.join(directory, name)

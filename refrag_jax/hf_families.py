@@ -1,17 +1,20 @@
 """The families of Hugging Face models that come in and go out, as data.
 
 For each: what its config.json says in our numbers, both ways, and which of its
-tensors is which of our parameters. Nothing here reads a weight or needs JAX.
+tensors is which of our parameters. Nothing here reads a weight or needs JAX,
+so that config files can use it (configs/common.py).
 
 Dimension key: Y layers, D decoder width, E encoder width, N query heads, M
 key/value heads, H head dimension, F MLP width, V vocabulary, P positions.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from refrag_jax import results
 from refrag_jax.config import DecoderConfig, EncoderConfig
 from refrag_jax.errors import UserError
 
@@ -136,6 +139,37 @@ FAMILIES = {
     r'(head|decoder|classifier)\.',
   ),
 }  # fmt: skip
+
+
+def read_config(directory: str) -> dict[str, Any]:
+  """config.json of a model's directory."""
+  path = os.path.join(directory, 'config.json')
+  if not os.path.exists(path):
+    raise UserError(
+      f'{directory} has no config.json: name the directory of a Hugging Face '
+      'model, or that of a stage under checkpoints/'
+    )
+  return results.read_json(path)
+
+
+def pooling(directory: str) -> str:
+  """How an encoder's vector is made of its states: 'cls' or 'mean'.
+
+  Sentence encoders say it in 1_Pooling/config.json; others leave it open, and
+  then it is the first position.
+  """
+  path = os.path.join(directory, '1_Pooling', 'config.json')
+  if not os.path.exists(path):
+    return 'cls'
+  values = results.read_json(path)
+  kinds = {
+    'cls': values.get('pooling_mode_cls_token'),
+    'mean': values.get('pooling_mode_mean_tokens'),
+  }
+  found = [kind for kind, on in kinds.items() if on]
+  if len(found) != 1:
+    raise UserError(f'{path}: only pooling by cls or by mean is supported')
+  return found[0]
 
 
 def family_of(values: Mapping[str, Any], where: str) -> str:

@@ -47,7 +47,7 @@ def locate(name: str) -> Source:
   paths, numbers = {}, {}
   for part in name.split(','):
     directory = hub.resolve(part.strip())
-    values = convert_hf.read_config(directory)
+    values = hf_families.read_config(directory)
     family = hf_families.family_of(values, directory)
     group = hf_families.FAMILIES[family].group
     if group in paths:
@@ -57,7 +57,7 @@ def locate(name: str) -> Source:
       numbers[group] = hf_families.decoder_config(values, directory)
     else:
       numbers[group] = hf_families.encoder_config(
-        values, pooling(directory), directory
+        values, hf_families.pooling(directory), directory
       )
   return Source(name, paths, numbers, {})
 
@@ -82,26 +82,6 @@ def _exported(name: str, saved: dict[str, Any]) -> Source:
     for group in saved['groups']
   }  # fmt: skip
   return Source(name, paths, saved['model'], saved)
-
-
-def pooling(directory: str) -> str:
-  """How an encoder's vector is made of its states: 'cls' or 'mean'.
-
-  Sentence encoders say it in 1_Pooling/config.json; others leave it open, and
-  then it is the first position.
-  """
-  path = os.path.join(directory, '1_Pooling', 'config.json')
-  if not os.path.exists(path):
-    return 'cls'
-  values = results.read_json(path)
-  kinds = {
-    'cls': values.get('pooling_mode_cls_token'),
-    'mean': values.get('pooling_mode_mean_tokens'),
-  }
-  found = [kind for kind, on in kinds.items() if on]
-  if len(found) != 1:
-    raise UserError(f'{path}: only pooling by cls or by mean is supported')
-  return found[0]
 
 
 def check(source: Source, model: ModelConfig, why: str) -> None:

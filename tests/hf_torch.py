@@ -138,7 +138,7 @@ def saved(model, directory: pathlib.Path) -> str:
 
 
 def config_of(directory: str) -> DecoderConfig | EncoderConfig:
-  values = convert_hf.read_config(directory)
+  values = hf_families.read_config(directory)
   family = hf_families.FAMILIES[hf_families.family_of(values, directory)]
   if family.group == 'decoder':
     return hf_families.decoder_config(values, directory)
