@@ -121,7 +121,9 @@ def read_params(directory: str, abstract: Any) -> Any:
     UserError: a tensor is missing, left over, of another shape or not finite,
       or a file is damaged.
   """
-  family = FAMILIES[hf_families.family_of(hf_families.read_config(directory), directory)]
+  family = FAMILIES[
+    hf_families.family_of(hf_families.read_config(directory), directory)
+  ]
   files = Files(directory)
   name_of = _checked_names(files, family, abstract, directory)
   clock, size = time.monotonic(), 0
@@ -226,7 +228,7 @@ def _same(files: Files, name_of: Mapping[str, str], a: str, b: str) -> bool:
   one, other = (files.slice(name_of[name]) for name in (a, b))
   rows = files.shape(name_of[a])[0]
   return all(
-    np.array_equal(one[i : i + 4096], other[i : i + 4096])
+    np.array_equal(one[i : min(i + 4096, rows)], other[i : min(i + 4096, rows)])
     for i in range(0, rows, 4096)
   )
 

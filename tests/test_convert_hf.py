@@ -1,0 +1,454 @@
+"""Hugging Face directories, without torch: shards, names, and what is refused.
+
+Dimension key: Y layers.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import toy
+from safetensors.numpy import load_file, save_file
+
+from refrag_jax import convert_hf, hf_families, hub, pretrained, sharding
+from refrag_jax.errors import UserError
+from refrag_jax.models.refrag import init_params
+
+QWEN2 = dict(qkv_bias=True)
+QWEN3 = dict(qk_norm=True)
+MISTRAL = dict(sliding_window=4)
+LLAMA3 = dict(
+  rope_factor=8.0, rope_original_length=16, rope_low_freq_factor=1.0,
+  rope_high_freq_factor=4.0,
+)  # fmt: skip
+MODERN = dict(
+  kind='modernbert', position_offset=0, global_every=2, local_window=3,
+  rope_theta=60.0, local_rope_theta=20.0,
+)  # fmt: skip
+GROUPS = {
+  'llama': ('decoder', {}),
+  'tied': ('decoder', dict(tie_embeddings=True)),
+  'llama3': ('decoder', LLAMA3),
+  'mistral': ('decoder', MISTRAL),
+  'qwen2': ('decoder', QWEN2),
+  'qwen3': ('decoder', QWEN3),
+  'roberta': ('encoder', {}),
+  'bert': ('encoder', dict(position_offset=0)),
+  'modernbert': ('encoder', MODERN),
+}
+
+
+def config_of(name):
+  """A toy model whose decoder or encoder is of a family."""
+  group, fields = GROUPS[name]
+  limits = {'max_length': 64} if group == 'decoder' else {}
+  return group, toy.replace(group, **limits, **fields)
+
+
+def write(name, directory, dtype=np.float32):
+  """Random weights of a family; returns (group, config, params)."""
+  group, config = config_of(name)
+  cfg = getattr(config, group)
+  to_json = {'decoder': hf_families.decoder_json,
+             'encoder': hf_families.encoder_json}  # fmt: skip
+  params = toy.params(config)[group]
+  os.makedirs(directory)
+  values = to_json[group](cfg)
+  convert_hf.write_params(str(directory), group, params, values, dtype)
+  return group, cfg, params
+
+
+def abstract(name, mesh):
+  group, config = config_of(name)
+  return tree_of(config, mesh, group)
+
+
+def tree_of(config, mesh, group='decoder'):
+  """A group's shapes with their shardings."""
+  shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    sharding.infer_shardings(shapes, mesh),
+  )[group]
+
+
+def of_directory(directory):
+  directory = str(directory)
+  values = hf_families.read_config(directory)
+  family = hf_families.family_of(values, directory)
+  if hf_families.FAMILIES[family].group == 'decoder':
+    return hf_families.decoder_config(values, directory)
+  return hf_families.encoder_config(values, 'cls', directory)
+
+
+@pytest.mark.parametrize('mesh_shape', [(1, 4, 2), (8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize('name', GROUPS)
+def test_shards_of_any_mesh_are_the_whole(name, mesh_shape, tmp_path):
+  group, cfg, params = write(name, tmp_path / 'm')
+  assert of_directory(tmp_path / 'm') == cfg
+  mesh = sharding.make_mesh(*mesh_shape)
+  read = convert_hf.read_params(str(tmp_path / 'm'), abstract(name, mesh))
+  if name == 'modernbert':  # its first layer has no such norm
+    scale_YE = params['layers']['attention_norm']['scale']
+    params = toy.jax.tree.map(lambda x: x, params)
+    params['layers']['attention_norm']['scale'] = scale_YE.at[0].set(1)
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+  if mesh_shape == (1, 4, 2) and group == 'decoder':
+    kernel = read['layers']['q_proj']['kernel']
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+
+
+def test_no_more_is_read_than_the_shards(tmp_path, monkeypatch):
+  """Of a kernel that lies on eight devices each reads its eighth."""
+  write('llama', tmp_path / 'm')
+  read = []
+  original = convert_hf._read_range
+
+  def counted(files, tensor, name, name_of, shape, bounds):
+    out = original(files, tensor, name, name_of, shape, bounds)
+    read.append((name, out.size))
+    return out
+
+  monkeypatch.setattr(convert_hf, '_read_range', counted)
+  mesh = sharding.make_mesh(1, 4, 2)
+  convert_hf.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
+  of_q = [size for name, size in read if name == 'layers.0.self_attn.q_proj.'
+          'weight']  # fmt: skip
+  assert len(of_q) == 8 and sum(of_q) == 16 * 16  # D x N H, once in all
+
+
+def test_replicas_share_what_was_read(tmp_path, monkeypatch):
+  write('llama', tmp_path / 'm')
+  calls = []
+  original = convert_hf._read_range
+  monkeypatch.setattr(
+    convert_hf, '_read_range',
+    lambda *args: calls.append(args[2]) or original(*args),
+  )  # fmt: skip
+  mesh = sharding.make_mesh(8, 1, 1)
+  convert_hf.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
+  assert len(calls) == len(set(calls))
+
+
+def test_half_precision_is_cast_on_the_way(tmp_path):
+  import ml_dtypes
+
+  _, _, params = write('llama', tmp_path / 'm', ml_dtypes.bfloat16)
+  mesh = sharding.make_mesh(1, 4, 2)
+  read = convert_hf.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
+  for ours, was in zip(jax.tree.leaves(read), jax.tree.leaves(params)):
+    assert ours.dtype == np.float32
+    rounded = np.asarray(was).astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(ours, rounded)
+
+
+def test_several_files_with_an_index(tmp_path, monkeypatch):
+  monkeypatch.setattr(convert_hf, 'SHARD_BYTES', 4000)
+  _, _, params = write('llama', tmp_path / 'm')
+  files = sorted(p.name for p in (tmp_path / 'm').glob('*.safetensors'))
+  assert len(files) > 3 and files[0].startswith('model-00001-of-')
+  index = json.loads((tmp_path / 'm' / convert_hf.INDEX).read_text())
+  assert set(index['weight_map'].values()) == set(files)
+  size = sum(x.nbytes for x in jax.tree.leaves(params))
+  assert index['metadata']['total_size'] == size
+  mesh = sharding.make_mesh(1, 4, 2)
+  read = convert_hf.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+  # One of them is gone; one of them lacks a tensor.
+  os.rename(tmp_path / 'm' / files[1], tmp_path / 'lost')
+  with pytest.raises(UserError, match=f'lacks {files[1]} of the'):
+    convert_hf.Files(str(tmp_path / 'm'))
+  save_file({'other': np.zeros(3)}, tmp_path / 'm' / files[1])
+  with pytest.raises(UserError, match=f'is in {files[1]}, where it is not'):
+    convert_hf.Files(str(tmp_path / 'm'))
+
+
+# --- What is refused ----------------------------------------------------------
+
+
+def damaged(directory, how):
+  """A written model with one thing wrong."""
+  path = directory / 'model.safetensors'
+  tensors = load_file(path) if how not in ('cut', 'header') else {}
+  config = json.loads((directory / 'config.json').read_text())
+  data = bytearray(path.read_bytes())
+  if how == 'cut':
+    path.write_bytes(data[: len(data) // 2])
+  elif how == 'header':
+    data[20] ^= 0xFF
+    path.write_bytes(data)
+  elif how == 'pickle':
+    path.rename(directory / 'pytorch_model.bin')
+  elif how == 'nothing':
+    path.unlink()
+  elif how == 'missing':
+    del tensors['model.layers.1.mlp.up_proj.weight']
+  elif how == 'left over':
+    tensors['model.layers.2.mlp.up_proj.weight'] = np.zeros((24, 16), 'f4')
+  elif how == 'twice':
+    tensors['norm.weight'] = tensors['model.norm.weight']
+  elif how == 'shape':
+    name = 'model.layers.0.self_attn.k_proj.weight'
+    tensors[name] = tensors[name][:-1]
+  elif how == 'not finite':
+    tensors['model.norm.weight'] = tensors['model.norm.weight'] * np.inf
+  elif how == 'config':
+    config['intermediate_size'] = 23
+  elif how == 'unknown':
+    config['model_type'] = 'gpt2'
+  elif how == 'no number':
+    del config['hidden_size']
+  elif how == 'rope':
+    config['rope_scaling'] = {'type': 'yarn', 'factor': 2.0}
+  elif how == 'activation':
+    config['hidden_act'] = 'gelu'
+  if tensors and path.exists():
+    save_file(tensors, path)
+  (directory / 'config.json').write_text(json.dumps(config))
+
+
+REFUSED = {
+  'cut': 'model.safetensors is damaged or cut off',
+  'header': 'model.safetensors is damaged or cut off',
+  'pickle': 'pytorch_model.bin only, a pickle',
+  'nothing': 'has no model.safetensors',
+  'missing': 'lacks 1 tensors .* layers.1.mlp.up_proj.weight',
+  'left over': 'no place in this model: layers.2.mlp.up_proj.weight',
+  'twice': 'has both',
+  'shape': r'k_proj.weight is \(7, 16\), but its config.json makes it \(8, 16\)',
+  'not finite': 'norm.weight has values that are not finite',
+  'config': r'is \(16, 24\), but its config.json makes it \(16, 23\)',
+  'unknown': "a model of type 'gpt2', which is not supported",
+  'no number': 'has no hidden_size',
+  'rope': "scaled by 'yarn' are not supported",
+  'activation': "hidden_act 'gelu' is not supported, only 'silu'",
+}
+
+
+@pytest.mark.parametrize('how', REFUSED)
+def test_what_cannot_be_read_is_named(how, tmp_path):
+  write('llama', tmp_path / 'm')
+  damaged(tmp_path / 'm', how)
+  mesh = sharding.make_mesh(1, 4, 2)
+
+  def attempt():
+    cfg = of_directory(tmp_path / 'm')
+    tree = abstract('llama', mesh)
+    if how == 'config':  # as the session would build it
+      tree = tree_of(toy.replace('decoder', **dataclasses.asdict(cfg)), mesh)
+    convert_hf.read_params(str(tmp_path / 'm'), tree)
+
+  with pytest.raises(UserError, match=REFUSED[how]) as e:
+    attempt()
+  assert '\n' not in str(e.value)
+
+
+def test_a_tied_head_may_be_written_down(tmp_path):
+  write('tied', tmp_path / 'm')
+  path = tmp_path / 'm' / 'model.safetensors'
+  tensors = load_file(path)
+  mesh = sharding.make_mesh(1, 4, 2)
+  save_file(
+    tensors | {'lm_head.weight': tensors['model.embed_tokens.weight']}, path
+  )
+  convert_hf.read_params(str(tmp_path / 'm'), abstract('tied', mesh))
+  other = tensors['model.embed_tokens.weight'] + 1
+  save_file(tensors | {'lm_head.weight': other}, path)
+  with pytest.raises(UserError, match='no place in this model: lm_head.weight'):
+    convert_hf.read_params(str(tmp_path / 'm'), abstract('tied', mesh))
+
+
+def test_heads_and_buffers_of_encoders_are_left_alone(tmp_path):
+  write('bert', tmp_path / 'm')
+  path = tmp_path / 'm' / 'model.safetensors'
+  mesh = sharding.make_mesh(1, 4, 2)
+  plain = convert_hf.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
+  tensors = {f'bert.{name}': x for name, x in load_file(path).items()}
+  for name in list(tensors):  # as the first BERTs have them
+    for kind, old in (('weight', 'gamma'), ('bias', 'beta')):
+      if name.endswith(f'LayerNorm.{kind}'):
+        renamed = name.removesuffix(kind) + old
+        tensors[renamed] = tensors.pop(name)
+  tensors['bert.embeddings.position_ids'] = np.arange(6)
+  tensors['bert.pooler.dense.weight'] = np.zeros((8, 8), 'f4')
+  tensors['cls.predictions.bias'] = np.zeros(24, 'f4')
+  save_file(tensors, path)
+  read = convert_hf.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
+  jax.tree.map(np.testing.assert_array_equal, plain, read)
+
+
+def test_the_type_of_all_tokens_is_folded_into_their_positions(tmp_path):
+  write('bert', tmp_path / 'm')
+  path = tmp_path / 'm' / 'model.safetensors'
+  tensors = load_file(path)
+  rows = np.stack([np.arange(8.0), np.full(8, 99.0)]).astype('f4')
+  save_file(tensors | {'embeddings.token_type_embeddings.weight': rows}, path)
+  mesh = sharding.make_mesh(1, 4, 2)
+  read = convert_hf.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
+  wanted = tensors['embeddings.position_embeddings.weight'] + rows[:1]
+  np.testing.assert_array_equal(read['position_embeddings'], wanted)
+
+
+# --- config.json, old and new -------------------------------------------------
+
+LLAMA = dict(
+  model_type='llama', vocab_size=32, hidden_size=16, intermediate_size=24,
+  num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64,
+  rms_norm_eps=1e-5,
+)  # fmt: skip
+SCALING = dict(
+  factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+  original_max_position_embeddings=8192,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('values', 'wanted'),
+  [
+    ({}, dict(rope_theta=1e4, num_kv_heads=4, head_dim=4, sliding_window=0)),
+    ({'rope_theta': 5e5}, dict(rope_theta=5e5)),
+    ({'rope_parameters': {'rope_theta': 5e5, 'rope_type': 'default'}},
+     dict(rope_theta=5e5, rope_factor=1.0)),
+    ({'rope_theta': 5e5, 'rope_scaling': SCALING | {'rope_type': 'llama3'}},
+     dict(rope_theta=5e5, rope_factor=8.0, rope_original_length=8192)),
+    ({'rope_scaling': SCALING | {'type': 'llama3'}}, dict(rope_factor=8.0)),
+    ({'rope_parameters': SCALING | {'rope_type': 'llama3', 'rope_theta': 5e5}},
+     dict(rope_theta=5e5, rope_factor=8.0)),
+    ({'rope_scaling': None}, dict(rope_factor=1.0)),
+    ({'model_type': 'mistral'}, dict(sliding_window=4096)),
+    ({'model_type': 'mistral', 'sliding_window': None}, dict(sliding_window=0)),
+    ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': False},
+     dict(sliding_window=0, qkv_bias=True)),
+    ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': True,
+      'max_window_layers': 0}, dict(sliding_window=8)),
+    ({'model_type': 'qwen3', 'attention_bias': False},
+     dict(qk_norm=True, head_dim=128)),
+    ({'tie_word_embeddings': True}, dict(tie_embeddings=True)),
+  ],
+)  # fmt: skip
+def test_decoders_of_both_layouts(values, wanted):
+  cfg = dataclasses.asdict(hf_families.decoder_config(LLAMA | values, 'm'))
+  assert {key: cfg[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+  ('values', 'message'),
+  [
+    ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': True,
+      'max_window_layers': 2}, 'some layers have a sliding window'),
+    ({'attention_bias': True}, 'attention_bias True'),
+    ({'mlp_bias': True}, 'mlp_bias True'),
+    ({'model_type': 'roberta'}, 'which is an encoder'),
+  ],
+)  # fmt: skip
+def test_variants_that_ours_has_not(values, message):
+  with pytest.raises(UserError, match=message):
+    hf_families.decoder_config(LLAMA | values, 'm')
+
+
+def test_modernbert_of_both_layouts():
+  old = dict(
+    model_type='modernbert', vocab_size=30, hidden_size=8, intermediate_size=12,
+    num_hidden_layers=6, num_attention_heads=2, max_position_embeddings=64,
+    global_attn_every_n_layers=3, local_attention=128, norm_eps=1e-5,
+    global_rope_theta=160000.0, local_rope_theta=10000.0,
+  )  # fmt: skip
+  kinds = ['full_attention', 'sliding_attention', 'sliding_attention'] * 2
+  ropes = {'full_attention': {'rope_theta': 160000.0},
+           'sliding_attention': {'rope_theta': 10000.0}}  # fmt: skip
+  new = {key: value for key, value in old.items()
+         if not key.startswith(('global', 'local_rope'))}  # fmt: skip
+  new |= {'layer_types': kinds, 'rope_parameters': ropes}
+  cfg = hf_families.encoder_config(old, 'mean', 'm')
+  assert cfg == hf_families.encoder_config(new, 'mean', 'm')
+  assert (cfg.local_window, cfg.global_every, cfg.pooling) == (64, 3, 'mean')
+  odd = new | {'layer_types': kinds[1:] + kinds[:1]}
+  with pytest.raises(UserError, match='every n-th layer'):
+    hf_families.encoder_config(odd, 'mean', 'm')
+
+
+# --- Sources ------------------------------------------------------------------
+
+
+def test_pooling_of_sentence_encoders(tmp_path):
+  assert hf_families.pooling(str(tmp_path)) == 'cls'
+  folder = tmp_path / '1_Pooling'
+  folder.mkdir()
+  for mode, kind in (('cls_token', 'cls'), ('mean_tokens', 'mean')):
+    (folder / 'config.json').write_text(json.dumps({f'pooling_mode_{mode}': 1}))
+    assert hf_families.pooling(str(tmp_path)) == kind
+  (folder / 'config.json').write_text('{"pooling_mode_max_tokens": true}')
+  with pytest.raises(UserError, match='only pooling by cls or by mean'):
+    hf_families.pooling(str(tmp_path))
+
+
+def test_a_pair_is_found_in_any_order(tmp_path):
+  write('llama', tmp_path / 'd')
+  write('roberta', tmp_path / 'e')
+  for order in (('d', 'e'), ('e', 'd')):
+    name = ','.join(str(tmp_path / part) for part in order)
+    assert pretrained.is_source(name)
+    source = pretrained.locate(name)
+    assert source.paths == {
+      'decoder': str(tmp_path / 'd'), 'encoder': str(tmp_path / 'e'),
+    }  # fmt: skip
+    config = toy.dataclasses.replace(
+      config_of('llama')[1], encoder=config_of('roberta')[1].encoder
+    )
+    pretrained.check(source, config, 'why')
+    other = toy.replace('decoder', max_length=64, mlp_width=8)
+    with pytest.raises(UserError, match='mlp_width is 8 in the config and 24'):
+      pretrained.check(source, other, 'why')
+  both = f'{tmp_path / "d"},{tmp_path / "d"}'
+  with pytest.raises(UserError, match='two models that are a decoder'):
+    pretrained.locate(both)
+
+
+def test_a_fingerprint_tells_models_apart(tmp_path):
+  write('llama', tmp_path / 'a')
+  shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+  mark = lambda name: pretrained.fingerprint(
+    pretrained.locate(str(tmp_path / name))
+  )
+  assert mark('a') == mark('b')
+  path = pathlib.Path(tmp_path / 'b' / 'config.json')
+  path.write_text(path.read_text().replace('0.001', '0.002'))
+  assert mark('a') != mark('b')
+
+
+@pytest.mark.parametrize('name', ['nowhere', './a/b', 'a/b/c', '~/x'])
+def test_what_is_no_name(name):
+  with pytest.raises(UserError, match='is no directory, and no name'):
+    hub.resolve(name)
+
+
+def _raises(monkeypatch, error):
+  def download(*_, **__):
+    raise error
+
+  monkeypatch.setattr(hub.huggingface_hub, 'snapshot_download', download)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'message'),
+  [
+    (
+      'GatedRepoError',
+      'accept its licence at https://huggingface.co/org/model',
+    ),
+    ('RepositoryNotFoundError', 'the hub has no org/model'),
+    ('LocalEntryNotFoundError', 'hf download org/model'),
+  ],
+)
+def test_what_the_hub_answers(kind, message, monkeypatch):
+  cls = getattr(hub.hub_errors, kind)
+  error = cls.__new__(cls)
+  _raises(monkeypatch, error)
+  with pytest.raises(UserError, match=message):
+    hub.resolve('org/model')
