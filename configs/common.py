@@ -16,8 +16,9 @@ import dataclasses
 
 import ml_collections
 
-# Paper section 2 (LLaMA-2-7B) and its ablation (13B); `tiny` and `small` train
-# from nothing, on a laptop and on one accelerator.
+# Paper section 2 (LLaMA-2-7B) and its ablations (13B, 3.1-8B, 3.2-3B), by their
+# config.json; SmolLM2 is the small one that nobody has to ask for. `tiny` and
+# `small` train from nothing, on a laptop and on one accelerator.
 DECODERS = {
   'tiny': dict(
     num_layers=4,
@@ -51,6 +52,7 @@ DECODERS = {
     rope_theta=10_000.0,
     norm_eps=1e-5,
     tie_embeddings=False,
+    max_length=4096,
   ),
   'llama2_13b': dict(
     num_layers=40,
@@ -62,6 +64,51 @@ DECODERS = {
     rope_theta=10_000.0,
     norm_eps=1e-5,
     tie_embeddings=False,
+    max_length=4096,
+  ),
+  'llama31_8b': dict(
+    num_layers=32,
+    width=4096,
+    mlp_width=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=500_000.0,
+    rope_factor=8.0,
+    rope_low_freq_factor=1.0,
+    rope_high_freq_factor=4.0,
+    rope_original_length=8192,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+    max_length=131_072,
+  ),
+  'llama32_3b': dict(
+    num_layers=28,
+    width=3072,
+    mlp_width=8192,
+    num_heads=24,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=500_000.0,
+    rope_factor=32.0,
+    rope_low_freq_factor=1.0,
+    rope_high_freq_factor=4.0,
+    rope_original_length=8192,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    max_length=131_072,
+  ),
+  'smollm2_135m': dict(
+    num_layers=30,
+    width=576,
+    mlp_width=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    rope_theta=100_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    max_length=8192,
   ),
 }
 
@@ -106,6 +153,26 @@ ENCODERS = {
     position_offset=2,
     norm_eps=1e-5,
     pooling='cls',
+  ),
+  'bge_small': dict(
+    num_layers=12,
+    width=384,
+    mlp_width=1536,
+    num_heads=12,
+    max_length=512,
+    position_offset=0,
+    norm_eps=1e-12,
+    pooling='cls',
+  ),
+  'minilm_l6': dict(
+    num_layers=6,
+    width=384,
+    mlp_width=1536,
+    num_heads=12,
+    max_length=512,
+    position_offset=0,
+    norm_eps=1e-12,
+    pooling='mean',
   ),
 }
 

@@ -2,11 +2,13 @@
 
   launch/run.sh --config=configs/llama2_7b.py:k16 --workdir=runs/llama2_7b_k16
 
-Presets k8, k16 (as without one) and k32 are the paper's three models. Name
-your own directories at the end of the line:
+Presets k8, k16 (as without one) and k32 are the paper's three models, the
+others its ablations and two pairs of ours, with k = 16. Name your directories
+at the end of the line, DECODER and ENCODER being Hugging Face models:
 
-  --config.data.tokenizer=DIR --config.data.encoder_tokenizer=DIR
-  --config.data.text=ARXIV.jsonl.zst,BOOK.jsonl.zst --config.init_from=DIR
+  --config.init_from=DECODER,ENCODER
+  --config.data.tokenizer=DECODER --config.data.encoder_tokenizer=ENCODER
+  --config.data.text=ARXIV.jsonl.zst,BOOK.jsonl.zst
 
 Page and table numbers are those of arXiv 2509.01092v2. What the paper does not
 state is marked "ours".
@@ -18,6 +20,34 @@ PRESETS = {
   'k8': 'chunks of 8 tokens',
   'k16': 'chunks of 16 tokens',
   'k32': 'chunks of 32 tokens',
+  'roberta_base': 'the smaller encoder (Figures 11 and 12)',
+  'llama2_13b': 'LLaMA-2-13B (Figure 11)',
+  'llama31_8b': 'LLaMA-3.1-8B (Table 14)',
+  'llama32_3b': 'LLaMA-3.2-3B (Table 14)',
+  'llama32_3b_bge_small': 'LLaMA-3.2-3B and BGE-small',
+  'smollm2_135m': 'SmolLM2-135M and MiniLM-L6: ungated, the one to start with',
+}
+K = {'k8': 8, 'k32': 32}  # the others: 16
+# preset: decoder and encoder, where they are not the main run's
+PAIRS = {
+  'roberta_base': ('llama2_7b', 'roberta_base'),
+  'llama2_13b': ('llama2_13b', 'roberta_large'),
+  'llama31_8b': ('llama31_8b', 'roberta_large'),
+  'llama32_3b': ('llama32_3b', 'roberta_large'),
+  'llama32_3b_bge_small': ('llama32_3b', 'bge_small'),
+  'smollm2_135m': ('smollm2_135m', 'minilm_l6'),
+}
+# Of the models' tokenizers.
+VOCAB = {
+  'llama2_7b': 32_000,
+  'llama2_13b': 32_000,
+  'llama31_8b': 128_256,
+  'llama32_3b': 128_256,
+  'smollm2_135m': 49_152,
+  'roberta_large': 50_265,
+  'roberta_base': 50_265,
+  'bge_small': 30_522,
+  'minilm_l6': 30_522,
 }
 
 # p. 5: T = 4096 = s 2048 + o 2048. 20B tokens in windows of 4096 are 5M
@@ -33,8 +63,9 @@ FACTORS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 def get_config(preset: str = 'k16'):
   c = common.base()
-  k = {'k8': 8, 'k16': 16, 'k32': 32}[preset]
-  c.name = f'llama2_7b_{preset}'
+  k = K.get(preset, 16)
+  decoder, encoder = PAIRS.get(preset, ('llama2_7b', 'roberta_large'))
+  c.name = preset if preset in PAIRS else f'llama2_7b_{preset}'
   # The run order of p. 4, 16 and 19. The control arms `cpt_trained`,
   # `mixed_trained`, `sft_full` and `sft_none` (ours) are defined below: add
   # them to c.stages to isolate the cost of compression from the benefit of
@@ -50,9 +81,11 @@ def get_config(preset: str = 'k16'):
   # split the batch.
   c.mesh.update(data=-1, fsdp=8, tensor=1)
 
-  c.model.decoder = common.decoder('llama2_7b', vocab_size=32_000)
-  c.model.encoder = common.encoder('roberta_large', vocab_size=50_265)  # p. 16
-  c.model.policy.update(num_heads=16, mlp_width=4096)  # ours: the encoder's
+  c.model.decoder = common.decoder(decoder, VOCAB[decoder])
+  c.model.encoder = common.encoder(encoder, VOCAB[encoder])  # p. 16
+  c.model.policy.update(  # ours: the encoder's
+    num_heads=c.model.encoder.num_heads, mlp_width=c.model.encoder.mlp_width
+  )
   c.model.chunk_size = k
   c.model.compute_dtype = 'bfloat16'  # p. 19
   c.model.remat = 'full'
@@ -61,8 +94,8 @@ def get_config(preset: str = 'k16'):
   # p. 5: SlimPajama's Book and ArXiv, 50/50.
   c.data.text = ('data/arxiv.jsonl.zst', 'data/book.jsonl.zst')
   c.data.weights = (0.5, 0.5)
-  c.data.tokenizer = 'tokenizers/llama2'
-  c.data.encoder_tokenizer = 'tokenizers/roberta-large'
+  c.data.tokenizer = f'models/{decoder}'
+  c.data.encoder_tokenizer = f'models/{encoder}'
   # Ours: k tokens of LLaMA are rarely more than k of RoBERTa; room for the odd
   # formula, and two special tokens.
   c.data.max_encoder_tokens = 2 * k

@@ -3,11 +3,14 @@
 import dataclasses
 import os
 
+import jax
 import pytest
 
-from refrag_jax import cli, config, evals, stages, validate
+from configs import llama2_7b
+from refrag_jax import cli, config, evals, stages, state, validate
 from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
+from refrag_jax.models.refrag import init_params
 
 CONFIGS = (
   'tiny.py',
@@ -20,6 +23,7 @@ CONFIGS = (
   'llama2_7b.py:k8',
   'llama2_7b.py:k16',
   'llama2_7b.py:k32',
+  *(f'llama2_7b.py:{name}' for name in llama2_7b.PAIRS),
 )
 
 
@@ -88,6 +92,34 @@ def test_tiny_decoder_is_under_a_million_parameters():
   layer = d.width * (heads * d.head_dim + 3 * d.mlp_width + 2)
   total = d.vocab_size * d.width + d.num_layers * layer + d.width
   assert total < 1e6
+
+
+# Parameters in millions, of the models' cards or by their config.json; RoBERTa's
+# pooler (1.05) and the others' (0.15) left out.
+MILLIONS = {
+  'k16': (6738.4, 354.3),
+  'roberta_base': (6738.4, 124.06),
+  'llama2_13b': (13015.9, 354.3),
+  'llama31_8b': (8030.3, 354.3),
+  'llama32_3b_bge_small': (3212.7, 33.21),
+  'smollm2_135m': (134.5, 22.57),
+}
+
+
+@pytest.mark.parametrize('preset', MILLIONS)
+def test_the_models_of_the_paper_have_their_size(preset):
+  model = load(f'llama2_7b.py:{preset}').config.model
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  decoder, encoder = MILLIONS[preset]
+  assert state.count(shapes['decoder']) / 1e6 == pytest.approx(
+    decoder, abs=0.05
+  )
+  assert state.count(shapes['encoder']) / 1e6 == pytest.approx(
+    encoder, abs=0.05
+  )
+  if preset == 'k16':  # 1024 to 4096 to 4096, with biases
+    size = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert state.count(shapes['projection']) == size == 20_979_712
 
 
 def test_llama2_7b_has_the_papers_sizes():
