@@ -94,6 +94,7 @@ def check(config: Config) -> None:
   _validate_pieces(config)
   for name in config.stages:
     _validate_stage(name, config)
+    _validate_positions(name, config)
   _validate_eval(config)
 
 
@@ -341,6 +342,39 @@ def _validate_pieces(config: Config) -> None:
       f'config.model.piece_length {piece}: use {max(s // piece, 1) * piece} or '
       f'{(s // piece + 1) * piece}',
     )
+
+
+def _validate_positions(name: str, config: Config) -> None:
+  """Refuses a sequence beyond the positions that a decoder was made with."""
+  limit, longest = config.model.decoder.max_length, _longest(name, config)
+  _refuse(
+    0 < limit < longest,
+    f'config.stage.{name} makes sequences of up to {longest} positions, and the '
+    f'decoder has {limit} (config.model.decoder.max_length): shorten '
+    'context_length, output_length or what questions bring',
+  )
+
+
+def _longest(name: str, config: Config) -> int:
+  """Positions of the decoder's longest sequence in a stage."""
+  stage, data, k = config.stage[name], config.data, config.model.chunk_size
+  if name in ('lm', 'mlm'):
+    return stage.output_length
+  if name in QUESTIONS:
+    chunks = data.num_passages * data.passage_chunks
+    context = {'sft': chunks, 'sft_full': chunks * k, 'sft_none': 0}[name]
+    return data.question_length + context + data.answer_length
+  chunks = stage.context_length // k
+  fractions = stage.expand_fractions if name in EXPANDS else ()
+  expanded = max((expanded_chunks(p, chunks) for p in fractions), default=0)
+  context = chunks + expanded * (k - 1)
+  if name in CONTROLS and 'full' in stage.contexts:
+    context = stage.context_length
+  if name in PIECES:
+    context = 0
+  regenerated = name in ('reconstruct', 'cepe_warmup')
+  output = stage.context_length if regenerated else stage.output_length
+  return 1 + context + output  # BOS
 
 
 def _validate_stage(name: str, config: Config) -> None:
