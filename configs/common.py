@@ -12,8 +12,6 @@ Every field is defined in `refrag_jax/config.py`; the fields of a stage are
 explained here, once, in `stage`.
 """
 
-import dataclasses
-
 import ml_collections
 
 # Paper section 2 (LLaMA-2-7B) and its ablations (13B, 3.1-8B, 3.2-3B), by their
@@ -341,17 +339,11 @@ def encoder(size: str, vocab_size: int = 0) -> ml_collections.ConfigDict:
 
 def _hugging_face(name: str, group: str) -> dict:
   """The numbers of a model by its config.json."""
-  # Imported here, so that configs without such a model need none of it.
-  from refrag_jax import hf_families, hub
+  # The one import beside ml_collections, for configs that name such a model:
+  # what a config.json means is known there.
+  from refrag_jax import hf_families
 
-  directory = hub.resolve(name)
-  values = hf_families.read_config(directory)
-  if group == 'decoder':
-    numbers = hf_families.decoder_config(values, directory)
-  else:
-    pooling = hf_families.pooling(directory)
-    numbers = hf_families.encoder_config(values, pooling, directory)
-  return dataclasses.asdict(numbers)
+  return hf_families.numbers(name, group)
 
 
 def stage(**fields) -> ml_collections.ConfigDict:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from refrag_jax import results
+from refrag_jax import hub, results
 from refrag_jax.config import DecoderConfig, EncoderConfig
 from refrag_jax.errors import UserError
 
@@ -196,6 +196,21 @@ def canonical(name: str, family: Family) -> str:
 
 
 # --- config.json to our numbers -----------------------------------------------
+
+
+def numbers(name: str, group: str) -> dict[str, Any]:
+  """The fields of a DecoderConfig or EncoderConfig, by config.json.
+
+  Args:
+    name: a directory or a hub name.
+    group: 'decoder' or 'encoder', which it must be.
+  """
+  directory = hub.resolve(name)
+  values = read_config(directory)
+  if group == 'decoder':
+    return dataclasses.asdict(decoder_config(values, directory))
+  kind = pooling(directory)
+  return dataclasses.asdict(encoder_config(values, kind, directory))
 
 
 class _Reader:

@@ -349,8 +349,8 @@ def _validate_positions(name: str, config: Config) -> None:
   limit, longest = config.model.decoder.max_length, _longest(name, config)
   _refuse(
     0 < limit < longest,
-    f'config.stage.{name} makes sequences of up to {longest} positions, and the '
-    f'decoder has {limit} (config.model.decoder.max_length): shorten '
+    f'config.stage.{name} makes sequences of up to {longest} positions, and '
+    f'the decoder has {limit} (config.model.decoder.max_length): shorten '
     'context_length, output_length or what questions bring',
   )
 

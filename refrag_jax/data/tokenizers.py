@@ -119,8 +119,26 @@ def _hugging_face(path: str) -> Tokenizer:
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # no torch: silence
   import transformers  # a second of import that byte runs do not pay
 
+  from refrag_jax.data import vocabularies
+
   try:
-    hf = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    bare = None
+    if not os.path.exists(os.path.join(path, 'tokenizer.json')):
+      found = vocabularies.sentencepiece(path)
+      if found is not None:
+        return _sentencepiece(path, *found)
+      bare = vocabularies.fast(path)
+    if bare is None:
+      hf = transformers.AutoTokenizer.from_pretrained(
+        path, local_files_only=True
+      )
+    else:
+      hf = transformers.PreTrainedTokenizerFast(tokenizer_object=bare)
+    if not (hf.bos_token or hf.cls_token or hf.eos_token):
+      # No tokenizer_config.json says which they are: their names do.
+      hf.add_special_tokens(vocabularies.special_tokens(hf.get_vocab()))
+  except UserError:
+    raise
   except Exception as e:  # whatever it trips over, the directory is at fault
     reason = str(e).strip().split('\n')[0][:200]
     raise UserError(f'no tokenizer could be read from {path}: {reason}') from e
@@ -198,4 +216,29 @@ def _hugging_face(path: str) -> Tokenizer:
     encode_batch=encode_batch,
     decode=decode,
     **special,
+  )
+
+
+def _sentencepiece(path, ids, encode, decode, data) -> Tokenizer:
+  """A bare sentencepiece model; control symbols in text are text to it."""
+  first = lambda *names: next(
+    (ids[name] for name in names if ids[name] >= 0), 0
+  )
+
+  def encode_batch(texts: Sequence[str]) -> list[Encoded]:
+    texts = [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
+    return [(ids_N, starts_of(of_N2)) for ids_N, of_N2 in encode(texts)]
+
+  return Tokenizer(
+    name=path,
+    vocab_size=ids['size'],
+    bos_id=first('bos', 'eos'),
+    eos_id=first('eos', 'bos'),
+    pad_id=first('pad', 'eos'),
+    cls_id=first('bos', 'eos'),
+    sep_id=first('eos', 'bos'),
+    mask_id=first('unk', 'pad', 'eos'),
+    fingerprint=hashlib.sha256(data).hexdigest(),
+    encode_batch=encode_batch,
+    decode=lambda ids: decode([int(i) for i in ids]),
   )
