@@ -16,6 +16,7 @@ CONFIGS = (
   'tiny.py',
   'tiny.py:smoke',
   'mine.py',
+  'pair.py',
   'repro.py',
   'repro.py:cpu',
   'repro.py:smoke',
