@@ -1,7 +1,8 @@
 """Checkpoints; the only file that imports Orbax.
 
 A stage's directory holds numbered steps, the newest and the best by held-out
-loss. Each step has three items: `params` (all four groups, as nested dicts),
+loss. Each step has three items: `params` (all groups, as nested dicts; of an
+imported model those that came in, and then no `opt_state`),
 `opt_state` (flat, by path: optax's tuples are no interchange format) and `meta`
 (JSON: what it is, and everything else that a resumed run needs). A directory
 appears whole, by rename; saving is asynchronous.
@@ -20,7 +21,7 @@ from refrag_jax.errors import UserError
 from refrag_jax.sharding import path_str
 from refrag_jax.state import TrainState
 
-FORMAT = 2
+FORMAT = 3
 logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax narrates each save
 
 

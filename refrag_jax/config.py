@@ -177,7 +177,9 @@ class Config:
   seed: int
   stages: tuple[str, ...]  # run order, control arms included
   evals: tuple[str, ...]  # of EVALS in evals/__init__.py
-  init_from: str  # eval: the checkpoint; train: start of the first stage
+  # eval: the checkpoint or export; train: the start of the first stage, which
+  # may also be Hugging Face models (pretrained.py).
+  init_from: str
   log_every_steps: int
   eval_every_steps: int
   checkpoint_every_steps: int

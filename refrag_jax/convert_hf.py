@@ -2,13 +2,14 @@
 
 Reading: each device's shard is read by range from the files and put there, so
 that a host holds its shards and one more at a time, never a whole model.
-Writing: one file of at most a few gigabytes after the other, with an index.
+Writing: one file of about a gigabyte after the other, with an index.
 Which tensor is which parameter stands in hf_families.py.
 
 Dimension key: Y layers.
 """
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from refrag_jax.sharding import path_str
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.msgpack', '.h5')
-SHARD_BYTES = 4 << 30  # of a file that is written
+SHARD_BYTES = 1 << 30  # of a file that is written, gathered as a whole
 
 
 # --- Reading ------------------------------------------------------------------
@@ -64,8 +65,13 @@ class Files:
     index = os.path.join(self.directory, INDEX)
     if os.path.exists(index):
       files = collections.defaultdict(list)
-      for name, file in results.read_json(index)['weight_map'].items():
-        files[file].append(name)
+      try:
+        for name, file in results.read_json(index)['weight_map'].items():
+          files[file].append(name)
+      except (KeyError, TypeError, AttributeError):
+        raise UserError(
+          f'{index} has no weight_map: download it again'
+        ) from None
       missing = [f for f in sorted(files) if not self._exists(f)]
       if missing:
         raise UserError(
@@ -318,8 +324,8 @@ def write_params(
 
   Args:
     directory: exists.
-    params: the group's arrays, on whatever mesh; each tensor is gathered when
-      its file is written.
+    params: the group's arrays, on a mesh of this process; the tensors of a file
+      are gathered when it is written.
     dtype: of the tensors that are written.
 
   Returns:
@@ -449,8 +455,10 @@ def load_arrays(path: str, abstract: Any) -> Any:
   return jax.tree_util.tree_map_with_path(load, abstract)
 
 
-def digest(path: str) -> str:
-  """SHA-256 of a file."""
+@functools.lru_cache(maxsize=256)
+def digest(path: str, size: int, changed: int) -> str:
+  """SHA-256 of a file; `size` and `changed` (its mtime) tell its versions."""
+  del size, changed
   with open(path, 'rb') as f:
     return hashlib.file_digest(f, 'sha256').hexdigest()
 

@@ -36,8 +36,9 @@ HELDOUT = 'heldout'  # in eval.data: the held-out side of data.text
 def run(config: Config, workdir: str) -> int:
   """`--mode=eval`: restores what there is and runs the evals.
 
-  `config.init_from` names a stage's checkpoint directory; the other roles are
-  played by its siblings. Empty: the checkpoints of this workdir.
+  `config.init_from` names a stage's checkpoint directory, and its siblings play
+  the other roles; or an exported directory. Empty, or where it names the models
+  that this workdir's run started from: the checkpoints of this workdir.
   """
   session = open_session(config, workdir)
   directory, given = os.path.join(workdir, 'checkpoints'), config.init_from
@@ -45,7 +46,13 @@ def run(config: Config, workdir: str) -> int:
   if given:
     trained_groups(session, given, f'evals read {given}')
     directory = os.path.dirname(os.path.abspath(given))
-  paths = _stages_of_source(given) if exported else _stages_beside(directory)
+  paths = _stages_beside(directory)
+  if exported:
+    # A config may name the models that its run started from: then what the
+    # run made of them is measured.
+    trained = _stages_beside(os.path.join(workdir, 'checkpoints'))
+    source = pretrained.locate(given)
+    paths = (not source.exported and trained) or _stages_of_source(source)
   if not paths:
     raise UserError(
       f'evals read {directory}, but no stage has a checkpoint there: train '
@@ -172,12 +179,13 @@ def _stages_beside(directory: str) -> dict[str, str]:
   }
 
 
-def _stages_of_source(name: str) -> dict[str, str]:
+def _stages_of_source(source: pretrained.Source) -> dict[str, str]:
   """The stages whose part an export, or a decoder of others, can play."""
-  stage = pretrained.locate(name).exported.get('stage', 'lm')
-  # A policy comes with the `mixed` that it was trained on.
-  stages = ('mixed', 'grpo') if stage == 'grpo' else (stage,)
-  return dict.fromkeys(stages, name)
+  stage = source.exported.get('stage') or 'imported'
+  # A policy comes with the `mixed` that it was trained on; what came in from
+  # elsewhere is a decoder before REFRAG.
+  stages = {'grpo': ('mixed', 'grpo'), 'imported': ('lm',)}.get(stage, (stage,))
+  return {name: source.where for name in stages if name in ROLES.values()}
 
 
 def _loader(session: Session, paths: dict[str, str]):

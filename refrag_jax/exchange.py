@@ -13,6 +13,7 @@ from refrag_jax import (
   convert_hf,
   environment,
   hf_families,
+  hub,
   pretrained,
   results,
   session,
@@ -77,8 +78,10 @@ def run_export(config: Config, workdir: str, source: str, target: str) -> int:
       '--mode=export needs --from=CHECKPOINT, such as '
       f'{workdir}/checkpoints/mixed, and --to=DIR'
     )
-  if os.path.exists(target) and os.listdir(target):
-    raise UserError(f'{target} is not empty: name another --to')
+  if jax.process_count() > 1:
+    raise UserError('--mode=export wants one process: run it on one machine')
+  if os.path.isfile(target) or (os.path.isdir(target) and os.listdir(target)):
+    raise UserError(f'{target} is there, and not empty: name another --to')
   opened = session.open_model(config)
   with jax.set_mesh(opened.mesh):
     params, groups = session.load_params(opened, source, f'--from={source}')
@@ -120,8 +123,17 @@ def _write(opened, params, groups, stage: str, target: str) -> None:
       directory, group, params[group], values, np.float32
     )
     files += [f'{group}/{name}' for name in written]
-    for name in TOKENIZER_FILES if os.path.isdir(tokenizer) else ():
-      path = os.path.join(tokenizer, name)
+    if group == 'encoder':  # as sentence encoders say it
+      results.write_json(
+        os.path.join(directory, '1_Pooling', 'config.json'),
+        {
+          'word_embedding_dimension': model.encoder.width,
+          'pooling_mode_cls_token': model.encoder.pooling == 'cls',
+          'pooling_mode_mean_tokens': model.encoder.pooling == 'mean',
+        },
+      )
+    for name in TOKENIZER_FILES if tokenizer != 'bytes' else ():
+      path = os.path.join(hub.resolve(tokenizer, weights=False), name)
       if os.path.exists(path):
         shutil.copyfile(path, os.path.join(directory, name))
   for group in pretrained.SMALL:
@@ -139,13 +151,15 @@ def _write(opened, params, groups, stage: str, target: str) -> None:
         for group in ('decoder', 'encoder', 'policy')
       },
       'chunk_size': model.chunk_size,
+      'piece_length': model.piece_length,
       'templates': {
         name: getattr(config.data, name)
         for name in ('question_template', 'passage_template', 'answer_template')
       },
       'tokenizers': opened.identity['tokenizers'],
       'sha256': {
-        name: convert_hf.digest(os.path.join(target, name)) for name in files
+        name: convert_hf.digest(os.path.join(target, name), 0, 0)
+        for name in files
       },
       'versions': environment.versions(),
       'git': environment.git_commit(),

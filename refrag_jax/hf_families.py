@@ -149,7 +149,10 @@ def read_config(directory: str) -> dict[str, Any]:
       f'{directory} has no config.json: name the directory of a Hugging Face '
       'model, or that of a stage under checkpoints/'
     )
-  return results.read_json(path)
+  values = results.read_json(path)
+  if not isinstance(values, dict):
+    raise UserError(f'{path} is no JSON object')
+  return values
 
 
 def pooling(directory: str) -> str:
@@ -205,7 +208,7 @@ def numbers(name: str, group: str) -> dict[str, Any]:
     name: a directory or a hub name.
     group: 'decoder' or 'encoder', which it must be.
   """
-  directory = hub.resolve(name)
+  directory = hub.resolve(name, weights=False)
   values = read_config(directory)
   if group == 'decoder':
     return dataclasses.asdict(decoder_config(values, directory))
@@ -244,6 +247,19 @@ def decoder_config(values: Mapping[str, Any], where: str) -> DecoderConfig:
     UserError: a number is missing, or the model has something that ours has
       not.
   """
+  try:
+    return _decoder_config(values, where)
+  except (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+  ) as e:
+    raise UserError(f'{where}: config.json cannot be right ({e!r})') from None
+
+
+def _decoder_config(values: Mapping[str, Any], where: str) -> DecoderConfig:
   family, read = family_of(values, where), _Reader(values, where)
   if FAMILIES[family].group != 'decoder':
     raise UserError(f'{where} is of type {family}, which is an encoder')
@@ -308,7 +324,8 @@ def _sliding_window(family: str, values, where: str) -> int:
   if not values.get('use_sliding_window') or family == 'llama':
     return 0
   layers = values['num_hidden_layers']
-  first = values.get('max_window_layers', layers)
+  first = values.get('max_window_layers')
+  first = layers if first is None else first
   kinds = values.get('layer_types') or [
     'sliding_attention' if y >= first else 'full_attention'
     for y in range(layers)
@@ -329,6 +346,21 @@ def encoder_config(
   Args:
     pooling: 'cls' or 'mean', which config.json does not say.
   """
+  try:
+    return _encoder_config(values, pooling, where)
+  except (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+  ) as e:
+    raise UserError(f'{where}: config.json cannot be right ({e!r})') from None
+
+
+def _encoder_config(
+  values: Mapping[str, Any], pooling: str, where: str
+) -> EncoderConfig:
   family, read = family_of(values, where), _Reader(values, where)
   if FAMILIES[family].group != 'encoder':
     raise UserError(f'{where} is of type {family}, which is a decoder')

@@ -1,6 +1,8 @@
 """Models of the Hugging Face hub by name; the only file that talks to it."""
 
+import functools
 import os
+import re
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
@@ -8,30 +10,42 @@ from huggingface_hub import errors as hub_errors
 from refrag_jax.errors import UserError
 
 # No pickles: what could run a program is not even fetched.
-PATTERNS = (
-  '*.json', '*.safetensors', '*.model', 'vocab.txt', 'merges.txt',
-  '1_Pooling/*',
-)  # fmt: skip
+SMALL = ('*.json', '*.model', 'vocab.txt', 'merges.txt', '1_Pooling/*')
+WEIGHTS = ('*.safetensors',)
+TWICE = ('consolidated*', 'original/*')  # the same weights in another layout
+NAME = re.compile(r'[\w.-]+/[\w.-]+')
 
 
-def resolve(name: str) -> str:
+def is_name(name: str) -> bool:
+  """Whether this is written like a hub name, and not like a path here."""
+  owner = name.split('/')[0]
+  return bool(NAME.fullmatch(name)) and not os.path.isdir(owner)
+
+
+@functools.lru_cache(maxsize=16)  # one answer a process, whatever the hub does
+def resolve(name: str, weights: bool = True) -> str:
   """The directory of a model: itself, or where the hub's copy of it lies.
 
   Args:
     name: a directory, or a hub name such as 'HuggingFaceTB/SmolLM2-135M'.
+    weights: of a hub name; without them only what describes the model.
 
   Raises:
     UserError: it is neither, is gated, or there is no network and no copy.
   """
   if os.path.isdir(name):
     return name
-  if name.count('/') != 1 or name.startswith(('.', '~', os.sep)):
+  if not is_name(name):
     raise UserError(
       f'{name} is no directory, and no name of the Hugging Face hub either '
       '(those are written OWNER/MODEL)'
     )
   try:
-    return huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS)
+    return huggingface_hub.snapshot_download(
+      name,
+      allow_patterns=[*SMALL, *(WEIGHTS if weights else ())],
+      ignore_patterns=TWICE,
+    )
   except hub_errors.GatedRepoError:
     raise UserError(
       f'{name} is gated: accept its licence at https://huggingface.co/{name} '
@@ -48,7 +62,7 @@ def resolve(name: str) -> str:
       'the hub cannot be reached: fetch it where there is a network '
       f'(hf download {name}), and name the directory here'
     ) from None
-  except (hub_errors.HfHubHTTPError, OSError) as e:
+  except Exception as e:  # its network libraries raise errors of their own
     reason = str(e).strip().split('\n')[0][:200]
     raise UserError(
       f'{name} could not be fetched from the hub: {reason}'

@@ -10,18 +10,23 @@ import os
 from typing import Any, NamedTuple
 
 from refrag_jax import convert_hf, hf_families, hub, results
-from refrag_jax.config import ModelConfig
+from refrag_jax.config import (
+  DecoderConfig,
+  EncoderConfig,
+  ModelConfig,
+  PolicyConfig,
+)
 from refrag_jax.errors import UserError
 
 EXPORT = 'refrag.json'
 FORMAT = 1
-SMALL = ('projection', 'policy')  # groups that are one file of an export
+SMALL = ('projection', 'policy', 'cross')  # groups that are one file
 
 
 class Source(NamedTuple):
   where: str  # as the user named it
   paths: dict[str, str]  # group: a model's directory, or a file of arrays
-  numbers: dict[str, Any]  # 'decoder' and 'encoder': their configs
+  numbers: dict[str, Any]  # the configs of decoder, encoder, policy in there
   exported: dict[str, Any]  # refrag.json; {} of Hugging Face models
 
 
@@ -30,9 +35,13 @@ def is_source(name: str) -> bool:
   if ',' in name:
     return True
   if os.path.isdir(name):
-    files = (EXPORT, 'config.json')
-    return any(os.path.exists(os.path.join(name, file)) for file in files)
-  return name.count('/') == 1 and not os.path.isabs(name)
+    if os.path.exists(os.path.join(name, EXPORT)):
+      return True
+    path = os.path.join(name, 'config.json')  # which our runs have as well
+    return os.path.exists(path) and 'model_type' in hf_families.read_config(
+      name
+    )
+  return hub.is_name(name)
 
 
 def locate(name: str) -> Source:
@@ -43,7 +52,10 @@ def locate(name: str) -> Source:
   """
   path = os.path.join(name, EXPORT)
   if os.path.exists(path):
-    return _exported(name, results.read_json(path))
+    try:
+      return _exported(name, results.read_json(path))
+    except (KeyError, TypeError, AttributeError) as e:
+      raise UserError(f'{path} is not what an export writes: {e!r}') from None
   paths, numbers = {}, {}
   for part in name.split(','):
     directory = hub.resolve(part.strip())
@@ -72,7 +84,8 @@ def _exported(name: str, saved: dict[str, Any]) -> Source:
     path = os.path.join(name, file)
     if not os.path.exists(path):
       raise UserError(f'{name} lacks {file}, which its {EXPORT} names')
-    if convert_hf.digest(path) != digest:
+    info = os.stat(path)
+    if convert_hf.digest(path, info.st_size, info.st_mtime_ns) != digest:
       raise UserError(
         f'{path} is damaged: its SHA-256 is not the one in {EXPORT}'
       )
@@ -81,18 +94,38 @@ def _exported(name: str, saved: dict[str, Any]) -> Source:
                         group)
     for group in saved['groups']
   }  # fmt: skip
-  return Source(name, paths, saved['model'], saved)
+  numbers = {
+    'decoder': lambda values: DecoderConfig(**values),
+    'encoder': lambda values: EncoderConfig(**values),
+    'policy': lambda values: PolicyConfig(**values),
+  }
+  return Source(
+    name,
+    paths,
+    {
+      group: read(saved['model'][group])
+      for group, read in numbers.items()
+      if group in saved['groups']
+    },
+    saved,
+  )
 
 
-def check(source: Source, model: ModelConfig, why: str) -> None:
+def check(
+  source: Source, model: ModelConfig, tokenizers: dict[str, str], why: str
+) -> None:
   """Refuses a source whose numbers are not those of the config.
 
-  Pooling is no property of the weights: the config may choose another.
+  Pooling is no property of the weights: the config may choose another. Nor is
+  a decoder's number of positions, where the config sets no bound.
+
+  Args:
+    tokenizers: fingerprints of the decoder's and the encoder's.
   """
   for group, theirs in source.numbers.items():
     ours = getattr(model, group)
-    if isinstance(theirs, dict):
-      theirs = type(ours)(**theirs)
+    if group == 'decoder' and not ours.max_length:
+      theirs = dataclasses.replace(theirs, max_length=0)
     if group == 'encoder':
       theirs = dataclasses.replace(theirs, pooling=ours.pooling)
     found = hf_families.differences(ours, theirs)
@@ -101,12 +134,18 @@ def check(source: Source, model: ModelConfig, why: str) -> None:
         f'{why}, but model.{group} does not fit {source.where}: '
         f'{"; ".join(found[:4])}'
       )
-  if source.exported:
-    size = source.exported['chunk_size']
-    if 'projection' in source.paths and size != model.chunk_size:
+  saved = source.exported
+  for group, name in (('projection', 'chunk_size'), ('cross', 'piece_length')):
+    if group in source.paths and saved[name] != getattr(model, name):
       raise UserError(
-        f'{why}, but {source.where} was trained with chunks of {size} tokens '
-        f'and model.chunk_size is {model.chunk_size}'
+        f'{why}, but {source.where} was trained with model.{name} '
+        f'{saved[name]} and here it is {getattr(model, name)}'
+      )
+  for group, mark in saved.get('tokenizers', {}).items():
+    if group in source.paths and mark != tokenizers[group]:
+      raise UserError(
+        f'{why}, but {source.where} was trained with another tokenizer of its '
+        f'{group}: name the one in {source.where}/{group}'
       )
 
 

@@ -112,12 +112,16 @@ def trained_groups(session: Session, directory: str, why: str) -> list[str]:
   """
   if pretrained.is_source(directory):
     source = pretrained.locate(directory)
-    pretrained.check(source, session.config.model, why)
+    pretrained.check(
+      source, session.config.model, session.identity['tokenizers'], why
+    )
     return list(source.paths)
   groups = checkpoint.require(directory, {}, why)['trained']
   identity = {part: dict(of) for part, of in session.identity.items()}
+  if 'projection' not in groups:  # the first that knows chunks
+    del identity['model']['chunk_size']
   if 'encoder' not in groups:
-    del identity['model']['encoder'], identity['model']['chunk_size']
+    del identity['model']['encoder']
     del identity['tokenizers']['encoder']
   if 'policy' not in groups:
     del identity['model']['policy']

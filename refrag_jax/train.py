@@ -463,10 +463,8 @@ def stage_record(
   _, frozen_before = state_lib.partition(
     initial_params(session, name), stage.trainable
   )
-  same = jax.tree.map(
-      lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()),
-      frozen, frozen_before,
-  )  # fmt: skip
+  equal = jax.jit(lambda a, b: (a == b).all())  # where they lie
+  same = jax.tree.map(lambda a, b: bool(equal(a, b)), frozen, frozen_before)
   return {
     'steps': session.config.stage[name].num_train_steps,
     'measures': stage.measures,

@@ -376,6 +376,36 @@ def test_modernbert_of_both_layouts():
 # --- Sources ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+  'values',
+  [
+    LLAMA | {'num_attention_heads': 0},
+    LLAMA | {'rope_parameters': 3},
+    LLAMA | {'model_type': 'qwen2', 'use_sliding_window': True,
+             'max_window_layers': 0},
+  ],
+)  # fmt: skip
+def test_nonsense_is_one_line(values):
+  with pytest.raises(UserError, match='m: config.json cannot be right') as e:
+    hf_families.decoder_config(values, 'm')
+  assert '\n' not in str(e.value)
+
+
+def test_what_is_a_source(tmp_path, monkeypatch):
+  """Runs have a config.json as well, and paths may look like hub names."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'runs' / 'a').mkdir(parents=True)
+  (tmp_path / 'runs' / 'a' / 'config.json').write_text('{"config": {}}')
+  for name in ('runs/a', 'runs/b', 'runs/my run', 'runs/', '@main/lm', 'x'):
+    assert not pretrained.is_source(name), name
+  write('llama', tmp_path / 'm')
+  for name in (str(tmp_path / 'm'), 'a,b', 'org/model'):
+    assert pretrained.is_source(name), name
+  (tmp_path / 'm' / 'config.json').write_text('[]')
+  with pytest.raises(UserError, match='is no JSON object'):
+    pretrained.is_source(str(tmp_path / 'm'))
+
+
 def test_pooling_of_sentence_encoders(tmp_path):
   assert hf_families.pooling(str(tmp_path)) == 'cls'
   folder = tmp_path / '1_Pooling'
@@ -401,10 +431,10 @@ def test_a_pair_is_found_in_any_order(tmp_path):
     config = toy.dataclasses.replace(
       config_of('llama')[1], encoder=config_of('roberta')[1].encoder
     )
-    pretrained.check(source, config, 'why')
+    pretrained.check(source, config, {}, 'why')
     other = toy.replace('decoder', max_length=64, mlp_width=8)
     with pytest.raises(UserError, match='mlp_width is 8 in the config and 24'):
-      pretrained.check(source, other, 'why')
+      pretrained.check(source, other, {}, 'why')
   both = f'{tmp_path / "d"},{tmp_path / "d"}'
   with pytest.raises(UserError, match='two models that are a decoder'):
     pretrained.locate(both)
@@ -444,6 +474,7 @@ def _raises(monkeypatch, error):
     ),
     ('RepositoryNotFoundError', 'the hub has no org/model'),
     ('LocalEntryNotFoundError', 'hf download org/model'),
+    ('HFValidationError', 'could not be fetched from the hub'),
   ],
 )
 def test_what_the_hub_answers(kind, message, monkeypatch):

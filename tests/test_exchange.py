@@ -149,6 +149,60 @@ def test_an_export_is_evaluated_as_its_stage(cfg, run, exported, tmp_path):
   assert here['reconstruction'] == there['reconstruction']
 
 
+def test_a_run_is_evaluated_and_not_what_it_started_from(run):
+  """Its config names the models; its checkpoints are what is measured."""
+  started, workdir = run
+  path = f'{workdir}/results.json'
+  before = train.results.read_json(path)
+  evaluate.run(started, workdir)
+  after = train.results.read_json(path)
+  assert after['evals'] == before['evals'] and after['evals']['reconstruction']
+
+
+def test_what_came_in_is_a_decoder_before_refrag(cfg, models, tmp_path):
+  asked = toy_run.replaced(
+    cfg, init_from=both(models), evals=('log_perplexity',)
+  )
+  evaluate.run(asked, str(tmp_path))
+  evals = train.results.read_json(tmp_path / 'results.json')['evals']
+  (rows,) = evals['log_perplexity'].values()
+  assert {'no_context', 'full_context'} <= rows.keys()
+  assert not any(row.startswith('refrag') for row in rows)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda saved: saved.pop('sha256'), 'is not what an export writes'),
+    (lambda saved: saved.update(format=0), 'an export of format 0'),
+    (
+      lambda saved: saved['tokenizers'].update(decoder='other'),
+      'another tokenizer of its decoder',
+    ),
+  ],
+)
+def test_another_export_is_refused(cfg, exported, tmp_path, change, message):
+  copy = tmp_path / 'copy'
+  exchange.shutil.copytree(exported, copy)
+  saved = json.loads((copy / 'refrag.json').read_text())
+  change(saved)
+  (copy / 'refrag.json').write_text(json.dumps(saved))
+  opened = session.open_model(cfg)
+  with pytest.raises(UserError, match=message):
+    session.trained_groups(opened, str(copy), 'why')
+
+
+def test_half_of_an_export_is_a_model_of_its_own(cfg, exported, run):
+  pair = f'{exported}/decoder,{exported}/encoder'
+  opened = session.open_model(cfg)
+  params, groups = session.load_params(opened, pair, 'test')
+  assert groups == ['decoder', 'encoder']
+  whole, _ = session.load_params(opened, exported, 'test')
+  for group in groups:
+    equal(params[group], whole[group])
+  assert hf_families.pooling(f'{exported}/encoder') == 'cls'
+
+
 def test_damage_to_an_export_is_seen(cfg, exported, tmp_path):
   copy = str(tmp_path / 'copy')
   exchange.shutil.copytree(exported, copy)
@@ -201,5 +255,5 @@ def test_another_chunk_size_is_refused(folder, exported):
     data__max_encoder_tokens=8, model__decoder__max_length=64,
   )  # fmt: skip
   opened = session.open_model(other)
-  with pytest.raises(UserError, match='chunks of 4 tokens'):
+  with pytest.raises(UserError, match='trained with model.chunk_size 4'):
     session.trained_groups(opened, exported, 'why')

@@ -184,6 +184,30 @@ def test_merges_follow_the_ranks(tiktoken_dir):
   assert tokenizer.vocab_size == 264 + 256
 
 
+def test_a_cased_vocabulary_keeps_its_case(tmp_path):
+  words = ['[UNK]', '[CLS]', '[SEP]', '[PAD]', '[MASK]', 'hello', 'Hello', 'caf',
+           '##é', '##e']  # fmt: skip
+  for name, kept in (('cased', words), ('uncased', words[:6] + words[7:])):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'vocab.txt').write_text('\n'.join(kept) + '\n')
+  cased = tokenizers.load(str(tmp_path / 'cased'))
+  assert cased.encode('Hello café')[0].tolist() == [6, 7, 8]
+  uncased = tokenizers.load(str(tmp_path / 'uncased'))
+  assert uncased.encode('Hello café')[0].tolist() == [5, 6, 8]
+
+
+def test_a_tokenizer_config_has_the_word(tmp_path, wordpiece_dir):
+  """What it says of case is not in the vocabulary file."""
+  (tmp_path / 'vocab.txt').write_text(
+    '\n'.join(['[UNK]', '[CLS]', '[SEP]', '[PAD]', '[MASK]', 'word']) + '\n'
+  )
+  (tmp_path / 'tokenizer_config.json').write_text(
+    '{"tokenizer_class": "BertTokenizer", "do_lower_case": false}'
+  )
+  tokenizer = tokenizers.load(str(tmp_path))
+  assert tokenizer.encode('Word word')[0].tolist() == [0, 5]
+
+
 def test_a_damaged_file_is_named(tmp_path):
   path = tmp_path / 'tokenizer.model'
   path.write_bytes(b'\x00\x01 nothing like a model')

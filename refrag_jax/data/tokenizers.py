@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from refrag_jax import hub
 from refrag_jax.errors import UserError
 
 # ids and starts, both int32[n].
@@ -60,12 +61,12 @@ def load(name: str) -> Tokenizer:
   """Returns the tokenizer in directory `name`, or the one called 'bytes'."""
   if name == 'bytes':
     return _bytes()
-  if not os.path.isdir(name):
+  if not os.path.isdir(name) and not hub.is_name(name):
     raise UserError(
       f'tokenizer {name!r}: neither "bytes" nor a directory; give the '
       'directory of a Hugging Face tokenizer (with its tokenizer.json)'
     )
-  return _hugging_face(name)
+  return _hugging_face(hub.resolve(name, weights=False))
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int, which: str) -> None:
@@ -123,11 +124,13 @@ def _hugging_face(path: str) -> Tokenizer:
 
   try:
     bare = None
-    if not os.path.exists(os.path.join(path, 'tokenizer.json')):
+    there = lambda name: os.path.exists(os.path.join(path, name))
+    if not there('tokenizer.json'):
       found = vocabularies.sentencepiece(path)
       if found is not None:
         return _sentencepiece(path, *found)
-      bare = vocabularies.fast(path)
+      if not there('tokenizer_config.json'):  # which may say more
+        bare = vocabularies.fast(path)
     if bare is None:
       hf = transformers.AutoTokenizer.from_pretrained(
         path, local_files_only=True

@@ -55,7 +55,12 @@ def fast(directory: str) -> tokenizers.Tokenizer | None:
     core.decoder = decoders.ByteLevel()
     return core
   if os.path.exists(path('vocab.txt')):
-    return tokenizers.BertWordPieceTokenizer(path('vocab.txt'))._tokenizer
+    with open(path('vocab.txt'), encoding='utf-8') as f:
+      words = [line for line in f if not line.startswith('[')]
+    uncased = all(word == word.lower() for word in words)
+    return tokenizers.BertWordPieceTokenizer(
+      path('vocab.txt'), lowercase=uncased, strip_accents=uncased
+    )._tokenizer
   if is_tiktoken(path('tokenizer.model')):
     return _tiktoken(path('tokenizer.model'))
   return None
