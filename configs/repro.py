@@ -3,7 +3,7 @@
   launch/run.sh --config=configs/repro.py:cpu --mode=repro --workdir=runs/repro
 
 Every arm is an ordinary run with some values changed, in a workdir of its own
-(runs/repro/seed0/main, ...); one may be named: --config.repro.arms=k16. At the
+(runs/repro/seed1/main, ...); one may be named: --config.repro.arms=k16. At the
 end, and whenever the command is called again, runs/repro/RESULTS.md and
 repro.html hold a verdict for each claim of configs/claims.toml, the tables
 beside the paper's, and the numbers behind them. Interrupted, the same command
@@ -19,7 +19,7 @@ from configs import common
 
 PRESETS = {
   'smoke': 'two steps a stage on the embedded text, to see that it all runs',
-  'cpu': 'one seed in about 2 hours on 2 cores: bytes, a decoder of 2M',
+  'cpu': 'one seed in about 3 hours on 2 cores: bytes, a decoder of 2M',
   'gpu': 'sub-words, a decoder of 15M, for one H200; launch/repro_gpu.sh',
 }
 TEXT = (
@@ -37,11 +37,11 @@ FACTORS = tuple(TABLE8)
 # The smaller decoder and the larger encoder, which has the decoder's width.
 OTHER_SIZES = {
   'gpu': dict(
-    decoder=dict(width=192, mlp_width=576, num_heads=6, num_kv_heads=3),
+    decoder=dict(width=192, mlp_width=576, num_heads=6, num_kv_heads=6),
     encoder=dict(width=256, mlp_width=1024, num_heads=8, num_layers=6),
   ),
   'cpu': dict(
-    decoder=dict(width=128, mlp_width=384, num_heads=4),
+    decoder=dict(width=128, mlp_width=384, num_heads=4, num_kv_heads=4),
     encoder=dict(width=192, mlp_width=384, num_heads=6, num_layers=3),
   ),
   'smoke': dict(
@@ -62,10 +62,13 @@ def get_config(preset: str = 'cpu'):
   # At least 20 of the 87 books; the other sources have more documents.
   c.data.heldout_fraction = 0.3
   c.repro.claims = 'configs/claims.toml'
+  c.repro.seeds = (1, 2)  # 0 was the pilot (docs/repro.md)
 
   c.model.chunk_size = K
   c.model.decoder = common.decoder('tiny', vocab_size=264)
-  c.model.decoder.update(width=192, mlp_width=576, num_heads=6, num_kv_heads=2)
+  # With 2 key-value heads for 6 it does not copy after 700 steps of `lm`, with
+  # 6 it does (docs/repro.md).
+  c.model.decoder.update(width=192, mlp_width=576, num_heads=6, num_kv_heads=6)
   c.model.encoder = common.encoder('tiny', vocab_size=264)
   c.model.encoder.mlp_width = 256
   c.model.encoder.max_length = context + 4  # CEPE's and masked-LM's pieces
@@ -277,7 +280,7 @@ def _gpu(c):
   tokenizer = 'data/tokenizers/llama2'
   c.data.tokenizer = c.data.encoder_tokenizer = tokenizer
   c.model.decoder = common.decoder('small', vocab_size=32_000)
-  c.model.decoder.mlp_width = 1024
+  c.model.decoder.update(mlp_width=1024, num_kv_heads=8)  # to copy, as above
   c.model.encoder = common.encoder('small', vocab_size=32_000)
   c.model.encoder.update(num_heads=8, max_length=600)
   # A chunk is read alone, and its first word may then be cut otherwise.
@@ -296,11 +299,12 @@ def _gpu(c):
   c.eval.output_lengths = (16, 32, 128)
   c.eval.reconstruct_lengths = (32, 128, 512)
   c.eval.context_lengths = (128, 256, 512, 1024, 2048, 4096, 8192)
-  c.repro.seeds = (0, 1, 2)
+  c.repro.seeds = (1, 2, 3)
 
 
 def _smoke(c):
   """Every arm at two steps a stage: for tests and for a first look."""
+  c.repro.seeds = (0,)
   c.data.text = ('stdlib',)
   c.data.heldout_fraction = 0.15
   c.eval.data = ('heldout',)

@@ -96,7 +96,7 @@ def get_config(preset: str = ''):
   # Not in c.stages: who runs them sets model.piece_length.
   common.cepe(c, piece_length=0)
 
-  c.eval.num_windows = 16
+  c.eval.num_windows = c.eval.context_windows = 16
   c.eval.batch_size = 8
   c.eval.output_lengths = (3, 6)
   c.eval.reconstruct_lengths = (4, 16)
