@@ -9,9 +9,10 @@ key/value heads, H head dimension, F MLP width, V vocabulary, P positions.
 """
 
 import dataclasses
+import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from refrag_jax import hub, results
@@ -216,6 +217,23 @@ def numbers(name: str, group: str) -> dict[str, Any]:
   return dataclasses.asdict(encoder_config(values, kind, directory))
 
 
+def _one_line(read: Callable) -> Callable:
+  """Values of the wrong kind are one sentence, whatever they trip up."""
+
+  @functools.wraps(read)
+  def guarded(values, *args):
+    try:
+      return read(values, *args)
+    except (
+      ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+    ) as e:  # fmt: skip
+      raise UserError(
+        f'{args[-1]}: config.json cannot be right ({e!r})'
+      ) from None
+
+  return guarded
+
+
 class _Reader:
   """Values of a config.json, with errors that name file and key."""
 
@@ -240,6 +258,7 @@ class _Reader:
       )
 
 
+@_one_line
 def decoder_config(values: Mapping[str, Any], where: str) -> DecoderConfig:
   """The numbers of a decoder, from the layouts of transformers 5 and before.
 
@@ -247,19 +266,6 @@ def decoder_config(values: Mapping[str, Any], where: str) -> DecoderConfig:
     UserError: a number is missing, or the model has something that ours has
       not.
   """
-  try:
-    return _decoder_config(values, where)
-  except (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-  ) as e:
-    raise UserError(f'{where}: config.json cannot be right ({e!r})') from None
-
-
-def _decoder_config(values: Mapping[str, Any], where: str) -> DecoderConfig:
   family, read = family_of(values, where), _Reader(values, where)
   if FAMILIES[family].group != 'decoder':
     raise UserError(f'{where} is of type {family}, which is an encoder')
@@ -338,6 +344,7 @@ def _sliding_window(family: str, values, where: str) -> int:
   return values['sliding_window'] if kinds[0] == 'sliding_attention' else 0
 
 
+@_one_line
 def encoder_config(
   values: Mapping[str, Any], pooling: str, where: str
 ) -> EncoderConfig:
@@ -346,21 +353,6 @@ def encoder_config(
   Args:
     pooling: 'cls' or 'mean', which config.json does not say.
   """
-  try:
-    return _encoder_config(values, pooling, where)
-  except (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-  ) as e:
-    raise UserError(f'{where}: config.json cannot be right ({e!r})') from None
-
-
-def _encoder_config(
-  values: Mapping[str, Any], pooling: str, where: str
-) -> EncoderConfig:
   family, read = family_of(values, where), _Reader(values, where)
   if FAMILIES[family].group != 'encoder':
     raise UserError(f'{where} is of type {family}, which is a decoder')
