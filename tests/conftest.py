@@ -1,15 +1,17 @@
 """Every test runs on 8 CPU devices, made before JAX first looks for any."""
 
 import os
+import sys
 
 # Also for the processes that tests start; an accelerator is not touched.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Programs of toy sizes that run a few times: compiling them well costs twice
-# what it costs without, and saves nothing.
-os.environ.setdefault(
-  'XLA_FLAGS',
-  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
+# what it costs without, and saves nothing. The slow tests train in earnest.
+# (Worker processes inherit what is set here.)
+UNOPTIMISED = (
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )
+os.environ.setdefault('XLA_FLAGS', '' if 'slow' in sys.argv else UNOPTIMISED)
 
 import jax
 from absl import flags
