@@ -8,10 +8,13 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # Programs of toy sizes that run a few times: compiling them well costs twice
 # what it costs without, and saves nothing. The slow tests train in earnest.
 # (Worker processes inherit what is set here.)
-UNOPTIMISED = (
-  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+os.environ.setdefault(
+  'XLA_FLAGS',
+  ''
+  if 'slow' in sys.argv
+  else '--xla_backend_optimization_level=0 '
+  '--xla_llvm_disable_expensive_passes=true',
 )
-os.environ.setdefault('XLA_FLAGS', '' if 'slow' in sys.argv else UNOPTIMISED)
 
 import jax
 from absl import flags

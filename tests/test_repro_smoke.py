@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import conftest
 import fake_arms
 import pytest
 
@@ -15,6 +14,10 @@ from refrag_jax import records, results
 from refrag_jax.environment import ROOT
 
 MINUTES = 5  # on two cores, cold compilation cache
+# As in conftest.py for the quick tests.
+UNOPTIMISED = (
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+)
 ARMS = tuple(repro.get_config('smoke').repro.arm)
 
 
@@ -27,7 +30,7 @@ def smoke(tmp_path_factory):
     'JAX_COMPILATION_CACHE_DIR': str(root / 'cache'),
     'JAX_NUM_CPU_DEVICES': '1',
     'PYTHONPATH': ROOT,
-    'XLA_FLAGS': conftest.UNOPTIMISED,
+    'XLA_FLAGS': UNOPTIMISED,
   }
 
   def run(*calls):
