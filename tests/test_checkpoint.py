@@ -186,12 +186,17 @@ def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path):
     checkpoint.require(tmp_path / 'empty', IDENTITY, 'why')
 
 
+FORMAT = checkpoint.FORMAT
+
+
 def test_another_format_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, 'FORMAT', 99)
   with checkpoint.open_manager(tmp_path) as manager:
     save(manager, 1, small_state(1))
   monkeypatch.undo()
-  with pytest.raises(UserError, match='format 99, this version reads 2'):
+  with pytest.raises(
+    UserError, match=f'format 99, this version reads {FORMAT}'
+  ):
     checkpoint.require(tmp_path, IDENTITY, 'why')
 
 
