@@ -106,7 +106,7 @@ def run_evals(
 ) -> dict[str, Any]:
   """Runs `config.evals` on the checkpoints at `paths`, by stage."""
   context = Context(
-    session, _loader(session, paths), _datasets(session), stop, {}
+    session, _loader(session, paths), _datasets(session), stop, {}, {}
   )
   evals = {}
   for name in session.config.evals:

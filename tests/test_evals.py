@@ -3,6 +3,7 @@
 Dimension key: W windows, C chunks, O outputs.
 """
 
+import collections
 import functools
 import json
 import os
@@ -63,7 +64,12 @@ def context(session, params):
 
 def surroundings(session, params, stop=None):
   return common.Context(
-    session, params.get, {'toy': session.corpus}, stop or threading.Event(), {}
+    session,
+    params.get,
+    {'toy': session.corpus},
+    stop or threading.Event(),
+    {},
+    {},
   )
 
 
@@ -293,8 +299,32 @@ def test_selectors_differ_in_what_they_expand(context, windows, score):
   assert (mask('ppl_desc', 2) != mask('ppl_asc', 2)).all()
   picks = mask('random', 1).argmax(1)
   assert len(set(picks.tolist())) > 1
-  again = selection.scores(context, windows, 0)['random']
+  fresh = context._replace(memo={})
+  again = selection.scores(fresh, windows, 0)['random']
   np.testing.assert_array_equal(again, score['random'])
+
+
+def test_evals_share_what_they_have_in_common(session, params, monkeypatch):
+  """The oracle, by far the dearest: once a tail, not once an eval."""
+  tails, expanded = [], []
+  gains, nll = selection.single_gains, selection.selected_nll
+
+  def counted_gains(model, weights, batch, tail):
+    tails.append(tail)
+    return gains(model, weights, batch, tail)
+
+  def counted_nll(context, role, windows, score_WC, draws, tail=0, rows=0):
+    if draws and role == 'policy':
+      expanded.append((draws, tail))
+    return nll(context, role, windows, score_WC, draws, tail, rows)
+
+  monkeypatch.setattr(selection, 'single_gains', counted_gains)
+  monkeypatch.setattr(selection, 'selected_nll', counted_nll)
+  fresh = surroundings(session, params)
+  for name in ('log_perplexity', 'selection', 'details'):
+    EVALS[name](fresh)
+  assert tails == [0, session.config.eval.tail_chunks]  # counts traces
+  assert set(collections.Counter(expanded).values()) == {len(SELECTORS)}
 
 
 @pytest.mark.parametrize('draws', [0, 1, 2])

@@ -64,7 +64,9 @@ def context(session, params):
 
 def surroundings(session, params, corpus=None):
   datasets = {'toy': corpus or session.corpus}
-  return common.Context(session, params.get, datasets, threading.Event(), {})
+  return common.Context(
+    session, params.get, datasets, threading.Event(), {}, {}
+  )
 
 
 @pytest.fixture(scope='module')
@@ -455,7 +457,7 @@ def test_details_by_output_and_by_distance(session, params, tables, windows):
     'refrag_k4', 'refrag_k4_shuffled', 'no_context_trained', 'expand_one_gain',
   }  # fmt: skip
   doc_W, model = windows['doc_B'], session.model
-  none_WO = np.asarray(compressed(model)(params['mixed'], windows))
+  none_WO = np.asarray(compressed(model)(params['policy'], windows))
   trained_WO = lm_nll(session, params['trained'], windows['output_BO'])
   assert rows['refrag_k4'].keys() == {f'o{i}' for i in range(1, 7)} | {'vs'}
   for i in range(O):
@@ -470,7 +472,7 @@ def test_details_by_output_and_by_distance(session, params, tables, windows):
   assert gains.keys() == {'d1', 'd2', 'd3', 'd4', 'vs'}
   for d in range(1, 5):
     expand_WC = np.broadcast_to(np.arange(C) == C - d, (W, C))
-    nll_WO = expanded(model, 1)(params['mixed'], windows, expand_WC)
+    nll_WO = expanded(model, 1)(params['policy'], windows, expand_WC)
     gain_W = none_WO.mean(1) - np.asarray(nll_WO).mean(1)
     np.testing.assert_allclose(
       gains[f'd{d}']['mean'], mean_of(gain_W, doc_W), rtol=1e-3, atol=1e-6

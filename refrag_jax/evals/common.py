@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from refrag_jax import results, sharding
+from refrag_jax.data import pipeline
 from refrag_jax.errors import Stopped
 from refrag_jax.session import Session
 
@@ -52,6 +53,8 @@ class Context(NamedTuple):
   # eval -> dataset -> {'doc': numbers, 'rows': row -> column -> a value each}:
   # what the STATs are made of, for comparisons with rows of other runs.
   documents: dict[str, Any]
+  # What one eval has computed and another one needs as well; see `once`.
+  memo: dict[Any, tuple[Any, Any]]
 
   def documents_of(self, eval_name: str, dataset: str) -> dict[str, Any]:
     of_eval = self.documents.setdefault(eval_name, {})
@@ -59,6 +62,25 @@ class Context(NamedTuple):
 
   def available(self, *roles: str) -> bool:
     return all(self.params(role) is not None for role in roles)
+
+
+def text_windows(context: Context, dataset: str, context_length: int) -> dict:
+  """The windows of a data set's text, one dict for all evals."""
+  config, corpus = context.session.config, context.datasets[dataset]
+  length, num = max(config.eval.output_lengths), config.eval.num_windows
+  make = lambda: pipeline.eval_windows(
+    config, corpus, context_length, length, num
+  )
+  return once(context, corpus, ('windows', context_length), make)
+
+
+def once(context: Context, of: Any, key: Any, function: Callable) -> Any:
+  """`function()`, or what it gave when `of` (the same object) had this key."""
+  # The memo holds `of`, so that no other object can get its id.
+  entry = context.memo.get((id(of), key))
+  if entry is None:
+    entry = context.memo[id(of), key] = (of, function())
+  return entry[1]
 
 
 def map_batches(

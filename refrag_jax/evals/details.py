@@ -56,7 +56,7 @@ def run(context: common.Context) -> dict:
   """The `details` table of results.json."""
   out = {}
   for name, corpus in context.datasets.items():
-    rows = by_position(context, name, corpus)
+    rows = by_position(context, name)
     if context.available('reconstruct'):
       for kind, pattern in SPANS.items():
         spans = find(corpus, corpus.documents('heldout'), pattern)
@@ -67,18 +67,15 @@ def run(context: common.Context) -> dict:
   return out
 
 
-def by_position(context: common.Context, name: str, corpus) -> dict:
+def by_position(context: common.Context, name: str) -> dict:
   """Rows by place of the output and by distance of the expanded chunk."""
   config, k = context.session.config, context.session.config.model.chunk_size
-  role = 'mixed' if context.available('mixed') else 'cpt'
+  selecting = selection.selecting_role(context)
+  role = selecting or 'cpt'
   if not context.available(role):
     return {}
-  windows = pipeline.eval_windows(
-    config,
-    corpus,
-    config.stage['cpt'].context_length,
-    max(config.eval.output_lengths),
-    config.eval.num_windows,
+  windows = common.text_windows(
+    context, name, config.stage['cpt'].context_length
   )
   W, C = windows['chunk_len_BC'].shape
   nll = {
@@ -99,11 +96,8 @@ def by_position(context: common.Context, name: str, corpus) -> dict:
     row: {f'o{i + 1}': nll_WO[:, i] for i in range(nll_WO.shape[1])}
     for row, nll_WO in nll.items()
   }
-  if context.available('mixed'):  # `cpt` has never met an expanded chunk
-    run = functools.partial(
-      _single_gains(context.session.model), context.params('mixed')
-    )
-    gain_WC = common.map_batches(context, run, windows) + none_W[:, None]
+  if selecting:  # `cpt` has never met an expanded chunk
+    gain_WC = selection.oracle(context, windows, 0) + none_W[:, None]
     rows['expand_one_gain'] = {
       f'd{d + 1}': gain_WC[:, C - 1 - d] for d in range(C)
     }
@@ -193,13 +187,6 @@ def around(
   room_W = (latest_W - earliest_W + 1).astype(np.uint64)
   drawn_W = windows_lib.mix(length, spans.doc, spans.first) % room_W
   return spans, earliest_W + drawn_W.astype(np.int64)
-
-
-@functools.lru_cache(maxsize=8)
-def _single_gains(model):
-  return jax.jit(
-    lambda params, batch: selection.single_gains(model, params, batch, 0)
-  )
 
 
 @functools.lru_cache(maxsize=8)

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from refrag_jax.config import expanded_chunks
-from refrag_jax.data import pipeline
 from refrag_jax.evals import common, selection
 from refrag_jax.progress import say
 
@@ -33,14 +32,8 @@ def run(context: common.Context) -> dict:
     return {}
   length = config.stage['mixed'].context_length // k // P * k
   out = {}
-  for name, corpus in context.datasets.items():
-    windows = pipeline.eval_windows(
-      config,
-      corpus,
-      length,
-      max(config.eval.output_lengths),
-      config.eval.num_windows,
-    )
+  for name in context.datasets:
+    windows = common.text_windows(context, name, length)
     doc_W = windows['doc_B']
     if len(np.unique(doc_W)) < 2:
       say(f'eval passages leaves {name} out: it needs two documents')

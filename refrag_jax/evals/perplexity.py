@@ -17,7 +17,6 @@ import numpy as np
 
 from refrag_jax import forward
 from refrag_jax.config import expanded_chunks
-from refrag_jax.data import pipeline
 from refrag_jax.evals import common, replug, selection
 
 PLAIN = {'no_context': 'none', 'full_context': 'full', 'last_k': 'last_k'}
@@ -50,16 +49,14 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
         rows[f'refrag_k{k}{suffix}{which}'] = selection.selected_nll(
           context, role, data, nobody_WC, 0
         )
-  role = selection.selecting_role(context)
-  if role:
+  if selection.selecting_role(context):
     score = selection.scores(context, windows, 0)
     for p in config.eval.expand_fractions:
       draws = expanded_chunks(p, C)
       if draws:
-        for name, score_WC in score.items():
-          rows[f'refrag_k{k}_{name}_p{p:g}'] = selection.selected_nll(
-            context, role, windows, score_WC, draws
-          )
+        by_selector = selection.nll_by_selector(context, windows, draws)
+        for name, nll_WO in by_selector.items():
+          rows[f'refrag_k{k}_{name}_p{p:g}'] = nll_WO
         # What expansion is worth to a decoder that never met one.
         if context.available('cpt') and 'random' in score:
           rows[f'refrag_k{k}_cpt_random_p{p:g}'] = selection.selected_nll(
@@ -115,9 +112,7 @@ def run(context: common.Context) -> dict:
   references += [row + which for row in CEPE for which in ('', '_shuffled')]
   out = {}
   for name, corpus in context.datasets.items():
-    windows = pipeline.eval_windows(
-      config, corpus, cfg.context_length, lengths[-1], config.eval.num_windows
-    )
+    windows = common.text_windows(context, name, cfg.context_length)
     nll = measure(context, windows)
     out[name] = common.table(
       {row: common.prefix_means(x, lengths) for row, x in nll.items()},

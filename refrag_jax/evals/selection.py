@@ -39,6 +39,24 @@ def selecting_role(context: common.Context) -> str:
 
 def scores(context: common.Context, windows: dict, tail: int) -> dict:
   """float32 (W, C) for each configured selector that has its checkpoint."""
+  return common.once(
+    context, windows, ('scores', tail), lambda: _scores(context, windows, tail)
+  )
+
+
+def nll_by_selector(
+  context: common.Context, windows: dict, draws: int, tail: int = 0
+) -> dict[str, np.ndarray]:
+  """Selector -> NLL of the outputs with its `draws` chunks expanded, (W, O)."""
+  role = selecting_role(context)
+  make = lambda: {
+    name: selected_nll(context, role, windows, score_WC, draws, tail)
+    for name, score_WC in scores(context, windows, tail).items()
+  }
+  return common.once(context, windows, ('nll', draws, tail), make)
+
+
+def _scores(context: common.Context, windows: dict, tail: int) -> dict:
   config, model = context.session.config, context.session.model
   before = context.params('before')
   params = context.params(selecting_role(context))
@@ -64,13 +82,16 @@ def scores(context: common.Context, windows: dict, tail: int) -> dict:
   out['random'] = np.random.default_rng(config.seed).random((W, C))
   out['last'] = np.broadcast_to(np.arange(C, dtype=np.float64), (W, C))
   if 'oracle' in wanted:
-
-    @jax.jit
-    def gains(batch):
-      return single_gains(model, params, batch, tail)
-
-    out['oracle'] = common.map_batches(context, gains, windows)
+    out['oracle'] = oracle(context, windows, tail)
   return {name: out[name] for name in wanted if name in out}
+
+
+def oracle(context: common.Context, windows: dict, tail: int) -> np.ndarray:
+  """`single_gains` of all windows, (W, C)."""
+  model, params = context.session.model, context.params(selecting_role(context))
+  gains = jax.jit(lambda batch: single_gains(model, params, batch, tail))
+  make = lambda: common.map_batches(context, gains, windows)
+  return common.once(context, windows, ('oracle', tail), make)
 
 
 def chunk_nll(model, params, batch) -> jax.Array:
@@ -169,23 +190,19 @@ def run(context: common.Context) -> dict:
     return {}
   cfg, k = config.stage['mixed'], config.model.chunk_size
   out = {}
-  for name, corpus in context.datasets.items():
-    windows = pipeline.eval_windows(
-        config, corpus, cfg.context_length, max(config.eval.output_lengths),
-        config.eval.num_windows,
-    )  # fmt: skip
+  for name in context.datasets:
+    windows = common.text_windows(context, name, cfg.context_length)
     C = windows['chunk_len_BC'].shape[1]
     documents = context.documents_of('selection', name)
     documents['doc'] = np.unique(windows['doc_B'])
     rows = []
     for tail in dict.fromkeys((0, config.eval.tail_chunks)):
-      rows += _rows(context, role, windows, scores(context, windows, tail),
-                    C, k, tail, documents)  # fmt: skip
+      rows += _rows(context, role, windows, C, k, tail, documents)
     out[name] = rows
   return out
 
 
-def _rows(context, role, windows, score, C, k, tail, documents) -> list[dict]:
+def _rows(context, role, windows, C, k, tail, documents) -> list[dict]:
   config, docs = context.session.config, windows['doc_B']
   mean = lambda nll_WO: results.by_document(nll_WO.mean(1), docs)
   tail_key = {'tail_expanded': True} if tail else {}
@@ -201,10 +218,8 @@ def _rows(context, role, windows, score, C, k, tail, documents) -> list[dict]:
     draws = expanded_chunks(p, C)
     if not 0 < draws <= C - tail:
       continue
-    nll = {
-      name: mean(selected_nll(context, role, windows, s, draws, tail))
-      for name, s in score.items()
-    }
+    by_selector = nll_by_selector(context, windows, draws, tail)
+    nll = {name: mean(nll_WO) for name, nll_WO in by_selector.items()}
     for name, values in nll.items():
       documents['rows'][f'{name}_p{p:g}{suffix}'] = {'nll': values}
       rows.append(
