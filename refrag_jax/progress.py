@@ -38,6 +38,7 @@ FIELDS = (
   ('reward', 'reward', '.4f'),
   ('learning_rate', 'lr', '.1e'),
   ('grad_norm', 'grad', '.2f'),
+  ('encoder_cut', 'cut', '.1%'),
 )
 
 

@@ -59,6 +59,16 @@ def stage_table(stages: Mapping[str, Any]) -> str:
     'errors. Trained and frozen: parameters; unchanged: the frozen ones, '
     'compared bit by bit.'
   )
+  cut = [
+    f'{stage} {value["encoder_cut"]:,} of {value["chunks"]:,}'
+    for stage, value in stages.items()
+    if value.get('encoder_cut')
+  ]
+  if cut:
+    note += (
+      ' Held-out chunks of which the encoder reads the beginning only '
+      f'(data.max_encoder_tokens): {", ".join(cut)}.'
+    )
   return page.table(head, rows, note)
 
 

@@ -155,6 +155,13 @@ def train_stage(
   meta = meta | {'compile_s': meta['compile_s'] + compiled.compile_s}
   wall_before = meta['wall_s']
   sign = -1.0 if stage.measures == 'reward' else 1.0
+  cut, chunks = chunks_cut(heldout.batch)
+  if cut:
+    say(
+      f'{name}  {cut:,} of {chunks:,} held-out chunks have more encoder tokens '
+      f'than data.max_encoder_tokens={config.data.max_encoder_tokens}: of them '
+      'the encoder reads the beginning'
+    )
 
   progress = Progress(
       name, cfg.num_train_steps, start,
@@ -195,6 +202,9 @@ def train_stage(
           key: x.item() if x.ndim == 0 else x for key, x in shown.items()
         }
         shown['learning_rate'] = rate
+        cut, chunks = chunks_cut(batch)
+        if cut:
+          shown['encoder_cut'] = cut / chunks
         writer.scalars(name, done, 'train', shown | progress.log(done, shown))
       if saves or evals or late:
         check_finite(pending, name, saved)
@@ -476,7 +486,17 @@ def stage_record(
     'trainable_params': state_lib.count(trained),
     'frozen_params': state_lib.count(frozen),
     'frozen_unchanged': all(jax.tree.leaves(same)),
+    **dict(zip(('encoder_cut', 'chunks'), chunks_cut(heldout.batch))),
   }
+
+
+def chunks_cut(batch: dict[str, np.ndarray]) -> tuple[int, int]:
+  """How many chunks exceed the encoder's cap, and how many there are."""
+  if 'encoder_cut_B' not in batch:
+    return 0, 0
+  return int(batch['encoder_cut_B'].sum()), int(
+    (batch['chunk_len_BC'] > 0).sum()
+  )
 
 
 @contextlib.contextmanager

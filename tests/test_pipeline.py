@@ -99,6 +99,7 @@ def test_formats(config, corpus, name):
         'chunk_len_BC': (16, factor),
         'encoder_BCM': (16, factor, K + 2),
         'encoder_len_BC': (16, factor),
+        'encoder_cut_B': (16,),
         'output_BO': (16, out),
         'output_len_B': (16,),
         'loss_mask_BO': (16, out),
@@ -112,6 +113,22 @@ def test_formats(config, corpus, name):
   if name != 'lm':
     # 8 chunks have no room in S tokens; each other factor is one shape.
     assert {b['chunks_BCK'].shape[1] for _, b in batches} == {1, 2, 4}
+
+
+def test_chunks_beyond_the_encoder_s_cap_are_counted(config, corpus):
+  def batch(cap):
+    data = types.SimpleNamespace(
+      **vars(config.data) | {'max_encoder_tokens': cap}
+    )
+    changed = types.SimpleNamespace(**vars(config) | {'data': data})
+    return read(changed, 'cpt', corpus, start=23)[0][1]
+
+  whole = batch(4 * K + 2)  # a character has at most four bytes
+  assert not whole['encoder_cut_B'].any()
+  for cap in (K + 1, K + 2):
+    cut_BC = whole['encoder_len_BC'] > cap
+    np.testing.assert_array_equal(batch(cap)['encoder_cut_B'], cut_BC.sum(1))
+    assert cut_BC.any()
 
 
 @pytest.mark.parametrize('name', STAGES)

@@ -63,6 +63,7 @@ def fake_results():
         'compile_s': 9.5, 'tokens_per_s': 12345.6, 'trainable_params': 841_216,
         'frozen_params': 0 if stage == 'lm' else 640_000,
         'frozen_unchanged': stage != 'sft',
+        'encoder_cut': 12 * (stage == 'cpt'), 'chunks': 4096,
         'measures': 'reward' if stage == 'grpo' else 'loss',
       } for i, stage in enumerate(stages)
     },

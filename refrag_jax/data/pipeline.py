@@ -405,14 +405,15 @@ def _cut(
       size,
       tokenizers.load(config.data.encoder_tokenizer),
       max_encoder_tokens,
-    )[0]
+    )
 
   k, piece = config.model.chunk_size, config.model.piece_length
-  batch = context_in(num_chunks, k, config.data.max_encoder_tokens)
+  batch, cut_BC = context_in(num_chunks, k, config.data.max_encoder_tokens)
+  batch['encoder_cut_B'] = cut_BC.sum(1, dtype=np.int32)
   if pieces:
-    cut = context_in(num_chunks * k // piece, piece, piece_tokens(config))
-    batch['piece_BPM'] = cut['encoder_BCM']
-    batch['piece_len_BP'] = cut['encoder_len_BC']
+    whole, _ = context_in(num_chunks * k // piece, piece, piece_tokens(config))
+    batch['piece_BPM'] = whole['encoder_BCM']
+    batch['piece_len_BP'] = whole['encoder_len_BC']
   rows = len(n_B)
   first_B = corpus.token_offsets[doc_B] + start_B + output_at
   token_BO = first_B[:, None] + np.arange(output_length)

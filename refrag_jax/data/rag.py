@@ -169,6 +169,7 @@ class Source:
       'chunk_len_BC': np.stack([row[1] for row in context]),
       'encoder_BCM': np.stack([row[2] for row in context]),
       'encoder_len_BC': np.stack([row[3] for row in context]),
+      'encoder_cut_B': np.array([row[4].sum() for row in context], np.int32),
       'output_BO': output_BO,
       'output_len_B': output_len_B,
       'loss_mask_BO': (place_O >= self.answer_prompt)
@@ -202,6 +203,7 @@ class Source:
         _slots(found.chunk_len_C, slots, 0),
         _slots(found.encoder_CM, slots, self.encoder_tokenizer.pad_id),
         _slots(found.encoder_len_C, slots, 0),
+        _slots(found.truncated_C, slots, 0),
       )
 
     return chunks
