@@ -105,7 +105,7 @@ def test_shards_of_any_mesh_are_the_whole(name, mesh_shape, tmp_path):
 
 
 def test_no_more_is_read_than_the_shards(tmp_path, monkeypatch):
-  """Of a kernel that lies on eight devices each reads its eighth."""
+  """A kernel that lies on eight devices is read once."""
   write('llama', tmp_path / 'm')
   read = []
   original = convert_hf._read_range
@@ -120,7 +120,35 @@ def test_no_more_is_read_than_the_shards(tmp_path, monkeypatch):
   convert_hf.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
   of_q = [size for name, size in read if name == 'layers.0.self_attn.q_proj.'
           'weight']  # fmt: skip
-  assert len(of_q) == 8 and sum(of_q) == 16 * 16  # D x N H, once in all
+  assert of_q == [16 * 16]  # D x N H
+
+
+def test_a_host_reads_what_its_own_devices_hold(tmp_path, monkeypatch):
+  """As if two of the four rows of devices were another host's."""
+  _, _, params = write('llama', tmp_path / 'm')
+  mesh = sharding.make_mesh(1, 4, 2)
+  leaf = abstract('llama', mesh)['layers']['q_proj']['kernel']
+  bounds = {
+    tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape))
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items()
+    if device.id >= 4
+  }
+  read = []
+  original = convert_hf._read_range
+  monkeypatch.setattr(
+    convert_hf, '_read_range',
+    lambda *args: read.append(original(*args)) or read[-1],
+  )  # fmt: skip
+  files = convert_hf.Files(str(tmp_path / 'm'))
+  family = hf_families.FAMILIES['llama']
+  tensor = convert_hf._tensor_of(family, 'layers/q_proj/kernel')
+  name_of = {hf_families.canonical(n, family): n for n in files.names()}
+  parts = convert_hf._read_parts(files, tensor, leaf, name_of, list(bounds))
+  assert len(parts) == 4
+  whole = np.asarray(params['layers']['q_proj']['kernel'])
+  for place, part in parts.items():
+    np.testing.assert_array_equal(part, whole[tuple(slice(*b) for b in place)])
+  assert sum(x.size for x in read) == whole.size // 2
 
 
 def test_replicas_share_what_was_read(tmp_path, monkeypatch):

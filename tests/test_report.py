@@ -272,6 +272,7 @@ def test_stages_say_gain_and_frozen(whole):
   assert table['grpo reward'][4] == '−0.2000 ± 0.0200 ✗'
   assert table['lm'][4] == '+1.0000 ± 0.0200 ✓'
   assert table['lm'][6:10] == ['61.2 s', '9.5 s', '12,346', '841,216']
+  assert 'beginning only (data.max_encoder_tokens): cpt 12 of 4,096.' in whole
 
 
 def test_questions(whole):
