@@ -21,7 +21,7 @@ from refrag_jax.errors import UserError
 from refrag_jax.sharding import path_str
 from refrag_jax.state import TrainState
 
-FORMAT = 3
+FORMAT = 4
 logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax narrates each save
 
 

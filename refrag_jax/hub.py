@@ -13,7 +13,7 @@ from refrag_jax.errors import UserError
 SMALL = ('*.json', '*.model', 'vocab.txt', 'merges.txt', '1_Pooling/*')
 WEIGHTS = ('*.safetensors',)
 TWICE = ('consolidated*', 'original/*')  # the same weights in another layout
-NAME = re.compile(r'[\w.-]+/[\w.-]+')
+NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w./-]+)?')
 
 
 def is_name(name: str) -> bool:
@@ -27,7 +27,8 @@ def resolve(name: str, weights: bool = True) -> str:
   """The directory of a model: itself, or where the hub's copy of it lies.
 
   Args:
-    name: a directory, or a hub name such as 'HuggingFaceTB/SmolLM2-135M'.
+    name: a directory, or a hub name such as 'HuggingFaceTB/SmolLM2-135M';
+      with '@' and a branch, tag or commit behind it, that version.
     weights: of a hub name; without them only what describes the model.
 
   Raises:
@@ -38,11 +39,13 @@ def resolve(name: str, weights: bool = True) -> str:
   if not is_name(name):
     raise UserError(
       f'{name} is no directory, and no name of the Hugging Face hub either '
-      '(those are written OWNER/MODEL)'
+      '(those are written OWNER/MODEL or OWNER/MODEL@REVISION)'
     )
+  name, _, revision = name.partition('@')
   try:
     return huggingface_hub.snapshot_download(
       name,
+      revision=revision or None,
       allow_patterns=[*SMALL, *(WEIGHTS if weights else ())],
       ignore_patterns=TWICE,
     )
@@ -50,6 +53,11 @@ def resolve(name: str, weights: bool = True) -> str:
     raise UserError(
       f'{name} is gated: accept its licence at https://huggingface.co/{name} '
       'with your account, then set HF_TOKEN to a token of it'
+    ) from None
+  except hub_errors.RevisionNotFoundError:
+    raise UserError(
+      f'{name} has no version {revision}: see '
+      f'https://huggingface.co/{name}/commits/main'
     ) from None
   except hub_errors.RepositoryNotFoundError:
     raise UserError(

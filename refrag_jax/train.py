@@ -50,7 +50,8 @@ from refrag_jax.session import (
   trained_groups,
   with_shardings,
 )
-from refrag_jax.stages import STAGES
+from refrag_jax.sharding import path_str
+from refrag_jax.stages import STAGES, Stage
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state
 
@@ -310,6 +311,7 @@ def start_state(
     'settings': settings,
     'trained': sorted(groups_after(session, name, params)),
     'before_B': heldout.measure(state.params).tolist(),
+    'frozen': frozen_checksums(params, stage),
     'wall_s': 0.0,
     'compile_s': 0.0,
     **session.identity,
@@ -470,11 +472,6 @@ def stage_record(
   reward = stage.measures == 'reward'
   gain = (after_N, before_N) if reward else (before_N, after_N)
   trained, frozen = state_lib.partition(params, stage.trainable)
-  _, frozen_before = state_lib.partition(
-    initial_params(session, name), stage.trainable
-  )
-  equal = jax.jit(lambda a, b: (a == b).all())  # where they lie
-  same = jax.tree.map(lambda a, b: bool(equal(a, b)), frozen, frozen_before)
   return {
     'steps': session.config.stage[name].num_train_steps,
     'measures': stage.measures,
@@ -485,8 +482,18 @@ def stage_record(
     'compile_s': meta['compile_s'],
     'trainable_params': state_lib.count(trained),
     'frozen_params': state_lib.count(frozen),
-    'frozen_unchanged': all(jax.tree.leaves(same)),
+    'frozen_unchanged': frozen_checksums(params, stage) == meta['frozen'],
     **dict(zip(('encoder_cut', 'chunks'), chunks_cut(heldout.batch))),
+  }
+
+
+def frozen_checksums(params: dict, stage: Stage) -> dict[str, int]:
+  """Path: checksum of each parameter that a stage must not change."""
+  _, frozen = state_lib.partition(params, stage.trainable)
+  sums = jax.device_get(state_lib.checksums(frozen))
+  return {
+    path_str(path): int(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(sums)
   }
 
 

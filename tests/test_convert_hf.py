@@ -500,6 +500,7 @@ def _raises(monkeypatch, error):
       'GatedRepoError',
       'accept its licence at https://huggingface.co/org/model',
     ),
+    ('RevisionNotFoundError', 'org/model has no version v1'),
     ('RepositoryNotFoundError', 'the hub has no org/model'),
     ('LocalEntryNotFoundError', 'hf download org/model'),
     ('HFValidationError', 'could not be fetched from the hub'),
@@ -510,4 +511,16 @@ def test_what_the_hub_answers(kind, message, monkeypatch):
   error = cls.__new__(cls)
   _raises(monkeypatch, error)
   with pytest.raises(UserError, match=message):
-    hub.resolve('org/model')
+    hub.resolve('org/model@v1')
+
+
+def test_a_version_of_the_hub(monkeypatch, tmp_path):
+  asked = []
+  monkeypatch.setattr(
+    hub.huggingface_hub,
+    'snapshot_download',
+    lambda name, revision, **_: asked.append((name, revision)) or str(tmp_path),
+  )
+  for name in ('org/a', 'org/a@v1', 'org/a@refs/pr/7'):
+    assert hub.is_name(name) and hub.resolve(name) == str(tmp_path)
+  assert asked == [('org/a', None), ('org/a', 'v1'), ('org/a', 'refs/pr/7')]

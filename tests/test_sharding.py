@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from refrag_jax import losses, sharding
 from refrag_jax.errors import UserError
-from refrag_jax.state import partition
+from refrag_jax.state import checksums, partition
 
 # Every kind of parameter; stacked layers have a leading axis that stays whole.
 GOLDEN = {
@@ -176,3 +176,25 @@ def test_logits_in_pieces_gather_the_head_and_nothing_else():
     ).compile().as_text()  # fmt: skip
   gathered = re.findall(r'= (\S+?)\{\S* all-gather\(', hlo)
   assert gathered == [f'f32[{D},{V}]']
+
+
+def test_checksums_see_a_bit_and_no_layout():
+  params = toy.params()['encoder']
+  there = jax.device_get(checksums(params))
+  mesh = sharding.make_mesh(1, 4, 2)
+  laid = jax.device_put(params, sharding.infer_shardings(params, mesh))
+  assert jax.device_get(checksums(laid)) == there
+  one = jax.tree.map(np.array, params)
+  kernel = one['layers']['q_proj']['kernel']
+  bits = kernel.reshape(-1).view(np.uint32)
+  for place in range(0, bits.size, 7):
+    for bit in (0, 31):  # of the mantissa, and the sign
+      bits[place] ^= np.uint32(1 << bit)
+      changed = checksums({'x': kernel})['x']
+      assert changed != there['layers']['q_proj']['kernel']
+      bits[place] ^= np.uint32(1 << bit)
+  # Two elements that trade places are a change as well.
+  swapped = kernel.copy()
+  swapped[0, 0, 0, :2] = kernel[0, 0, 0, 1::-1]
+  assert checksums({'x': swapped})['x'] != checksums({'x': kernel})['x']
+  assert {x.dtype for x in jax.tree.leaves(there)} == {np.dtype(np.uint32)}

@@ -338,7 +338,10 @@ def test_frozen_unchanged_is_measured(session, whole):
   workdir = whole(name)
   params = last_state(session, workdir, name).params
   heldout = train.Heldout({'doc_B': np.arange(4)}, None)
-  meta = {'before_B': [1.0] * 4, 'wall_s': 0.0, 'compile_s': 0.0}
+  frozen = train.frozen_checksums(params, train.STAGES[name])
+  meta = {
+    'before_B': [1.0] * 4, 'wall_s': 0.0, 'compile_s': 0.0, 'frozen': frozen,
+  }  # fmt: skip
   record = lambda params: train.stage_record(
     session, name, meta, params, np.zeros(4), heldout
   )
