@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -16,10 +17,12 @@ from refrag_jax import (
   evaluate,
   exchange,
   hf_families,
+  main,
   pretrained,
   session,
   train,
 )
+from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import init_params
 
@@ -183,7 +186,7 @@ def test_what_came_in_is_a_decoder_before_refrag(cfg, models, tmp_path):
 )
 def test_another_export_is_refused(cfg, exported, tmp_path, change, message):
   copy = tmp_path / 'copy'
-  exchange.shutil.copytree(exported, copy)
+  shutil.copytree(exported, copy)
   saved = json.loads((copy / 'refrag.json').read_text())
   change(saved)
   (copy / 'refrag.json').write_text(json.dumps(saved))
@@ -205,7 +208,7 @@ def test_half_of_an_export_is_a_model_of_its_own(cfg, exported, run):
 
 def test_damage_to_an_export_is_seen(cfg, exported, tmp_path):
   copy = str(tmp_path / 'copy')
-  exchange.shutil.copytree(exported, copy)
+  shutil.copytree(exported, copy)
   path = f'{copy}/decoder/model.safetensors'
   with open(path, 'r+b') as f:  # one bit, far behind the header
     f.seek(-100, os.SEEK_END)
@@ -234,6 +237,97 @@ def test_what_does_not_fit_leaves_nothing_behind(cfg, models, tmp_path):
     exchange.run_import(cfg, str(tmp_path), '', str(target))
   with pytest.raises(UserError, match='needs --from='):
     exchange.run_export(cfg, str(tmp_path), 'x', '')
+
+
+def cut(decoder):
+  path = decoder / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:-100])
+
+
+def config_json(**values):
+  def change(decoder):
+    path = decoder / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+  return change
+
+
+SMALL = (
+  '--config.model.chunk_size=4',
+  '--config.data.max_encoder_tokens=8',
+  *(
+    f'--config.stage.{stage}.context_length=16'
+    for stage in ('reconstruct', 'cpt', 'cpt_trained')
+  ),
+  '--config.eval.reconstruct_lengths=(8, 16)',
+)
+LATER = 'model-00001-of-00002.safetensors'
+BAD = {  # what happened to the decoder's directory, other flags, what is said
+  'cut off': (cut, (), 'model.safetensors is damaged or cut off'),
+  'a file is missing': (
+    lambda d: (d / 'model.safetensors.index.json').write_text(
+      json.dumps({'weight_map': {'x': LATER}})
+    ),
+    (),
+    f'lacks {LATER} of the 1 files',
+  ),
+  'other shapes': (
+    config_json(intermediate_size=16),
+    (),
+    'its config.json makes it (16, 16)',
+  ),
+  'architecture': (
+    config_json(model_type='gpt2'),
+    (),
+    "a model of type 'gpt2', which is not supported",
+  ),
+  'config against weights': (
+    lambda _: None,
+    ('--config.model.decoder.mlp_width=16',),
+    'mlp_width is 16 in the config and 32',
+  ),
+  'vocabulary': (
+    config_json(vocab_size=100),
+    (),
+    'vocab',
+  ),
+  'positions': (
+    lambda _: None,
+    tuple(
+      f'--config.stage.{stage}.context_length=128'
+      for stage in ('cpt', 'cpt_trained')
+    ),
+    'model.decoder.max_length',
+  ),
+  'nowhere': (lambda d: shutil.rmtree(d), (), 'is no directory'),
+}
+
+
+@pytest.mark.parametrize('what', BAD)
+def test_bad_input_is_one_line(what, models, tmp_path, capsys):
+  change, flags, message = BAD[what]
+  shutil.copytree(models[0], tmp_path / 'models')
+  decoder = tmp_path / 'models' / 'decoder'
+  change(decoder)
+  pair = f'{decoder},{tmp_path / "models" / "encoder"}'
+  argv = [
+    f'--config={ROOT}/configs/pair.py:{pair}',
+    '--config.data.tokenizer=bytes',
+    '--config.data.encoder_tokenizer=bytes',
+    f'--workdir={tmp_path}/run',
+    *SMALL,
+    *flags,
+  ]
+  for mode in ('import', 'train'):
+    source = [f'--from={pair}'] if mode == 'import' else []
+    assert main.main([*argv, f'--mode={mode}', *source]) == 2
+    lines = capsys.readouterr().err.strip().split('\n')
+    assert len(lines) == 1 and message in lines[0]
+  run = tmp_path / 'run'
+  there = [p.name for p in run.rglob('*') if p.is_file()]
+  assert not {'metrics.jsonl', 'reconstruct.json', '_METADATA'} & set(there)
+  for stage in ('imported', 'reconstruct'):
+    assert checkpoint.latest_step(run / 'checkpoints' / stage) is None
 
 
 def test_an_export_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch):
