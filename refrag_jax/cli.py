@@ -21,7 +21,10 @@ from refrag_jax import config as config_lib
 from refrag_jax import environment, typed
 from refrag_jax.errors import UserError
 
-_FLAGS = ('--config', '--workdir', '--mode', '--from', '--to', '--help')
+_FLAGS = ('--config', '--workdir', '--mode', '--help')
+# Flags of some modes only; see `Command.flags`.
+_MODE_FLAGS = ('--from', '--to', '--topology')
+_SWITCHES = ('--search',)  # likewise, and without a value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +35,7 @@ class Command:
   config_file: str
   preset: str
   workdir: str
-  source: str  # --from
-  target: str  # --to
+  flags: dict[str, str | bool]  # those of some modes, without dashes
   overrides: dict[str, str | None]  # dotted key: text; None for a bare flag
   help: bool
   argv: tuple[str, ...]
@@ -53,7 +55,6 @@ def usage(modes: Mapping[str, tuple], later: Mapping[str, str]) -> str:
   lines = [
     'python -m refrag_jax.main --config=FILE.py[:preset] [--workdir=DIR]',
     '                          [--mode=MODE] [--config.a.b=value ...]',
-    '                          [--from=DIR] [--to=DIR]',
     '',
     'Trains and evaluates REFRAG (arXiv 2509.01092). To start with:',
     '  python -m refrag_jax.main --config=configs/tiny.py --workdir=runs/tiny',
@@ -73,13 +74,14 @@ def usage(modes: Mapping[str, tuple], later: Mapping[str, str]) -> str:
 
 def parse(argv: list[str]) -> Command:
   """Splits the arguments; files and types are looked at in `load`."""
-  flags = dict.fromkeys(_FLAGS[:-1], '') | {'--mode': 'train'}
+  flags = dict.fromkeys((*_FLAGS[:-1], *_MODE_FLAGS), '')
+  flags |= dict.fromkeys(_SWITCHES, False) | {'--mode': 'train'}
   overrides: dict[str, str | None] = {}
   rest = list(argv)
   while rest:
     raw = rest.pop(0)
     if raw in ('-h', '--help', '-help', '--helpfull', 'help'):
-      return Command('', '', '', '', '', '', {}, True, tuple(argv))
+      return Command('', '', '', '', {}, {}, True, tuple(argv))
     if not raw.startswith('-'):
       raise UserError(
         f'unexpected argument {raw!r}: flags are written --config=FILE.py, '
@@ -89,6 +91,11 @@ def parse(argv: list[str]) -> Command:
     name = '--' + name.lstrip('-')  # absl takes one dash too
     text: str | None = value if equals else None
     follows = rest and not rest[0].startswith('--')
+    if name in _SWITCHES:
+      if equals:
+        raise UserError(f'{name} takes no value')
+      flags[name] = True
+      continue
     if not equals and follows and not name.startswith('--noconfig.'):
       text = rest.pop(0)
     if name in flags:
@@ -111,8 +118,9 @@ def parse(argv: list[str]) -> Command:
     config_file=file,
     preset=preset,
     workdir=flags['--workdir'],
-    source=flags['--from'],
-    target=flags['--to'],
+    flags={
+      name.lstrip('-'): flags[name] for name in (*_MODE_FLAGS, *_SWITCHES)
+    },
     overrides=overrides,
     help=False,
     argv=tuple(argv),
@@ -125,7 +133,8 @@ def _meant_flag(name: str) -> str:
   top = '--config.' + name.lstrip('-').removeprefix('config').lstrip('.')
   if any(top == f or top.startswith(f + '.') for f in fields):
     return f'; did you mean {top!r}?'
-  return typed.did_you_mean(name, _FLAGS) or '; see --help'
+  known = (*_FLAGS, *_MODE_FLAGS, *_SWITCHES)
+  return typed.did_you_mean(name, known) or '; see --help'
 
 
 def load(command: Command) -> Loaded:

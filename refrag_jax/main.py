@@ -33,17 +33,27 @@ MODES = {
     'run_export',
     'a checkpoint to Hugging Face directories: --from=CHECKPOINT --to=DIR',
   ),
+  'plan': (
+    'refrag_jax.plan',
+    'run',
+    'memory and time of every stage on machines that are not there: '
+    '--topology=h100:8x8 [--search]',
+  ),
   'doctor': ('refrag_jax.doctor', 'run', 'check this machine and its packages'),
 }
 LATER = {
-  'plan': 'memory and time of every stage on a named topology',
   'index': 'store the chunk vectors of passages',
   'ask': 'answer one question over a store',
   'chat': 'converse over a store',
   'serve': 'answer over HTTP',
   'bench': 'measure latency',
 }
-EXCHANGE = ('import', 'export')  # with --from and --to
+# Flags of one's own, handed over in this order.
+FLAGS = {
+  'import': ('from', 'to'),
+  'export': ('from', 'to'),
+  'plan': ('topology', 'search'),
+}
 # The disk's fault, not the program's: one line says more than a traceback.
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT)
 
@@ -80,6 +90,10 @@ def _dispatch(argv: list[str]) -> int | None:
     hint = hint or f'; there are {", ".join(MODES)}'
     raise UserError(f'there is no --mode={command.mode}{hint}')
   module, function, _ = MODES[command.mode]
+  own = FLAGS.get(command.mode, ())
+  for flag, value in command.flags.items():
+    if value and flag not in own:
+      raise UserError(f'--mode={command.mode} takes no --{flag}')
   config, workdir = None, command.workdir
   if command.config_file or command.mode != 'doctor':
     loaded = cli.load(command)
@@ -89,12 +103,7 @@ def _dispatch(argv: list[str]) -> int | None:
     if environment.join_cluster():
       cli.announce(loaded, workdir)
   run = getattr(importlib.import_module(module), function)
-  if command.mode in EXCHANGE:
-    return run(config, workdir, command.source, command.target)
-  for flag, value in (('from', command.source), ('to', command.target)):
-    if value:
-      raise UserError(f'--mode={command.mode} takes no --{flag}')
-  return run(config, workdir)
+  return run(config, workdir, *(command.flags[flag] for flag in own))
 
 
 def _say(message: str) -> None:

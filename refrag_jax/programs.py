@@ -37,22 +37,12 @@ def compile_stage(
   session: Session, name: str, state: TrainState, start: int
 ) -> Programs:
   """Compiles what steps `start`.. need; `state` may be abstract."""
-  config, cfg = session.config, session.config.stage[name]
   clock = time.monotonic()
   key_of_step = step_keys(session, name)
-  first = {}
-  for step in range(start, cfg.num_train_steps):
-    first.setdefault(key_of_step[step], step)
-  step_jit = jitted_step(session, name, state)
-  sample = pipeline.sampler(config, name, session.corpus)
   traced, tokens = {}, {}
-  for key, step in first.items():
-    batch = abstract_batch(
-      sample(step, np.arange(1)), cfg.batch_size, session.mesh
-    )
-    traced[key] = step_jit.trace(
-      state, batch, jax.random.key(0), np.float32(0), variant=key[1]
-    )
+  for key in dict.fromkeys(key_of_step[start:]):
+    batch = abstract_batch(session, name, key[0])
+    traced[key] = trace_step(session, name, state, batch, key[1])
     tokens[key] = text_tokens(batch)
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     # XLA compiles outside the interpreter lock; tracing must stay in here.
@@ -70,30 +60,35 @@ def compile_stage(
   )
 
 
-def jitted_step(session: Session, name: str, state: TrainState):
-  """The stage's step, to be traced with `variant` static; donates the state."""
-  return jax.jit(
+def trace_step(
+  session: Session, name: str, state: TrainState, batch: dict, variant: Any
+):
+  """The stage's step, traced; it donates the state."""
+  step = jax.jit(
     functools.partial(
       train_step,
       model=session.model,
       stage=STAGES[name],
       cfg=session.config.stage[name],
+      variant=variant,
     ),
-    static_argnames='variant',
     donate_argnums=0,
     out_shardings=(sharding.infer_shardings(state, session.mesh), None),
   )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  rate = jax.ShapeDtypeStruct((), np.float32)
+  return step.trace(state, batch, key, rate)
 
 
-def abstract_batch(row: dict, batch_size: int, mesh) -> dict:
-  """Shapes of the global batch from any one of its rows."""
+def abstract_batch(session: Session, name: str, num_chunks: int) -> dict:
+  """Shapes of a stage's global batch with so many chunks."""
+  rows = session.config.stage[name].batch_size
+  shapes = pipeline.row_shapes(session.config, name, num_chunks)
   return {
-    name: jax.ShapeDtypeStruct(
-      (batch_size, *value.shape[1:]),
-      value.dtype,
-      sharding=sharding.batch_sharding(mesh),
+    key: jax.ShapeDtypeStruct(
+      (rows, *shape), dtype, sharding=sharding.batch_sharding(session.mesh)
     )
-    for name, value in row.items()
+    for key, (shape, dtype) in shapes.items()
   }
 
 

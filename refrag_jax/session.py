@@ -38,17 +38,22 @@ def open_session(config: Config, workdir: str) -> Session:
     UserError: the mesh, the vocabulary or the text does not fit.
   """
   session = open_model(config, workdir)
+  check_batches(session)
+  corpus = pipeline.prepare_corpus(config, os.path.join(workdir, 'data'))
+  return session._replace(corpus=corpus)
+
+
+def check_batches(session: Session) -> None:
+  """Refuses batches that the devices cannot share out evenly."""
   ways = session.mesh.shape['data'] * session.mesh.shape['fsdp']
-  for name in config.stages:
-    cfg = config.stage[name]
+  for name in session.config.stages:
+    cfg = session.config.stage[name]
     if (cfg.batch_size // cfg.accumulation_steps) % ways:
       raise UserError(
         f'stage {name}: batch_size {cfg.batch_size} / accumulation_steps '
         f'{cfg.accumulation_steps} does not divide over {ways} devices '
         '(mesh data x fsdp)'
       )
-  corpus = pipeline.prepare_corpus(config, os.path.join(workdir, 'data'))
-  return session._replace(corpus=corpus)
 
 
 def open_model(config: Config, workdir: str = '') -> Session:

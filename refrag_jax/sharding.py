@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from refrag_jax.errors import UserError
@@ -43,28 +44,39 @@ AXIS_RULES = {
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-  """Builds the mesh with Auto axes (`jax.make_mesh` alone makes them Explicit).
+def make_mesh(
+  data: int, fsdp: int, tensor: int, devices=None
+) -> jax.sharding.Mesh:
+  """Builds the mesh, with Auto axes: XLA decides what no rule says.
 
   Args:
     data: replicas; -1 takes the devices that the other axes leave.
     fsdp: ways to shard parameters and batch.
     tensor: ways to shard heads, MLP and vocabulary.
+    devices: None takes all that there are.
 
   Raises:
     UserError: the product is not the number of devices.
   """
-  devices = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  number = len(devices)
   if data == -1:
-    data = max(1, devices // (fsdp * tensor))
-  if data * fsdp * tensor != devices:
+    data = max(1, number // (fsdp * tensor))
+  if data * fsdp * tensor != number:
     raise UserError(
       f'mesh data={data} x fsdp={fsdp} x tensor={tensor} is not the '
-      f'{devices} devices there are; set --config.mesh.data=-1 to fill up'
+      f'{number} devices there are; set --config.mesh.data=-1 to fill up'
     )
-  return jax.make_mesh(
-    (data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3
-  )
+  shape = (data, fsdp, tensor)
+  try:
+    placed = mesh_utils.create_device_mesh(shape, devices)
+  except NotImplementedError:
+    # A TPU's torus has no such axes (8 x 8 on 4 x 4 x 4): then one of ours
+    # takes a part of one of its.
+    placed = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def path_str(path) -> str:

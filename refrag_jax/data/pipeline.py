@@ -81,6 +81,64 @@ def sampler(
   return sample
 
 
+def row_shapes(
+  config: Config, stage_name: str, num_chunks: int
+) -> dict[str, tuple[tuple[int, ...], type]]:
+  """What `sampler` gives, without any text: (shape of a row, dtype) by name.
+
+  Args:
+    num_chunks: C of the step; 0 for `lm`.
+  """
+  stage, data, k = (
+    config.stage[stage_name],
+    config.data,
+    config.model.chunk_size,
+  )
+  ints = lambda *shape: (shape, np.int32)
+  if base_stage(stage_name) == 'lm':
+    names = ('tokens_BT', 'segment_ids_BT', 'positions_BT')
+    length = stage.output_length
+    return {**{name: ints(length) for name in names}, 'doc_B': ints()}
+  C, M = num_chunks, data.max_encoder_tokens
+  if stage_name == 'mlm':
+    whole = min(M * C, config.model.encoder.max_length)
+    return {
+      'whole_BM': ints(whole),
+      'whole_len_B': ints(),
+      'whole_target_BM': ints(whole),
+      'encoder_BCM': ints(C, M),
+      'encoder_len_BC': ints(C),
+      'encoder_target_BCM': ints(C, M),
+      'doc_B': ints(),
+      'id_B': ints(),
+    }
+  prefix, output = 1, stage.output_length
+  if base_stage(stage_name) == 'reconstruct':
+    output = C * k
+  if stage_name.startswith('sft'):
+    prefix, output = data.question_length, data.answer_length
+  pieces = {}
+  if stage_name in CEPE:
+    piece = config.model.piece_length
+    num = C * k // piece
+    pieces['piece_BPM'] = ints(num, piece_tokens(config))
+    pieces['piece_len_BP'] = ints(num)
+  return pieces | {
+    'prefix_BQ': ints(prefix),
+    'prefix_len_B': ints(),
+    'chunks_BCK': ints(C, k),
+    'chunk_len_BC': ints(C),
+    'encoder_BCM': ints(C, M),
+    'encoder_len_BC': ints(C),
+    'encoder_cut_B': ints(),
+    'output_BO': ints(output),
+    'output_len_B': ints(),
+    'loss_mask_BO': ((output,), np.bool_),
+    'doc_B': ints(),
+    'id_B': ints(),
+  }
+
+
 def train_batches(
   config: Config,
   stage_name: str,

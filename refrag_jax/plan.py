@@ -1,0 +1,413 @@
+"""`--mode=plan`: what a layout costs on machines that are not there.
+
+Every stage's largest step is compiled for the named topology, with no device,
+by the compiler that would compile it there. From the program come the memory
+of a device, and what is sent between devices; from the jaxpr come the FLOPs. A
+step cannot take less time than the chip's arithmetic, its memory or its network
+need for that: these are bounds and no predictions.
+"""
+
+import collections
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from refrag_jax import (
+  collectives,
+  flops,
+  plan_page,
+  programs,
+  results,
+  sharding,
+  topologies,
+)
+from refrag_jax.config import Config, changed
+from refrag_jax.errors import UserError
+from refrag_jax.models.refrag import Refrag
+from refrag_jax.progress import say
+from refrag_jax.session import (
+  Session,
+  abstract_params,
+  check_batches,
+  with_shardings,
+)
+from refrag_jax.stages import STAGES
+from refrag_jax.state import TrainState, partition
+from refrag_jax.step import init_opt_state
+
+# Of a GPU's memory a program may have: the rest goes to the driver, NCCL's
+# buffers and fragmentation. A TPU's compiler says itself what does not fit.
+USABLE = 0.92
+MOST_FIXES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+  """One stage's largest step; bytes and FLOPs are those of a device."""
+
+  chunks: int
+  variant: Any
+  parameter_bytes: int
+  optimizer_bytes: int
+  gradient_bytes: int
+  batch_bytes: int
+  argument_bytes: int  # the three above, all that stays between steps
+  temp_bytes: int
+  peak_bytes: int
+  fits: bool
+  flops: float  # executed, recomputation included
+  model_flops: float  # without it
+  collectives: list[dict[str, Any]]
+  trace_s: float
+  compile_s: float
+  compute_s: float
+  hbm_s: float
+  network_s: float
+  bound_step_s: float
+  bound_by: str
+  tokens_per_s: float  # of text, all devices, at the bound
+  mfu_ceiling: float
+  bound_hours: float  # of all steps of the stage
+
+
+def run(config: Config, workdir: str, topology: str, search: bool) -> int:
+  """Plans every stage, writes plan.json and plan.html.
+
+  Args:
+    topology: as in topologies.py.
+    search: also try other meshes and remat policies, and rank them.
+
+  Raises:
+    UserError: the topology or the mesh cannot be, or a compiler is missing.
+  """
+  if not topology:
+    raise UserError(
+      '--mode=plan needs --topology=NAME, such as h100:8x8 (hosts x cards) or '
+      'v5p:4x4x4'
+    )
+  there = topologies.load(topology)
+  session = open_planned(config, there)
+  say(f'{topology}: {len(there.devices)} devices, mesh '
+      f'{dict(session.mesh.shape)}')  # fmt: skip
+  stages = {}
+  for name in config.stages:
+    stages[name] = plan_stage(session, there, name)
+    say(summary(name, stages[name], there))
+  fixes = {}
+  worst = worst_of(stages)
+  if worst:
+    fixes[worst] = list(fixes_of(config, there, worst))
+    for fix in fixes[worst]:
+      say(f'  {worst} fits with {fix["change"]}: {gib(fix["peak_bytes"])}')
+  ranked = list(search_layouts(config, there)) if search else []
+  out = {
+    'topology': topology,
+    'devices': len(there.devices),
+    'hbm_bytes': there.chip.hbm,
+    'mesh': dict(session.mesh.shape),
+    'config': config.name,
+    'stages': {n: dataclasses.asdict(s) for n, s in stages.items()},
+    'fixes': fixes,
+    'search': ranked,
+  }
+  results.write_json(os.path.join(workdir, 'plan.json'), out)
+  plan_page.write(os.path.join(workdir, 'plan.html'), out, session)
+  say(f'done: {workdir}/plan.json, {workdir}/plan.html')
+  return 0
+
+
+def open_planned(config: Config, there: topologies.Topology) -> Session:
+  """A session on devices that are not there; no text, no tokenizer."""
+  mesh = sharding.make_mesh(
+    **dataclasses.asdict(config.mesh), devices=there.devices
+  )
+  session = Session(config, '', mesh, Refrag(config.model), None, None, {})
+  check_batches(session)
+  return session
+
+
+def abstract_state(session: Session, name: str) -> TrainState:
+  params = abstract_params(session)
+  opt_state = jax.eval_shape(
+    lambda params: init_opt_state(params, STAGES[name]), params
+  )
+  step = jax.ShapeDtypeStruct((), np.int32)
+  return with_shardings(TrainState(step, params, opt_state), session.mesh)
+
+
+def plan_stage(
+  session: Session, there: topologies.Topology, name: str
+) -> StagePlan:
+  """Compiles a stage's dearest step and adds up what it costs."""
+  state, clock = abstract_state(session, name), time.monotonic()
+  counts = collections.Counter(programs.step_keys(session, name))
+  with jax.set_mesh(session.mesh):
+    traced = {key: _trace(session, name, state, key) for key in counts}
+    cost = {key: flops.count(t.jaxpr) for key, t in traced.items()}
+    key = max(cost, key=cost.get)
+    trace_s, clock = time.monotonic() - clock, time.monotonic()
+    memory, text = _compile(traced[key], there)
+    compile_s = time.monotonic() - clock
+  devices = len(there.devices)
+  batch = programs.abstract_batch(session, name, key[0])
+  trainable, _ = partition(state.params, STAGES[name].trainable)
+  parameters, optimizer = (
+    device_bytes(state.params),
+    device_bytes(state.opt_state),
+  )
+  sent = collectives.read(
+    text, session.mesh.axis_names, session.mesh.devices.shape
+  )
+  per_device = cost[key] / devices
+  compute_s = per_device / there.chip.flops
+  # Everything that stays between steps is read and written once at least.
+  hbm_s = 2 * memory['argument_bytes'] / there.chip.hbm_rate
+  network_s = network_seconds(sent, session.mesh, there)
+  bounds = {'compute': compute_s, 'hbm': hbm_s, 'network': network_s}
+  bound_by = max(bounds, key=lambda name: np.nan_to_num(bounds[name]))
+  bound = bounds[bound_by]
+  model = _model_flops(session, name, state, key) / devices
+  return StagePlan(
+    chunks=key[0],
+    variant=key[1],
+    parameter_bytes=parameters,
+    optimizer_bytes=optimizer,
+    gradient_bytes=device_bytes(trainable),
+    batch_bytes=device_bytes(batch),
+    **memory,
+    fits=memory['peak_bytes'] <= usable(there),
+    flops=per_device,
+    model_flops=model,
+    collectives=[
+      {
+        'op': c.op,
+        'axis': '+'.join(c.axes) or 'mixed',
+        'bytes': c.bytes,
+        'count': c.count,
+      }
+      for c in sorted(sent, key=lambda c: -c.bytes * c.count)
+    ],
+    trace_s=trace_s,
+    compile_s=compile_s,
+    compute_s=compute_s,
+    hbm_s=hbm_s,
+    network_s=network_s,
+    bound_step_s=bound,
+    bound_by=bound_by,
+    tokens_per_s=programs.text_tokens(batch) / bound,
+    mfu_ceiling=model / there.chip.flops / bound,
+    # Shorter steps by their arithmetic; parameters travel at each of them.
+    bound_hours=sum(
+      count * max(cost[k] / devices / there.chip.flops, hbm_s, network_s)
+      for k, count in counts.items()
+    )
+    / 3600,
+  )
+
+
+def _trace(session: Session, name: str, state: TrainState, key):
+  batch = programs.abstract_batch(session, name, key[0])
+  return programs.trace_step(session, name, state, batch, key[1])
+
+
+def _model_flops(session: Session, name: str, state, key) -> int:
+  """FLOPs of a step that recomputes nothing."""
+  model = dataclasses.replace(session.config.model, remat='none')
+  plain = session._replace(model=Refrag(model))
+  with jax.set_mesh(session.mesh):
+    return flops.count(_trace(plain, name, state, key).jaxpr)
+
+
+def _compile(traced, there: topologies.Topology) -> tuple[dict[str, int], str]:
+  """Bytes of a device, and the program's text."""
+  try:
+    compiled = traced.lower().compile(compiler_options=there.options)
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    return topologies.exhausted(str(e), there.chip), ''
+  memory = compiled.memory_analysis()
+  kept = memory.argument_size_in_bytes
+  temp = memory.temp_size_in_bytes
+  fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return {
+    'argument_bytes': kept,
+    'temp_bytes': temp,
+    'peak_bytes': kept + temp + fresh,
+  }, compiled.as_text()
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes that one device holds of arrays with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def usable(there: topologies.Topology) -> float:
+  """Bytes of a device that a program may take; of this machine, anything."""
+  if there.chip.platform == 'cpu':
+    return math.inf
+  return there.chip.hbm * (USABLE if there.chip.platform == 'cuda' else 1.0)
+
+
+def network_seconds(sent, mesh, there: topologies.Topology) -> float:
+  """The least time in which all collectives can pass the wires.
+
+  Within a host, or a TPU slice, a device sends at the chip's near rate; what
+  leaves a host leaves through the network cards of the devices that take part.
+  Both kinds of wire work at once.
+  """
+  near = far = 0.0
+  for c in sent:
+    hosts, members = spread(c.axes, mesh, there.near)
+    near += c.sent / there.chip.near_rate
+    if hosts > 1:
+      outside = (hosts - 1) / hosts / members
+      share = {'all-reduce': 2.0}.get(c.op, 1.0)
+      far += c.bytes * c.count * share * outside / there.chip.far_rate
+  return max(near if not far or there.near > 1 else 0.0, far)
+
+
+def spread(axes: tuple[str, ...], mesh, near: int) -> tuple[int, int]:
+  """Hosts over which a group along these axes lies, and its devices on each."""
+  shape = mesh.devices.shape
+  index = np.arange(math.prod(shape)).reshape(shape)
+  picked = tuple(
+    slice(None) if name in axes or not axes else 0 for name in mesh.axis_names
+  )
+  hosts = np.unique(np.asarray(index[picked]).ravel() // near)
+  return len(hosts), max(1, np.asarray(index[picked]).size // len(hosts))
+
+
+# --- What would fit, and what would be quicker --------------------------------
+
+
+def worst_of(stages: dict[str, StagePlan]) -> str:
+  """The stage that is furthest from fitting; '' if all fit."""
+  unfit = {n: s.peak_bytes for n, s in stages.items() if not s.fits}
+  return max(unfit, key=unfit.get) if unfit else ''
+
+
+def fixes_of(
+  config: Config, there: topologies.Topology, name: str
+) -> Iterator[dict[str, Any]]:
+  """Small changes with which a stage fits, each compiled; three at most."""
+  found = 0
+  for change in candidates(config, len(there.devices), name):
+    if found == MOST_FIXES:
+      return
+    try:
+      session = open_planned(changed(config, change), there)
+    except UserError:
+      continue  # not a batch, or not a mesh, that there can be
+    tried = plan_stage(session, there, name)
+    if tried.fits:
+      found += 1
+      yield {
+        'change': ' '.join(f'--config.{c}' for c in change),
+        'peak_bytes': tried.peak_bytes,
+        'bound_step_s': tried.bound_step_s,
+      }
+
+
+def candidates(
+  config: Config, devices: int, name: str
+) -> Iterator[tuple[str, ...]]:
+  """Changes to try, those that cost least first."""
+  cfg, mesh = config.stage[name], config.mesh
+  if config.model.remat != 'full':
+    yield ('model.remat=full',)
+  if not config.model.loss_block:
+    yield ('model.loss_block=512',)
+  if mesh.fsdp < devices // mesh.tensor:
+    everywhere = ('mesh.data=1', f'mesh.fsdp={devices // mesh.tensor}')
+    yield everywhere
+    if config.model.remat != 'full':
+      yield (*everywhere, 'model.remat=full')
+  for more in (2, 4, 8, 16):
+    pieces = cfg.accumulation_steps * more
+    if cfg.batch_size % pieces == 0:
+      yield (f'stage.{name}.accumulation_steps={pieces}',)
+      if config.model.remat != 'full':
+        yield (
+          'model.remat=full',
+          f'stage.{name}.accumulation_steps={pieces}',
+        )
+      if mesh.fsdp < devices // mesh.tensor:
+        yield (*everywhere, f'stage.{name}.accumulation_steps={pieces}')
+
+
+def search_layouts(
+  config: Config, there: topologies.Topology
+) -> Iterator[dict[str, Any]]:
+  """Meshes and remat policies by the sum of the stages' bounds, best first."""
+  tried = []
+  for change in layouts(config, there):
+    try:
+      session = open_planned(changed(config, change), there)
+    except UserError:
+      continue
+    stages = {n: plan_stage(session, there, n) for n in config.stages}
+    row = {
+      'change': ' '.join(f'--config.{c}' for c in change),
+      'fits': all(s.fits for s in stages.values()),
+      'peak_bytes': max(s.peak_bytes for s in stages.values()),
+      'bound_hours': sum(s.bound_hours for s in stages.values()),
+    }
+    say(f'  {row["change"]}: {gib(row["peak_bytes"])}, at least '
+        f'{row["bound_hours"]:.1f} h')  # fmt: skip
+    tried.append(row)
+  yield from sorted(tried, key=lambda r: (not r['fits'], r['bound_hours']))
+
+
+def layouts(
+  config: Config, there: topologies.Topology
+) -> Iterator[tuple[str, ...]]:
+  """Meshes whose inner axes stay within a host, and the remat policies."""
+  devices, heads = len(there.devices), config.model.decoder.num_heads
+  for tensor in (1, 2, 4, 8):
+    if devices % tensor or heads % tensor or tensor > there.near:
+      continue
+    rest = devices // tensor
+    sizes = {1, there.near // tensor, rest} & {
+      n for n in range(1, rest + 1) if rest % n == 0
+    }
+    for fsdp in sorted(sizes):
+      for remat in ('dots', 'full'):
+        yield (
+          f'mesh.data={rest // fsdp}',
+          f'mesh.fsdp={fsdp}',
+          f'mesh.tensor={tensor}',
+          f'model.remat={remat}',
+        )
+
+
+# --- What is said -------------------------------------------------------------
+
+
+def gib(size: float) -> str:
+  return f'{size / 2**30:.2f} GiB'
+
+
+def summary(name: str, stage: StagePlan, there: topologies.Topology) -> str:
+  fits = 'fits' if stage.fits else 'DOES NOT FIT'
+  of = f' of {gib(there.chip.hbm)}' if there.chip.hbm else ''
+  text = (
+    f'{name}  {gib(stage.peak_bytes)}{of}, {fits}; '
+    f'{stage.flops / 1e12:.1f} TFLOP a device'
+  )
+  if stage.bound_step_s == stage.bound_step_s:  # known for this chip
+    text += (
+      f'; a step takes at least {stage.bound_step_s:.2f} s ({stage.bound_by}), '
+      f'the stage {stage.bound_hours:.1f} h; MFU at most '
+      f'{stage.mfu_ceiling:.0%}'
+    )
+  return f'{text} (compiled in {stage.compile_s:.1f} s)'

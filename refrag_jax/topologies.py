@@ -1,0 +1,236 @@
+"""Accelerators that need not be there: their numbers, devices to compile for.
+
+Names: `h100:8x8` is 8 hosts of 8 cards, `v5p:4x4x4` a TPU slice by its shape,
+`cpu:8` eight fake devices of this machine.
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from refrag_jax import typed
+from refrag_jax.errors import UserError
+
+
+class Chip(NamedTuple):
+  """One device, by its maker's data sheet; rates are upper limits."""
+
+  platform: str  # of JAX: cuda, tpu, cpu
+  flops: float  # dense bfloat16, per second
+  hbm: int  # bytes
+  hbm_rate: float  # bytes per second
+  near_rate: float  # bytes per second out of one device, within a host or slice
+  far_rate: float  # likewise to other hosts
+
+
+GIB = 1 << 30
+# NVIDIA's data sheets of the SXM cards: NVLink's figure is the sum of both
+# directions, so half of it here; one network card of 400 Gbit/s (A100: 200) a
+# GPU, as in a DGX. Google's pages docs.cloud.google.com/tpu/docs/v4 and the
+# like: ICI in Gbit/s of all links of a chip, one direction; the data centre
+# network per chip is that of a host (v6e: 4 cards of 200 Gbit/s, 8 chips).
+CHIPS = {
+  'a100': Chip('cuda', 312e12, 85_100_068_864, 2.039e12, 300e9, 25e9),
+  'h100': Chip('cuda', 989e12, 84_978_434_048, 3.352e12, 450e9, 50e9),
+  'h200': Chip('cuda', 989e12, 150_754_820_096, 4.8e12, 450e9, 50e9),
+  'b200': Chip('cuda', 2250e12, 191_514_673_152, 7.672e12, 900e9, 50e9),
+  'v4': Chip('tpu', 275e12, 32 * GIB, 1.2e12, 300e9, 6.25e9),
+  'v5e': Chip('tpu', 197e12, 16 * GIB, 0.819e12, 200e9, 3.125e9),
+  'v5p': Chip('tpu', 459e12, 95 * GIB, 2.765e12, 600e9, 6.25e9),
+  'v6e': Chip('tpu', 918e12, 32 * GIB, 1.64e12, 400e9, 12.5e9),
+  # A device is half a chip, one of its two cores.
+  'tpu7x': Chip('tpu', 1153.5e12, 96 * GIB, 3.69e12, 300e9, 12.5e9),
+  # Nothing is known of this machine; the fake devices share it.
+  'cpu': Chip('cpu', math.nan, 0, math.nan, math.nan, math.nan),
+}
+# What XLA's GPU compiler asks about a card: gpu_specs/*.txtpb in OpenXLA's
+# tools/hlo_opt has h100_sxm, a100_sxm_80 and b200; an H200 is an H100 with
+# other memory.
+CARDS = {
+  'a100': dict(
+    major=8, cores=108, fpus=64, shared=167_936, shared_optin=166_912,
+    l2=41_943_040, clock=1.41, name='NVIDIA A100-SXM4-80GB',
+  ),
+  'h100': dict(
+    major=9, cores=132, fpus=128, shared=233_472, shared_optin=232_448,
+    l2=52_428_800, clock=1.98, name='NVIDIA H100 80GB HBM3',
+  ),
+  'h200': dict(
+    major=9, cores=132, fpus=128, shared=233_472, shared_optin=232_448,
+    l2=52_428_800, clock=1.98, name='NVIDIA H200',
+  ),
+  'b200': dict(
+    major=10, cores=148, fpus=128, shared=233_472, shared_optin=232_448,
+    l2=132_644_864, clock=1.965, name='NVIDIA B200',
+  ),
+}  # fmt: skip
+# Deviceless there is nothing to tune on, and Triton would ask for the tuner.
+GPU_OPTIONS = {
+  'xla_gpu_autotune_level': 0,
+  'xla_gpu_enable_triton_gemm': False,
+}
+
+
+THREE_AXES = ('v4', 'v5p', 'tpu7x')  # of its torus; v5e and v6e have two
+
+
+class Topology(NamedTuple):
+  name: str
+  chip: Chip
+  devices: Sequence[Any]  # of JAX; programs compile for them
+  near: int  # devices that reach each other at chip.near_rate
+  options: dict[str, Any]  # of the compiler
+
+
+def parse(name: str) -> tuple[str, tuple[int, ...]]:
+  """('h100', (8, 8)) of 'h100:8x8'.
+
+  Raises:
+    UserError: there is no such chip, or no such shape of it.
+  """
+  kind, _, shape = name.partition(':')
+  if kind not in CHIPS:
+    hint = typed.did_you_mean(kind, CHIPS)
+    raise UserError(
+      f'--topology={name}: no chip {kind!r}{hint or ""}; there are '
+      f'{", ".join(CHIPS)}'
+    )
+  example = '4x4x4' if kind in THREE_AXES else '4x4'
+  example = {'cuda': '8x8', 'cpu': '8'}.get(CHIPS[kind].platform, example)
+  if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape) or (
+    shape.count('x') != example.count('x')
+  ):
+    what = ', hosts x cards' if CHIPS[kind].platform == 'cuda' else ''
+    raise UserError(f'--topology={name}: it is written {kind}:{example}{what}')
+  return kind, tuple(map(int, shape.split('x')))
+
+
+def load(name: str) -> Topology:
+  """Devices to compile for.
+
+  Raises:
+    UserError: there is no such topology, or its compiler is not installed.
+  """
+  kind, shape = parse(name)
+  chip = CHIPS[kind]
+  jax.config.update('jax_platforms', 'cpu')  # nothing is looked for
+  if chip.platform == 'cpu':
+    return _cpu(name, chip, shape[0])
+  return (_gpu if chip.platform == 'cuda' else _tpu)(name, kind, shape, chip)
+
+
+def _cpu(name: str, chip: Chip, number: int) -> Topology:
+  with contextlib.suppress(RuntimeError):  # JAX has made its devices already
+    jax.config.update('jax_num_cpu_devices', number)
+  if jax.device_count() < number:
+    raise UserError(
+      f'--topology={name}: this process has {jax.device_count()} devices; '
+      f'unset XLA_FLAGS'
+    )
+  return Topology(name, chip, jax.devices()[:number], number, {})
+
+
+def _gpu(name: str, kind: str, shape: tuple[int, ...], chip: Chip) -> Topology:
+  compiler = _where('nvidia.cuda_nvcc')
+  if not compiler or not _where('jax_plugins.xla_cuda12'):
+    raise _lacks(name, 'plan-gpu')
+  from jax.experimental import topologies
+
+  hosts, cards = shape
+  options = GPU_OPTIONS | {'xla_gpu_cuda_data_dir': compiler}
+  found = topologies.get_topology_desc(
+    platform='cuda',
+    topology_name=kind,
+    topology=f'1x{hosts}x{cards}',
+    target_config=target_config(kind),
+  )
+  return Topology(name, chip, found.devices, cards, options)
+
+
+def target_config(kind: str) -> str:
+  """A card as XLA's GPU compiler wants to know it."""
+  card, chip = CARDS[kind], CHIPS[kind]
+  return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {card['shared']}
+  shared_memory_per_block_optin: {card['shared_optin']}
+  threads_per_core_limit: 2048
+  core_count: {card['cores']}
+  fpus_per_core: {card['fpus']}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {int(chip.hbm_rate)}
+  l2_cache_size: {card['l2']}
+  clock_rate_ghz: {card['clock']}
+  device_memory_size: {chip.hbm}
+  cuda_compute_capability {{ major: {card['major']} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+device_description_str: "{card['name']}"
+"""
+
+
+def _tpu(name: str, kind: str, shape: tuple[int, ...], chip: Chip) -> Topology:
+  if not _where('libtpu'):
+    raise _lacks(name, 'plan-tpu')
+  # Else libtpu asks the cloud's metadata server what this machine is.
+  for key, value in (
+    ('TPU_SKIP_MDS_QUERY', '1'),
+    ('TPU_ACCELERATOR_TYPE', 'v5p-128'),
+    ('TPU_WORKER_HOSTNAMES', 'localhost'),
+    ('TPU_WORKER_ID', '0'),
+  ):
+    os.environ.setdefault(key, value)
+  from jax.experimental import topologies
+
+  options = {}
+  if kind in ('v4', 'v5p'):  # both cores of a chip are one device
+    options = dict(chip_config_name='megacore', chips_per_host_bounds=(2, 2, 1))
+  try:
+    found = topologies.get_topology_desc(
+      platform='tpu',
+      topology_name=f'{kind}:{"x".join(map(str, shape))}',
+      **options,
+    )
+  except Exception as e:  # of the plug-in, for a shape that is not built
+    reason = str(e).strip().split('\n')[0][:200]
+    raise UserError(f'--topology={name}: {reason}') from None
+  return Topology(name, chip, found.devices, len(found.devices), {})
+
+
+def exhausted(message: str, chip: Chip) -> dict[str, int]:
+  """What a TPU's compiler needed, where it says that it does not fit."""
+  used = re.search(r'Used ([\d.]+)([KMG]) of', message)
+  size = float(used[1]) * 1024 ** ('KMG'.index(used[2]) + 1) if used else 0
+  peak = max(int(size), chip.hbm + 1)
+  return {'argument_bytes': 0, 'temp_bytes': 0, 'peak_bytes': peak}
+
+
+def _where(package: str) -> str:
+  """The directory of a package, '' if it is not installed."""
+  try:
+    spec = importlib.util.find_spec(package)
+  except ModuleNotFoundError:
+    return ''
+  return spec.submodule_search_locations[0] if spec else ''
+
+
+def _lacks(name: str, extra: str) -> UserError:
+  return UserError(
+    f'--topology={name} needs a compiler that is not installed: '
+    f'pip install "refrag_jax[{extra}]", or in this folder '
+    f'.venv/bin/python -m pip install ".[{extra}]"'
+  )
