@@ -37,6 +37,11 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r'condition=%?([\w.-]+)')
+_LIMIT = re.compile(r'%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)')
+_COMPARED = re.compile(r' compare\([^,]*, %?([\w.-]+)\), direction=LT')
+# What a TPU runs beside its arithmetic stands in every fusion of its chain.
+_CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="(\d+)"')
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 
 
@@ -72,13 +77,17 @@ def read(
   entry = next(name for name, c in computations.items() if c.entry)
   runs = collections.Counter()
   _count_runs(computations, entry, 1, runs)
-  found = collections.Counter()
+  chains = {}
   for name, times in runs.items():
-    for op, groups, size in computations[name].collectives:
-      axes = axes_of(groups, axis_names, axis_sizes)
-      members = len(groups[0]) if groups else math.prod(axis_sizes)
-      if members > 1:
-        found[op, axes, members, size] += times
+    for number, (chain, *what) in enumerate(computations[name].collectives):
+      key = chain or (name, number)
+      chains[key] = max(chains.get(key, (0,)), (times, *what))
+  found = collections.Counter()
+  for times, op, size, groups in chains.values():
+    axes = axes_of(groups, axis_names, axis_sizes)
+    members = len(groups[0]) if groups else math.prod(axis_sizes)
+    if members > 1:
+      found[op, axes, members, size] += times
   return [Collective(*key, times) for key, times in found.items()]
 
 
@@ -109,16 +118,23 @@ def axes_of(
 class _Computation:
   entry: bool
   calls: list[tuple[str, int]]  # another computation, how often
-  collectives: list[tuple[str, list, int]]  # op, groups, bytes
+  collectives: list[tuple]  # chain or None, op, bytes, groups
+  limit: int = 1  # of a loop's condition: how often it holds, from 0 on
 
 
 def _computations(text: str) -> dict[str, _Computation]:
-  out, current = {}, None
+  out, current, constants, loops = {}, None, {}, []
   for line in text.splitlines():
     head = _COMPUTATION.match(line)
     if head:
       current = out[head[2]] = _Computation(bool(head[1]), [], [])
+      constants = {}
       continue
+    for limit in _LIMIT.finditer(line):
+      constants[limit[1]] = int(limit[2])
+    compared = _COMPARED.search(line)
+    if current and compared and compared[1] in constants:
+      current.limit = constants[compared[1]]
     instruction = current and _INSTRUCTION.match(line)
     if not instruction:
       continue
@@ -127,13 +143,20 @@ def _computations(text: str) -> dict[str, _Computation]:
     if not opcode:
       continue
     op = opcode[1]
-    trips = _TRIPS.search(rest)
-    times = int(trips[1]) if op == 'while' and trips else 1
-    current.calls += [(name, times) for name in _called(rest)]
+    if op == 'while':
+      loops.append((current, rest))
+    else:
+      current.calls += [(name, 1) for name in _called(rest)]
     base = op.removesuffix('-start')
     if base in OPS:
       size = _payload(base, op != base, kind, rest)
-      current.collectives.append((base, _groups(base, rest), size))
+      chain = _CHAIN.search(rest)
+      key = chain and chain.groups()
+      current.collectives.append((key, base, size, _groups(base, rest)))
+  for computation, rest in loops:
+    trips, condition = _TRIPS.search(rest), _CONDITION.search(rest)[1]
+    times = int(trips[1]) if trips else out[condition].limit
+    computation.calls += [(name, times) for name in _called(rest)]
   return out
 
 

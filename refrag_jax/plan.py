@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -45,6 +46,7 @@ from refrag_jax.step import init_opt_state
 # buffers and fragmentation. A TPU's compiler says itself what does not fit.
 USABLE = 0.92
 MOST_FIXES = 3
+WHOLE_COPY = re.compile('Involuntary full rematerialization')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class StagePlan:
   argument_bytes: int  # the three above, all that stays between steps
   temp_bytes: int
   peak_bytes: int
+  copies: int  # arrays that XLA gathers whole to lay them out anew
   fits: bool
   flops: float  # executed, recomputation included
   model_flops: float  # without it
@@ -104,7 +107,10 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
   if worst:
     fixes[worst] = list(fixes_of(config, there, worst))
     for fix in fixes[worst]:
-      say(f'  {worst} fits with {fix["change"]}: {gib(fix["peak_bytes"])}')
+      peak = plan_page.gib(fix['peak_bytes'])
+      say(f'  {worst} fits with {fix["change"]}: {peak}')
+    if not fixes[worst]:
+      say(f'  no small change was found with which {worst} fits')
   ranked = list(search_layouts(config, there)) if search else []
   out = {
     'topology': topology,
@@ -115,9 +121,10 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
     'stages': {n: dataclasses.asdict(s) for n, s in stages.items()},
     'fixes': fixes,
     'search': ranked,
+    'arrays': largest_arrays(session),
   }
   results.write_json(os.path.join(workdir, 'plan.json'), out)
-  plan_page.write(os.path.join(workdir, 'plan.html'), out, session)
+  plan_page.write(os.path.join(workdir, 'plan.html'), out)
   say(f'done: {workdir}/plan.json, {workdir}/plan.html')
   return 0
 
@@ -226,12 +233,15 @@ def _model_flops(session: Session, name: str, state, key) -> int:
 
 def _compile(traced, there: topologies.Topology) -> tuple[dict[str, int], str]:
   """Bytes of a device, and the program's text."""
+  lowered = traced.lower()
   try:
-    compiled = traced.lower().compile(compiler_options=there.options)
+    with topologies.compiler_output() as output:
+      compiled = lowered.compile(compiler_options=there.options)
+      copies = len(WHOLE_COPY.findall(output()))
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    return topologies.exhausted(str(e), there.chip), ''
+    return topologies.exhausted(str(e), there.chip) | {'copies': 0}, ''
   memory = compiled.memory_analysis()
   kept = memory.argument_size_in_bytes
   temp = memory.temp_size_in_bytes
@@ -240,6 +250,7 @@ def _compile(traced, there: topologies.Topology) -> tuple[dict[str, int], str]:
     'argument_bytes': kept,
     'temp_bytes': temp,
     'peak_bytes': kept + temp + fresh,
+    'copies': copies,
   }, compiled.as_text()
 
 
@@ -268,12 +279,13 @@ def network_seconds(sent, mesh, there: topologies.Topology) -> float:
   near = far = 0.0
   for c in sent:
     hosts, members = spread(c.axes, mesh, there.near)
-    near += c.sent / there.chip.near_rate
+    if members > 1:
+      near += c.sent / there.chip.near_rate
     if hosts > 1:
       outside = (hosts - 1) / hosts / members
       share = {'all-reduce': 2.0}.get(c.op, 1.0)
       far += c.bytes * c.count * share * outside / there.chip.far_rate
-  return max(near if not far or there.near > 1 else 0.0, far)
+  return max(near, far)
 
 
 def spread(axes: tuple[str, ...], mesh, near: int) -> tuple[int, int]:
@@ -285,6 +297,27 @@ def spread(axes: tuple[str, ...], mesh, near: int) -> tuple[int, int]:
   )
   hosts = np.unique(np.asarray(index[picked]).ravel() // near)
   return len(hosts), max(1, np.asarray(index[picked]).size // len(hosts))
+
+
+def largest_arrays(session: Session, number: int = 16) -> list[dict[str, Any]]:
+  """The largest parameters, with how they lie on the mesh."""
+  leaves = jax.tree_util.tree_leaves_with_path(abstract_params(session))
+  leaves = sorted(leaves, key=lambda leaf: -leaf[1].size)[:number]
+  out = []
+  for path, x in leaves:
+    shard = x.sharding.shard_shape(x.shape)
+    parts = x.size // math.prod(shard)
+    out.append(
+      {
+        'path': sharding.path_str(path),
+        'shape': x.shape,
+        'spec': ', '.join(map(str, x.sharding.spec)),
+        'shard': shard,
+        'bytes': math.prod(shard) * x.dtype.itemsize,
+        'copies': session.mesh.devices.size // parts,
+      }
+    )
+  return out
 
 
 # --- What would fit, and what would be quicker --------------------------------
@@ -362,7 +395,7 @@ def search_layouts(
       'peak_bytes': max(s.peak_bytes for s in stages.values()),
       'bound_hours': sum(s.bound_hours for s in stages.values()),
     }
-    say(f'  {row["change"]}: {gib(row["peak_bytes"])}, at least '
+    say(f'  {row["change"]}: {plan_page.gib(row["peak_bytes"])}, at least '
         f'{row["bound_hours"]:.1f} h')  # fmt: skip
     tried.append(row)
   yield from sorted(tried, key=lambda r: (not r['fits'], r['bound_hours']))
@@ -393,15 +426,11 @@ def layouts(
 # --- What is said -------------------------------------------------------------
 
 
-def gib(size: float) -> str:
-  return f'{size / 2**30:.2f} GiB'
-
-
 def summary(name: str, stage: StagePlan, there: topologies.Topology) -> str:
   fits = 'fits' if stage.fits else 'DOES NOT FIT'
-  of = f' of {gib(there.chip.hbm)}' if there.chip.hbm else ''
+  of = f' of {plan_page.gib(there.chip.hbm)}' if there.chip.hbm else ''
   text = (
-    f'{name}  {gib(stage.peak_bytes)}{of}, {fits}; '
+    f'{name}  {plan_page.gib(stage.peak_bytes)}{of}, {fits}; '
     f'{stage.flops / 1e12:.1f} TFLOP a device'
   )
   if stage.bound_step_s == stage.bound_step_s:  # known for this chip
@@ -410,4 +439,6 @@ def summary(name: str, stage: StagePlan, there: topologies.Topology) -> str:
       f'the stage {stage.bound_hours:.1f} h; MFU at most '
       f'{stage.mfu_ceiling:.0%}'
     )
+  if stage.copies:
+    text += f'; {stage.copies} arrays are gathered whole to be laid out anew'
   return f'{text} (compiled in {stage.compile_s:.1f} s)'

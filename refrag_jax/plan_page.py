@@ -1,5 +1,296 @@
 """plan.html: memory, network and bounds of each stage, to be looked at."""
 
+import math
+from typing import Any
 
-def write(path, out, session):
-  pass
+from refrag_jax import report_page as page
+from refrag_jax import results
+
+# What a device's memory holds, in the order of the bar, and its colour.
+PARTS = (
+  ('parameters', 'parameter_bytes', 'series0'),
+  ('optimizer', 'optimizer_bytes', 'series1'),
+  ('gradients', 'gradient_bytes', 'series2'),
+  ('activations and other temporaries', 'rest', 'series4'),
+)
+MOST_CELLS = 512  # of a drawn mesh
+
+
+def write(path: str, plan: dict[str, Any]) -> None:
+  """Writes the page of a plan.json."""
+  known = plan['hbm_bytes'] > 0
+  parts = [
+    ('Memory', memory(plan)),
+    ('Time', times(plan) if known else NO_TIME),
+    ('Mesh', mesh(plan['mesh'])),
+    ('Parameters', arrays(plan)),
+    ('Network', network(plan)),
+  ]
+  if plan['fixes']:
+    parts.insert(1, ('What would fit', fixes(plan['fixes'])))
+  if plan['search']:
+    parts.insert(2, ('Layouts', ranking(plan['search'])))
+  title = f'{plan["config"]} on {plan["topology"]}'
+  axes = ' × '.join(f'{name} {n}' for name, n in plan['mesh'].items())
+  head = (
+    f'<h1>{page.text(title)}</h1><p class="muted">{plan["devices"]} devices, '
+    f'{axes}. Compiled for them without any; times are lower bounds, not '
+    'predictions.</p>'
+  )
+  body = f'<style>{STYLE}</style>' + head + page.sections(parts)
+  results.write_text(path, page.page(title, body))
+
+
+STYLE = """
+.bar { display: flex; height: 1.5rem; background: var(--panel);
+  border: 1px solid var(--line); max-width: 46rem; position: relative; }
+.bar span { display: block; height: 100%; }
+.key { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0
+  1rem; vertical-align: -.05rem; }
+.mesh { display: grid; gap: 2px; width: max-content; max-width: 100%;
+  overflow-x: auto; font-size: .7rem; }
+.mesh div { width: 2.1rem; height: 1.5rem; text-align: center;
+  line-height: 1.5rem; color: #fff; border-radius: 3px; }
+.shard { fill: none; stroke: var(--muted); stroke-width: 1; }
+.mine { fill: var(--series0); }
+"""
+NO_TIME = '<p>Nothing is known of the speed of these devices.</p>'
+
+
+def memory(plan: dict[str, Any]) -> str:
+  """A bar a stage: what fills the memory of a device."""
+  stages, hbm = plan['stages'], plan['hbm_bytes']
+  full = max([hbm, *(s['peak_bytes'] for s in stages.values())]) or 1
+  key = ''.join(
+    f'<span class="key" style="background:var(--{colour})"></span>{label}'
+    for label, _, colour in PARTS
+  )
+  out = [f'<p class="muted">{key}</p>']
+  for name, stage in stages.items():
+    spans = ''.join(
+      f'<span style="width:{100 * size / full:.2f}%;background:var(--{colour})"'
+      f' title="{label}: {gib(size)}"></span>'
+      for label, colour, size in pieces(stage)
+    )
+    limit = ''
+    if hbm:
+      limit = (
+        f'<span style="position:absolute;left:{100 * hbm / full:.2f}%;width:2px'
+        ';background:var(--ink)" title="the memory there is"></span>'
+      )
+    verdict = (
+      '<span class="good">fits</span>'
+      if stage['fits']
+      else '<span class="bad">does not fit</span>'
+    )
+    out.append(
+      f'<h3>{page.name(name)} {gib(stage["peak_bytes"])} {verdict}</h3>'
+      f'<div class="bar">{spans}{limit}</div>'
+    )
+  rows = [
+    [
+      page.name(name),
+      *(gib(size) for _, _, size in pieces(stage)),
+      gib(stage['peak_bytes']),
+      gib(hbm) if hbm else page.MISSING,
+      f'{stage["chunks"]} chunks'
+      + (f', {page.text(stage["variant"])}' if stage['variant'] else ''),
+    ]
+    for name, stage in stages.items()
+  ]
+  head = ('stage', *(p[0] for p in PARTS), 'peak', 'there is', 'compiled')
+  return ''.join(out) + page.table(
+    head,
+    rows,
+    'Of one device, at the stage&#x2019;s dearest step; the last column says '
+    'which one that is.',
+  )
+
+
+def pieces(stage: dict[str, Any]) -> list[tuple[str, str, int]]:
+  """(label, colour, bytes); together they are the peak."""
+  sizes = {key: stage[key] for _, key, _ in PARTS if key != 'rest'}
+  sizes['rest'] = max(0, stage['peak_bytes'] - sum(sizes.values()))
+  return [(label, colour, sizes[key]) for label, key, colour in PARTS]
+
+
+def times(plan: dict[str, Any]) -> str:
+  rows = [
+    [
+      page.name(name),
+      page.number(stage['flops'] / 1e12, 1),
+      page.number(stage['model_flops'] / 1e12, 1),
+      *(
+        bold(seconds(stage[f'{kind}_s']), stage['bound_by'] == kind)
+        for kind in ('compute', 'hbm', 'network')
+      ),
+      page.number(round(stage['tokens_per_s'])),
+      f'{stage["mfu_ceiling"]:.0%}',
+      page.number(stage['bound_hours'], 1),
+      page.number(stage['compile_s'], 1),
+    ]
+    for name, stage in plan['stages'].items()
+  ]
+  head = (
+    'stage', 'TFLOP', 'without recomputation', 'arithmetic', 'memory',
+    'network', 'tokens/s', 'MFU at most', 'hours at least', 'compiled in s',
+  )  # fmt: skip
+  return page.table(
+    head,
+    rows,
+    'What a step cannot be quicker than; bold is what binds. FLOPs are those '
+    'of a device, attention counted dense. MFU counts no recomputation, and '
+    'tokens are those of the text, compressed or not.',
+  )
+
+
+def mesh(axes: dict[str, int]) -> str:
+  """Rows: the outer axis; columns: the others. Colour: the middle axis."""
+  (outer, rows), *inner = axes.items()
+  columns = math.prod(n for _, n in inner)
+  if rows * columns > MOST_CELLS:
+    return f'<p>{rows} x {columns} devices, too many to draw.</p>'
+  size = inner[-1][1]
+  middle = columns // size
+  hue = lambda d: round(360 * (d % columns // size) / middle)
+  cells = ''.join(
+    f'<div style="background:hsl({hue(d)} 45% 40%)">{d}</div>'
+    for d in range(rows * columns)
+  )
+  others = ' × '.join(f'{name} {n}' for name, n in inner)
+  return page.figure(
+    f'<div class="mesh" style="grid-template-columns:repeat({columns},auto)">'
+    f'{cells}</div>',
+    f'Each row is one of {rows} along {page.text(outer)}; within it '
+    f'{page.text(others)}. Devices of one colour hold the same shards of what '
+    f'lies over {page.text(inner[0][0])} alone.',
+  )
+
+
+def arrays(plan: dict[str, Any]) -> str:
+  """The largest parameters, each cut as its devices hold it."""
+  rows = [
+    [
+      page.name(a['path']),
+      '×'.join(map(str, a['shape'])),
+      page.name(a['spec']),
+      '×'.join(map(str, a['shard'])),
+      picture(a['shape'], a['shard']),
+      gib(a['bytes']),
+      page.number(a['copies']),
+    ]
+    for a in plan['arrays']
+  ]
+  head = (
+    'parameter', 'shape', 'layout', 'shard', '', 'on a device', 'copies',
+  )  # fmt: skip
+  return page.table(
+    head,
+    rows,
+    'The largest first; filled is what the first device holds. Copies: how '
+    'many devices hold the same shard.',
+  )
+
+
+def picture(shape: list[int], shard: list[int]) -> str:
+  """The last two axes that are cut, or the last two."""
+  cut = [i for i, (n, m) in enumerate(zip(shape, shard)) if n != m]
+  last = [i for i in range(len(shape)) if i not in cut]
+  axes = sorted((cut + last[::-1])[:2]) if len(cut) < 2 else cut[-2:]
+  counts = [shape[i] // shard[i] for i in axes]
+  if len(counts) == 1:
+    counts = [1, *counts]
+  rows, columns = counts or (1, 1)
+  width, height = 72, 32
+  lines = ''.join(
+    f'<path class="shard" d="M{width * c / columns:.1f} 0V{height}"/>'
+    for c in range(1, min(columns, 64))
+  ) + ''.join(
+    f'<path class="shard" d="M0 {height * r / rows:.1f}H{width}"/>'
+    for r in range(1, min(rows, 64))
+  )
+  return (
+    f'<svg width="{width}" height="{height}" role="img" aria-label="{rows} by '
+    f'{columns}"><rect class="mine" width="{width / columns:.2f}" '
+    f'height="{height / rows:.2f}"/>{lines}<rect class="shard" '
+    f'width="{width}" height="{height}"/></svg>'
+  )
+
+
+def network(plan: dict[str, Any]) -> str:
+  out = []
+  for name, stage in plan['stages'].items():
+    rows = [
+      [
+        page.name(c['op']),
+        page.text(c['axis']),
+        gib(c['bytes']),
+        page.number(c['count']),
+        gib(c['bytes'] * c['count']),
+      ]
+      for c in stage['collectives'][:12]
+    ]
+    total = sum(c['bytes'] * c['count'] for c in stage['collectives'])
+    kinds = len(stage['collectives'])
+    note = (
+      f'{gib(total)} a step in {kinds} kinds of collective; the largest '
+      'twelve. Those inside loops count as often as they run.'
+    )
+    head = ('collective', 'axis', 'of each', 'times', 'in all')
+    if rows:
+      table = page.table(head, rows, note)
+      out.append(page.details(f'{name}: {gib(total)}', table))
+  return ''.join(out) or '<p>Nothing is sent.</p>'
+
+
+def fixes(by_stage: dict[str, list[dict[str, Any]]]) -> str:
+  out = []
+  for stage, found in by_stage.items():
+    rows = [
+      [page.name(f['change']), gib(f['peak_bytes']), seconds(f['bound_step_s'])]
+      for f in found
+    ]
+    out.append(
+      page.table(
+        ('change', 'peak', 'a step at least'),
+        rows,
+        f'{page.text(stage)} was compiled with each of these, and fits.',
+      )
+      or f'<p>No small change was found with which {page.text(stage)} fits.</p>'
+    )
+  return ''.join(out)
+
+
+def ranking(rows: list[dict[str, Any]]) -> str:
+  return page.table(
+    ('layout', 'peak', 'fits', 'hours at least'),
+    [
+      [
+        page.name(r['change']),
+        gib(r['peak_bytes']),
+        'yes' if r['fits'] else '<span class="bad">no</span>',
+        page.number(r['bound_hours'], 1),
+      ]
+      for r in rows
+    ],
+    'All stages, by the sum of their lower bounds.',
+  )
+
+
+def bold(text: str, yes: bool) -> str:
+  return f'<b>{text}</b>' if yes else text
+
+
+def seconds(value: float) -> str:
+  if value is None or value != value:
+    return page.MISSING
+  return f'{value * 1e3:.1f} ms' if value < 1 else f'{value:.2f} s'
+
+
+def gib(size: float) -> str:
+  """Bytes for people, in the largest binary unit that leaves a digit."""
+  for unit in ('B', 'KiB', 'MiB'):
+    if size < 1024:
+      return f'{size:.0f} {unit}' if unit == 'B' else f'{size:.1f} {unit}'
+    size /= 1024
+  return f'{size:.2f} GiB'

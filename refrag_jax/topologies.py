@@ -9,7 +9,9 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +82,35 @@ GPU_OPTIONS = {
 THREE_AXES = ('v4', 'v5p', 'tpu7x')  # of its torus; v5e and v6e have two
 
 
+@contextlib.contextmanager
+def compiler_output() -> Iterator[Callable[[], str]]:
+  """Takes what C++ writes to stderr; gives a function that returns it.
+
+  The plug-ins complain at length that there is no card. An exception from
+  inside brings it back.
+  """
+  sys.stderr.flush()
+  with tempfile.TemporaryFile('w+', errors='replace') as file:
+
+    def text() -> str:
+      file.seek(0)
+      return file.read()
+
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+      yield text
+    except UserError:
+      raise
+    except BaseException:
+      os.write(kept, text().encode())
+      raise
+    finally:
+      sys.stderr.flush()
+      os.dup2(kept, 2)
+      os.close(kept)
+
+
 class Topology(NamedTuple):
   name: str
   chip: Chip
@@ -122,7 +153,9 @@ def load(name: str) -> Topology:
   jax.config.update('jax_platforms', 'cpu')  # nothing is looked for
   if chip.platform == 'cpu':
     return _cpu(name, chip, shape[0])
-  return (_gpu if chip.platform == 'cuda' else _tpu)(name, kind, shape, chip)
+  make = _gpu if chip.platform == 'cuda' else _tpu
+  with compiler_output():
+    return make(name, kind, shape, chip)
 
 
 def _cpu(name: str, chip: Chip, number: int) -> Topology:

@@ -1,0 +1,234 @@
+"""Plans: sizes as they are, bounds by hand, fixes that fit, clear refusals."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import toy_config
+import toy_run
+
+from refrag_jax import collectives, plan, sharding, topologies
+from refrag_jax.data import pipeline
+from refrag_jax.errors import UserError
+from refrag_jax.session import to_device
+from refrag_jax.stages import STAGES
+from refrag_jax.state import TrainState
+from refrag_jax.step import init_opt_state
+
+KEYS = {  # design.md section 4
+  'parameter_bytes', 'optimizer_bytes', 'argument_bytes', 'temp_bytes',
+  'peak_bytes', 'fits', 'flops', 'collectives', 'compile_s', 'bound_step_s',
+  'bound_by', 'tokens_per_s', 'mfu_ceiling',
+}  # fmt: skip
+# Eight devices of a made-up chip.
+CHIP = topologies.Chip('cuda', 1e12, 1 << 30, 1e9, 1e8, 1e7)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return toy_config.write_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def cfg(folder):
+  return toy_run.config(
+    folder, stages=('reconstruct', 'cpt', 'mixed_trained'),
+    mesh__data=2, mesh__fsdp=2, mesh__tensor=2,
+  )  # fmt: skip
+
+
+def eight(**chip):
+  return topologies.Topology(
+    'toy:2x4', CHIP._replace(**chip), jax.devices(), 4, {}
+  )
+
+
+@pytest.fixture(scope='module')
+def planned(cfg):
+  session = plan.open_planned(cfg, eight())
+  return session, plan.plan_stage(session, eight(), 'cpt')
+
+
+def test_predicted_sizes_are_those_of_real_arrays(cfg, planned, folder):
+  _, stage = planned
+  opened = toy_run.open_session(cfg, f'{folder}/run', toy_run.mesh(2, 2, 2))
+  params = toy_run.fresh_params(opened)
+  state = TrainState(np.int32(0), params, init_opt_state(params, STAGES['cpt']))
+  state = jax.device_put(state, sharding.infer_shardings(state, opened.mesh))
+  rows = np.arange(cfg.stage['cpt'].batch_size)
+  sample = pipeline.sampler(cfg, 'cpt', opened.corpus)
+  keys = pipeline.factor_schedule(cfg, 'cpt')
+  batch = to_device(sample(int(keys.argmax()), rows), opened.mesh)
+
+  def held(tree):
+    return sum(
+      shard.data.nbytes
+      for x in jax.tree.leaves(tree)
+      for shard in x.addressable_shards
+      if shard.device == jax.devices()[5]
+    )
+
+  assert stage.parameter_bytes == held(state.params)
+  assert stage.optimizer_bytes == held(state.opt_state)
+  assert stage.batch_bytes == held(batch)
+  # The program leaves out what it does not read, such as document numbers.
+  whole = held((state, batch))
+  assert whole - 400 <= stage.argument_bytes <= whole + 100
+
+
+def test_bounds_by_hand(planned):
+  session, stage = planned
+  assert stage.chunks == max(session.config.stage['cpt'].factors[:3])
+  assert stage.compute_s == stage.flops / 1e12
+  assert stage.hbm_s == 2 * stage.argument_bytes / 1e9
+  times = {k: getattr(stage, f'{k}_s') for k in ('compute', 'hbm', 'network')}
+  assert stage.bound_step_s == max(times.values()) == times[stage.bound_by]
+  assert stage.mfu_ceiling == pytest.approx(
+    stage.model_flops / 1e12 / stage.bound_step_s
+  )
+  assert stage.model_flops <= stage.flops
+  steps = session.config.stage['cpt'].num_train_steps
+  assert 0 < stage.bound_hours * 3600 <= steps * stage.bound_step_s * 1.0001
+  assert {c['axis'] for c in stage.collectives} >= {'fsdp', 'tensor'}
+
+
+def test_the_time_of_the_network_by_hand():
+  """Two hosts of four; data lies over the hosts, the others within."""
+  there, mesh = eight(), toy_run.mesh(2, 2, 2)
+  spread = lambda *axes: plan.spread(axes, mesh, there.near)
+  assert spread('fsdp') == spread('tensor') == (1, 2)
+  assert spread('fsdp', 'tensor') == (1, 4)
+  assert spread('data') == (2, 1)
+  assert spread('data', 'fsdp') == (2, 2)
+  assert spread() == (2, 4)
+  of = lambda *sent: plan.network_seconds(
+    [collectives.Collective(*c) for c in sent], mesh, there
+  )
+  gather = ('all-gather', ('fsdp',), 2, 1000, 3)
+  assert of(gather) == pytest.approx(3 * 500 / 1e8)
+  reduce = ('all-reduce', ('data',), 2, 1000, 1)
+  assert of(reduce) == pytest.approx(2 * 500 / 1e7)
+  # Both wires at once: the slower one counts.
+  assert of(gather, reduce) == pytest.approx(2 * 500 / 1e7)
+  # Four devices on two hosts: half comes from outside, through two cards.
+  both = ('all-gather', ('data', 'fsdp'), 4, 1000, 1)
+  assert of(both) == pytest.approx(1000 / 2 / 2 / 1e7)
+
+
+def test_what_does_not_fit_gets_fixes_that_do(cfg, planned):
+  session, stage = planned
+  small = eight(hbm=int(stage.peak_bytes / plan.USABLE) - 1)
+  tight = plan.plan_stage(session, small, 'cpt')
+  assert not tight.fits and stage.fits
+  assert plan.worst_of({'cpt': tight, 'lm': stage}) == 'cpt'
+  assert plan.worst_of({'lm': stage}) == ''
+  found = list(plan.fixes_of(cfg, small, 'cpt'))
+  assert 1 <= len(found) <= plan.MOST_FIXES
+  for fix in found:
+    assert fix['peak_bytes'] <= plan.usable(small)
+    changes = [c.removeprefix('--config.') for c in fix['change'].split()]
+    changed = plan.open_planned(plan.changed(cfg, changes), small)
+    assert plan.plan_stage(changed, small, 'cpt').fits
+  hopeless = eight(hbm=1000)
+  assert list(plan.fixes_of(cfg, hopeless, 'cpt')) == []
+
+
+def test_layouts_to_search(cfg):
+  rows = list(plan.layouts(cfg, eight()))
+  assert len(set(rows)) == len(rows)
+  for data, fsdp, tensor, _ in rows:
+    sizes = [int(c.partition('=')[2]) for c in (data, fsdp, tensor)]
+    assert math.prod(sizes) == 8 and sizes[2] <= 4
+  assert (
+    'mesh.data=1',
+    'mesh.fsdp=8',
+    'mesh.tensor=1',
+    'model.remat=full',
+  ) in rows
+  # Within a host, between them only data.
+  assert (
+    'mesh.data=2',
+    'mesh.fsdp=4',
+    'mesh.tensor=1',
+    'model.remat=dots',
+  ) in rows
+
+
+def test_a_plan_of_this_machine(cfg, tmp_path, capsys):
+  assert plan.run(cfg, str(tmp_path), 'cpu:8', False) == 0
+  out = json.loads((tmp_path / 'plan.json').read_text())
+  assert out['devices'] == 8 and out['topology'] == 'cpu:8'
+  assert out['stages'].keys() == set(cfg.stages)
+  for stage in out['stages'].values():
+    assert stage.keys() >= KEYS and stage['fits'] is True
+    for c in stage['collectives']:
+      assert c.keys() == {'op', 'axis', 'bytes', 'count'}
+  said = capsys.readouterr().out
+  assert 'cpt  ' in said and 'nan' not in said
+  page = (tmp_path / 'plan.html').read_text()
+  assert 'decoder/layers/down_proj/kernel' in page and 'nan' not in page
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('h10:8x8', "no chip 'h10'; did you mean 'h100'"),
+    ('', 'no chip'),
+    ('h100', 'written h100:8x8, hosts x cards'),
+    ('h100:8', 'written h100:8x8'),
+    ('h100:0x8', 'written h100:8x8'),
+    ('v5p:4x4', 'written v5p:4x4x4'),
+    ('v5e:4x4x4', 'written v5e:4x4'),
+    ('cpu:2x2', 'written cpu:8'),
+  ],
+)
+def test_what_is_no_topology(name, message):
+  with pytest.raises(UserError, match=message):
+    topologies.parse(name)
+
+
+def test_topologies_are_parsed():
+  assert topologies.parse('h200:2x8') == ('h200', (2, 8))
+  assert topologies.parse('v5p:4x4x8') == ('v5p', (4, 4, 8))
+  assert topologies.parse('cpu:8') == ('cpu', (8,))
+
+
+def test_a_missing_compiler_is_an_install_line(monkeypatch):
+  monkeypatch.setattr(topologies, '_where', lambda package: '')
+  for name, extra in (('h100:1x8', 'plan-gpu'), ('v5e:2x2', 'plan-tpu')):
+    with pytest.raises(
+      UserError, match=rf'pip install "refrag_jax\[{extra}\]"'
+    ):
+      topologies.load(name)
+
+
+def test_a_mesh_and_a_batch_must_fit_the_topology(cfg):
+  three = toy_run.replaced(cfg, mesh=dataclasses.replace(cfg.mesh, data=3))
+  with pytest.raises(UserError, match='is not the 8 devices'):
+    plan.open_planned(three, eight())
+  wide = dataclasses.replace(cfg.mesh, data=8, fsdp=1, tensor=1)
+  uneven = plan.changed(cfg, ['stage.cpt.batch_size=4'])
+  with pytest.raises(UserError, match='does not divide over 8 devices'):
+    plan.open_planned(toy_run.replaced(uneven, mesh=wide), eight())
+  with pytest.raises(UserError, match='needs --topology='):
+    plan.run(cfg, '', '', False)
+
+
+def test_cards_are_described_in_full():
+  for kind, chip in topologies.CHIPS.items():
+    if chip.platform == 'cuda':
+      text = topologies.target_config(kind)
+      assert f'device_memory_size: {chip.hbm}' in text and '{{' not in text
+
+
+def test_a_tpu_that_is_too_small_says_how_much_was_needed():
+  message = 'RESOURCE_EXHAUSTED: ... Used 82.20G of 15.75G hbm. Exceeded'
+  chip = topologies.CHIPS['v5e']
+  found = topologies.exhausted(message, chip)
+  assert found['peak_bytes'] == int(82.20 * 2**30)
+  assert (
+    topologies.exhausted('RESOURCE_EXHAUSTED', chip)['peak_bytes'] > chip.hbm
+  )
