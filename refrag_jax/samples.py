@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax import forward, generate
+from refrag_jax import forward, generate, sharding
 from refrag_jax.models import policy
 from refrag_jax.session import Session
 from refrag_jax.stages import STAGES
@@ -41,6 +41,7 @@ def rows(
   ids_BT, expand_BC = _generate(
     session.model, kind, expand, prompt, session.tokenizer.eos_id
   )(params, batch)
+  ids_BT, expand_BC = sharding.fetch(ids_BT), sharding.fetch(expand_BC)
   decode = session.tokenizer.decode
   out = []
   for b in range(len(batch['doc_B'])):
@@ -54,7 +55,7 @@ def rows(
       for ids, n, on in zip(
         batch['chunks_BCK'][b].tolist(),
         batch['chunk_len_BC'][b],
-        np.asarray(expand_BC)[b],
+        expand_BC[b],
       )
       if n
     )

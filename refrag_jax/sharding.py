@@ -123,6 +123,14 @@ def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def fetch(x: jax.Array) -> np.ndarray:
+  """The whole array on every host; all of them have to ask for it."""
+  if not (x.is_fully_addressable or x.is_fully_replicated):
+    whole = NamedSharding(x.sharding.mesh, PartitionSpec())
+    x = jax.jit(lambda x: x, out_shardings=whole)(x)
+  return np.asarray(x)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins an activation's layout by logical axes; no-op outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -198,7 +198,7 @@ def train_stage(
       )
       if last or asked or _due(done, config.log_every_steps):
         check_finite(pending, name, saved)
-        shown = {key: np.asarray(value) for key, value in metrics.items()}
+        shown = {k: sharding.fetch(value) for k, value in metrics.items()}
         shown = {
           key: x.item() if x.ndim == 0 else x for key, x in shown.items()
         }
@@ -278,7 +278,7 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
     ) / len(variants)
 
   whole = sharding.replicate(batch, session.mesh)
-  return Heldout(batch, lambda params: np.asarray(measure(params, whole)))
+  return Heldout(batch, lambda params: sharding.fetch(measure(params, whole)))
 
 
 def start_state(

@@ -113,7 +113,7 @@ def map_batches(
     )
     parts.append(function(placed, *static))
   # Fetched at the end, so that the device is not waited for at each batch.
-  return np.concatenate([np.asarray(part) for part in parts])[:total]
+  return np.concatenate([sharding.fetch(part) for part in parts])[:total]
 
 
 def other_document(doc_W: np.ndarray) -> np.ndarray:
