@@ -15,6 +15,8 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +42,9 @@ PACKAGES = (
   'safetensors',
   'numpy',
 )
+# A cold start of many hosts takes longer than JAX's 300 seconds.
+JOIN_SECONDS = 1200
+HEARTBEAT_SECONDS = 30
 # PCI device numbers of TPU v2/v3 to v7x, as in jax/_src/hardware_utils.py; the
 # vendor alone does not do, Google's network cards have it too.
 _GOOGLE = '0x1ae0'
@@ -221,9 +226,49 @@ def join_cluster() -> bool:
   if arguments is None:
     return True
   jax = importlib.import_module('jax')  # only where there is a cluster
-  # A cold start of many hosts takes longer than JAX's 300 seconds.
-  jax.distributed.initialize(**arguments, initialization_timeout=1200)
+  how = cluster_name(os.environ)
+  seconds = int(os.environ.get('REFRAG_JOIN_SECONDS', JOIN_SECONDS))
+
+  def give_up():
+    # JAX would abort with a page of C++.
+    print(
+      f'refrag_jax: not all processes came up within {seconds} s ({how}): see '
+      'the logs of the others, or set REFRAG_JOIN_SECONDS',
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)
+
+  timer = threading.Timer(seconds, give_up)
+  timer.daemon = True
+  timer.start()
+  jax.distributed.initialize(
+    **arguments,
+    initialization_timeout=seconds + 60,
+    # Of a process that dies the others hear after so long, and end.
+    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+  )
+  timer.cancel()
+  print(
+    f'process {jax.process_index()} of {jax.process_count()}, found by {how}; '
+    f'coordinator {arguments.get("coordinator_address", "chosen by JAX")}; '
+    f'{jax.local_device_count()} of {jax.device_count()} devices here',
+    file=sys.stderr,
+    flush=True,
+  )
   return jax.process_index() == 0
+
+
+def cluster_name(environ: Mapping[str, str]) -> str:
+  """Who started these processes, for people to read."""
+  for variable, name in (
+    ('REFRAG_NUM_PROCESSES', 'REFRAG_NUM_PROCESSES'),
+    ('SLURM_STEP_NODELIST', 'SLURM'),
+    ('OMPI_COMM_WORLD_SIZE', 'Open MPI'),
+  ):
+    if environ.get(variable):
+      return name
+  return 'Cloud TPU'
 
 
 if __name__ == '__main__':

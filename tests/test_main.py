@@ -245,3 +245,20 @@ def test_two_processes_find_each_other(tmp_path):
   ]
   outputs = [p.communicate(timeout=120)[0].strip() for p in processes]
   assert outputs == ['True 0 2', 'False 1 2']
+
+
+def test_a_process_that_waits_in_vain_says_so():
+  done = subprocess.run(
+    [sys.executable, '-c', 'from refrag_jax import environment as e\n'
+     'e.join_cluster()'],
+    env=os.environ | OURS | {
+      'JAX_COORDINATOR_ADDRESS': '127.0.0.1:1', 'JAX_PLATFORMS': 'cpu',
+      'REFRAG_JOIN_SECONDS': '2',
+    },
+    cwd=environment.ROOT, capture_output=True, text=True, timeout=120,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1] == (
+    'refrag_jax: not all processes came up within 2 s (REFRAG_NUM_PROCESSES): '
+    'see the logs of the others, or set REFRAG_JOIN_SECONDS'
+  )
