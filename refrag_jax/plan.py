@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import math
 import os
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -46,7 +45,6 @@ from refrag_jax.step import init_opt_state
 # buffers and fragmentation. A TPU's compiler says itself what does not fit.
 USABLE = 0.92
 MOST_FIXES = 3
-WHOLE_COPY = re.compile('Involuntary full rematerialization')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,6 @@ class StagePlan:
   argument_bytes: int  # the three above, all that stays between steps
   temp_bytes: int
   peak_bytes: int
-  copies: int  # arrays that XLA gathers whole to lay them out anew
   fits: bool
   flops: float  # executed, recomputation included
   model_flops: float  # without it
@@ -235,13 +232,12 @@ def _compile(traced, there: topologies.Topology) -> tuple[dict[str, int], str]:
   """Bytes of a device, and the program's text."""
   lowered = traced.lower()
   try:
-    with topologies.compiler_output() as output:
+    with topologies.compiler_output():
       compiled = lowered.compile(compiler_options=there.options)
-      copies = len(WHOLE_COPY.findall(output()))
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    return topologies.exhausted(str(e), there.chip) | {'copies': 0}, ''
+    return topologies.exhausted(str(e), there.chip), ''
   memory = compiled.memory_analysis()
   kept = memory.argument_size_in_bytes
   temp = memory.temp_size_in_bytes
@@ -250,7 +246,6 @@ def _compile(traced, there: topologies.Topology) -> tuple[dict[str, int], str]:
     'argument_bytes': kept,
     'temp_bytes': temp,
     'peak_bytes': kept + temp + fresh,
-    'copies': copies,
   }, compiled.as_text()
 
 
@@ -439,6 +434,4 @@ def summary(name: str, stage: StagePlan, there: topologies.Topology) -> str:
       f'the stage {stage.bound_hours:.1f} h; MFU at most '
       f'{stage.mfu_ceiling:.0%}'
     )
-  if stage.copies:
-    text += f'; {stage.copies} arrays are gathered whole to be laid out anew'
   return f'{text} (compiled in {stage.compile_s:.1f} s)'

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,27 +83,22 @@ THREE_AXES = ('v4', 'v5p', 'tpu7x')  # of its torus; v5e and v6e have two
 
 
 @contextlib.contextmanager
-def compiler_output() -> Iterator[Callable[[], str]]:
-  """Takes what C++ writes to stderr; gives a function that returns it.
+def compiler_output() -> Iterator[None]:
+  """Keeps what C++ writes to stderr from people, unless something goes wrong.
 
-  The plug-ins complain at length that there is no card. An exception from
-  inside brings it back.
+  The plug-ins complain at length that there is no card.
   """
   sys.stderr.flush()
-  with tempfile.TemporaryFile('w+', errors='replace') as file:
-
-    def text() -> str:
-      file.seek(0)
-      return file.read()
-
+  with tempfile.TemporaryFile() as file:
     kept = os.dup(2)
     os.dup2(file.fileno(), 2)
     try:
-      yield text
+      yield
     except UserError:
       raise
     except BaseException:
-      os.write(kept, text().encode())
+      file.seek(0)
+      os.write(kept, file.read())
       raise
     finally:
       sys.stderr.flush()

@@ -1,0 +1,135 @@
+"""Several processes train as one does, and none waits for a dead one; minutes."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import toy_config
+
+from refrag_jax.environment import ROOT
+
+pytestmark = pytest.mark.slow
+STAGES = ('lm', 'reconstruct', 'cpt', 'mixed', 'grpo', 'sft')
+SECONDS = 60  # in which the others end when one has died
+
+
+class Processes:
+  """Starts the toy run in some processes of some devices each."""
+
+  def __init__(self, tmp_path_factory):
+    self.folder = toy_config.write_data(tmp_path_factory.mktemp('data'))
+    self.cache = tmp_path_factory.mktemp('xla')
+
+  def start(self, workdir, processes, devices, *arguments):
+    with socket.socket() as s:
+      s.bind(('127.0.0.1', 0))
+      address = f'127.0.0.1:{s.getsockname()[1]}'
+    env = os.environ | {
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_COMPILATION_CACHE_DIR': str(self.cache),
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    }
+    started = []
+    for rank in range(processes):
+      if processes > 1:
+        env |= {
+          'JAX_COORDINATOR_ADDRESS': address,
+          'REFRAG_NUM_PROCESSES': str(processes),
+          'REFRAG_PROCESS_ID': str(rank),
+        }
+      log = open(f'{workdir}.{rank}.log', 'a')  # noqa: SIM115
+      started.append(
+        subprocess.Popen(
+          [
+            *(sys.executable, '-m', 'refrag_jax.main'),
+            f'--config={ROOT}/tests/toy_config.py:{self.folder}',
+            f'--workdir={workdir}',
+            '--config.stages=' + ','.join(STAGES),
+            '--config.evals=log_perplexity,selection',
+            '--config.eval.output_lengths=2,6',
+            '--config.eval.num_windows=16',
+            *arguments,
+          ],
+          cwd=ROOT,
+          env=env,
+          stdout=log,
+          stderr=log,
+        )
+      )
+    return started
+
+  def run(self, workdir, processes, devices, *arguments):
+    codes = [
+      p.wait(timeout=1200)
+      for p in self.start(workdir, processes, devices, *arguments)
+    ]
+    log = pathlib.Path(f'{workdir}.0.log').read_text()
+    assert codes == [0] * processes, log[-3000:]
+    return numbers(workdir)
+
+
+def numbers(workdir):
+  with open(os.path.join(workdir, 'results.json')) as f:
+    return json.load(f)
+
+
+def means(tree, path=()):
+  """Path: value of each mean in a results.json."""
+  out = {}
+  for key, value in tree.items() if isinstance(tree, dict) else ():
+    if key == 'mean':
+      out[path] = value
+    else:
+      out |= means(value, (*path, key))
+  for i, value in enumerate(tree if isinstance(tree, list) else ()):
+    out |= means(value, (*path, i))
+  return out
+
+
+@pytest.fixture(scope='module')
+def processes(tmp_path_factory):
+  return Processes(tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def one(processes, tmp_path_factory):
+  """What one process with four devices makes of it."""
+  return processes.run(tmp_path_factory.mktemp('one') / 'run', 1, 4)
+
+
+@pytest.mark.parametrize('number', [2, 4])
+def test_processes_give_the_losses_of_one(processes, one, number, tmp_path):
+  many = processes.run(tmp_path / 'run', number, 4 // number)
+  a, b = means(one), means(many)
+  assert a.keys() == b.keys() and len(a) > 100
+  for path in a:
+    np.testing.assert_allclose(a[path], b[path], rtol=1e-4, atol=1e-5)
+  with open(f'{tmp_path}/run.1.log') as f:
+    said = f.read()
+  assert f'process 1 of {number}, found by REFRAG_NUM_PROCESSES' in said
+  assert 'loss' not in said  # the first one speaks
+
+
+def test_when_one_dies_the_others_end_and_the_rerun_completes(
+  processes, one, tmp_path
+):
+  workdir = tmp_path / 'run'
+  first, second = processes.start(workdir, 2, 2)
+  deadline = time.monotonic() + 600
+  while not (workdir / 'stages' / 'reconstruct.json').exists():
+    assert time.monotonic() < deadline and first.poll() is None
+    time.sleep(0.05)
+  second.send_signal(signal.SIGKILL)
+  died = time.monotonic()
+  assert first.wait(timeout=SECONDS) not in (0, None)
+  assert time.monotonic() - died < SECONDS
+  again = means(processes.run(workdir, 2, 2))
+  undisturbed = means(processes.run(tmp_path / 'whole', 2, 2))
+  assert again == undisturbed  # bit for bit
