@@ -108,7 +108,10 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
       say(f'  {worst} fits with {fix["change"]}: {peak}')
     if not fixes[worst]:
       say(f'  no small change was found with which {worst} fits')
-  ranked = list(search_layouts(config, there)) if search else []
+  ranked = []
+  if search:
+    longest = max(stages, key=lambda name: np.nan_to_num(stages[name].flops))
+    ranked = search_layouts(config, there, longest)
   out = {
     'topology': topology,
     'devices': len(there.devices),
@@ -374,26 +377,39 @@ def candidates(
 
 
 def search_layouts(
-  config: Config, there: topologies.Topology
-) -> Iterator[dict[str, Any]]:
-  """Meshes and remat policies by the sum of the stages' bounds, best first."""
+  config: Config, there: topologies.Topology, name: str
+) -> list[dict[str, Any]]:
+  """Meshes and remat policies by what stage `name` needs at least, best first.
+
+  One stage, the dearest: a layout costs a compilation each.
+  """
   tried = []
   for change in layouts(config, there):
     try:
       session = open_planned(changed(config, change), there)
     except UserError:
-      continue
-    stages = {n: plan_stage(session, there, n) for n in config.stages}
+      continue  # a batch that these axes do not share out
+    stage = plan_stage(session, there, name)
     row = {
       'change': ' '.join(f'--config.{c}' for c in change),
-      'fits': all(s.fits for s in stages.values()),
-      'peak_bytes': max(s.peak_bytes for s in stages.values()),
-      'bound_hours': sum(s.bound_hours for s in stages.values()),
+      'stage': name,
+      'fits': stage.fits,
+      'peak_bytes': stage.peak_bytes,
+      'bound_step_s': stage.bound_step_s,
+      'bound_by': stage.bound_by,
+      'mfu_ceiling': stage.mfu_ceiling,
     }
-    say(f'  {row["change"]}: {plan_page.gib(row["peak_bytes"])}, at least '
-        f'{row["bound_hours"]:.1f} h')  # fmt: skip
+    peak = plan_page.gib(row['peak_bytes'])
+    say(f'  {row["change"]}  {peak}{"" if row["fits"] else ", does not fit"}')
     tried.append(row)
-  yield from sorted(tried, key=lambda r: (not r['fits'], r['bound_hours']))
+  return sorted(
+    tried,
+    key=lambda r: (
+      not r['fits'],
+      np.nan_to_num(r['bound_step_s']),
+      r['peak_bytes'],
+    ),
+  )
 
 
 def layouts(

@@ -125,7 +125,7 @@ def times(plan: dict[str, Any]) -> str:
         for kind in ('compute', 'hbm', 'network')
       ),
       page.number(round(stage['tokens_per_s'])),
-      f'{stage["mfu_ceiling"]:.0%}',
+      share(stage['mfu_ceiling']),
       page.number(stage['bound_hours'], 1),
       page.number(stage['compile_s'], 1),
     ]
@@ -263,22 +263,29 @@ def fixes(by_stage: dict[str, list[dict[str, Any]]]) -> str:
 
 def ranking(rows: list[dict[str, Any]]) -> str:
   return page.table(
-    ('layout', 'peak', 'fits', 'hours at least'),
+    ('layout', 'peak', 'fits', 'a step at least', 'bound by', 'MFU at most'),
     [
       [
         page.name(r['change']),
         gib(r['peak_bytes']),
         'yes' if r['fits'] else '<span class="bad">no</span>',
-        page.number(r['bound_hours'], 1),
+        seconds(r['bound_step_s']),
+        page.text(r['bound_by']),
+        share(r['mfu_ceiling']),
       ]
       for r in rows
     ],
-    'All stages, by the sum of their lower bounds.',
+    f'The dearest stage, {page.text(rows[0]["stage"])}, compiled with each; '
+    'first those that fit, by their lower bound.',
   )
 
 
 def bold(text: str, yes: bool) -> str:
   return f'<b>{text}</b>' if yes else text
+
+
+def share(value: float | None) -> str:
+  return page.MISSING if value is None or value != value else f'{value:.0%}'
 
 
 def seconds(value: float) -> str:

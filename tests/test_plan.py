@@ -157,15 +157,36 @@ def test_layouts_to_search(cfg):
   ) in rows
 
 
-def test_a_plan_of_this_machine(cfg, tmp_path, capsys):
-  assert plan.run(cfg, str(tmp_path), 'cpu:8', False) == 0
+def test_layouts_are_ranked(cfg, monkeypatch):
+  few = [row for row in plan.layouts(cfg, eight()) if 'model.remat=full' in row]
+  monkeypatch.setattr(plan, 'layouts', lambda config, there: few[:3])
+  rows = plan.search_layouts(cfg, eight(), 'cpt')
+  assert len(rows) == 3
+  times = [row['bound_step_s'] for row in rows]
+  assert all(row['fits'] for row in rows) and times == sorted(times)
+  middle = sorted(row['peak_bytes'] for row in rows)[1]
+  small = eight(hbm=int(middle / plan.USABLE) + 1)
+  rows = plan.search_layouts(cfg, small, 'cpt')
+  fits = [row['fits'] for row in rows]
+  assert fits == sorted(fits, reverse=True) and not fits[-1]
+
+
+def test_a_plan_of_this_machine(cfg, tmp_path, capsys, monkeypatch):
+  two = toy_run.replaced(cfg, stages=('reconstruct', 'cpt'))
+  monkeypatch.setattr(
+    plan, 'layouts', lambda config, there: [('mesh.data=2', 'model.remat=full')]
+  )
+  assert plan.run(two, str(tmp_path), 'cpu:8', True) == 0
   out = json.loads((tmp_path / 'plan.json').read_text())
   assert out['devices'] == 8 and out['topology'] == 'cpu:8'
-  assert out['stages'].keys() == set(cfg.stages)
+  assert out['stages'].keys() == set(two.stages)
   for stage in out['stages'].values():
     assert stage.keys() >= KEYS and stage['fits'] is True
     for c in stage['collectives']:
       assert c.keys() == {'op', 'axis', 'bytes', 'count'}
+  assert [row['stage'] for row in out['search']] == [
+    'reconstruct'
+  ]  # the dearest
   said = capsys.readouterr().out
   assert 'cpt  ' in said and 'nan' not in said
   page = (tmp_path / 'plan.html').read_text()
