@@ -7,6 +7,13 @@ MiniLM-L6, which nobody has to ask for. Their numbers come from their
 config.json, their tokenizers lie beside it, and training starts from their
 weights: the first stage is `reconstruct`. As it stands, the budget is that of
 a first look on a laptop; the paper's is in configs/llama2_7b.py.
+
+A decoder that cannot copy from its context cannot regenerate it either: measure
+it first (--mode=eval --config.evals=copying; the second copy of a span should be
+two nats better than the first). A very small one learns it in the stage `lm`:
+
+  --config.stages=lm,reconstruct,cpt,cpt_trained
+  --config.stage.cpt_trained.init_from=
 """
 
 from configs import common
@@ -38,6 +45,13 @@ def get_config(pair: str = ''):
   c.data.max_encoder_tokens = 24
   c.model.policy.update(num_heads=c.model.encoder.num_heads, mlp_width=1024)
   window = dict(context_length=64, output_length=16, batch_size=32)
+  c.stage.lm = common.stage(
+    num_train_steps=1500,
+    batch_size=16,
+    peak_learning_rate=1e-3,
+    output_length=128,
+    periodic_fraction=0.4,
+  )
   c.stage.reconstruct = common.stage(
     num_train_steps=200,
     batch_size=32,
