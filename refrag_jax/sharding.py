@@ -131,6 +131,32 @@ def fetch(x: jax.Array) -> np.ndarray:
   return np.asarray(x)
 
 
+class StopVote:
+  """Whether any process was asked to stop; all get the same answer.
+
+  A signal reaches the processes at different steps, and one that stops alone
+  leaves the others waiting for it. So each one says at every step whether it
+  was asked, and hears one call later, without waiting, whether anybody was.
+  """
+
+  def __init__(self, mesh: jax.sharding.Mesh):
+    self._mesh, self._before = mesh, None
+    self._each = NamedSharding(mesh, PartitionSpec(MESH_AXES))
+    whole = NamedSharding(mesh, PartitionSpec())
+    self._any = jax.jit(lambda asked: asked.any(), out_shardings=whole)
+
+  def __call__(self, asked: bool) -> bool:
+    """Of one process its own answer at once."""
+    if jax.process_count() == 1:
+      return asked
+    answer = self._before is not None and bool(self._before)
+    mine = np.full(len(self._mesh.local_devices), asked)
+    self._before = self._any(
+      jax.make_array_from_process_local_data(self._each, mine)
+    )
+    return answer
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins an activation's layout by logical axes; no-op outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -168,6 +168,7 @@ def train_stage(
       name, cfg.num_train_steps, start,
       compiled.tokens_of_step, compiled.flops_of_step, peak,
   )  # fmt: skip
+  vote = sharding.StopVote(session.mesh)
   pending = after_B = None
   saved = start or None
   saved_at = training_since = time.monotonic()
@@ -189,7 +190,7 @@ def train_stage(
       check_finite(pending, name, saved)
       pending = (step, batch, metrics)
       done = step + 1
-      last, asked = done == cfg.num_train_steps, stop.is_set()
+      last, asked = done == cfg.num_train_steps, vote(stop.is_set())
       evals = _due(done, config.eval_every_steps)
       saves = last or asked or _due(done, config.checkpoint_every_steps)
       # By the clock only where no other process could read it otherwise.

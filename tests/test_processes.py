@@ -117,6 +117,20 @@ def test_processes_give_the_losses_of_one(processes, one, number, tmp_path):
   assert 'loss' not in said  # the first one speaks
 
 
+def test_a_signal_to_one_stops_all_at_the_same_step(processes, one, tmp_path):
+  workdir = tmp_path / 'run'
+  first, second = processes.start(workdir, 2, 2)
+  deadline = time.monotonic() + 600
+  while not (workdir / 'stages' / 'lm.json').exists():
+    assert time.monotonic() < deadline and first.poll() is None
+    time.sleep(0.05)
+  second.terminate()
+  assert [p.wait(timeout=300) for p in (first, second)] == [75, 75]
+  assert means(processes.run(workdir, 2, 2)) == means(
+    processes.run(tmp_path / 'whole', 2, 2)
+  )
+
+
 def test_when_one_dies_the_others_end_and_the_rerun_completes(
   processes, one, tmp_path
 ):

@@ -96,21 +96,21 @@ def map_batches(
   Raises:
     Stopped: asked to stop; evals start over, they keep no state.
   """
+  mesh = context.session.mesh
+  vote = once(context, context.stop, 'vote', lambda: sharding.StopVote(mesh))
   total = len(batch['doc_B'])
-  ways = context.session.mesh.shape['data'] * context.session.mesh.shape['fsdp']
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
   rows = min(rows or context.session.config.eval.batch_size, total)
   size = -(-rows // ways) * ways
   parts = []
   for first in range(0, total, size):
-    if context.stop.is_set():
+    if vote(context.stop.is_set()):
       raise Stopped(
         'stopped during the evals; the same command starts them again'
       )
     index = np.minimum(np.arange(first, first + size), total - 1)
     piece = {key: value[index] for key, value in batch.items()}
-    placed = jax.device_put(
-      piece, sharding.batch_sharding(context.session.mesh)
-    )
+    placed = jax.device_put(piece, sharding.batch_sharding(mesh))
     parts.append(function(placed, *static))
   # Fetched at the end, so that the device is not waited for at each batch.
   return np.concatenate([sharding.fetch(part) for part in parts])[:total]
