@@ -8,9 +8,10 @@ config.json, their tokenizers lie beside it, and training starts from their
 weights: the first stage is `reconstruct`. As it stands, the budget is that of
 a first look on a laptop; the paper's is in configs/llama2_7b.py.
 
-A decoder that cannot copy from its context cannot regenerate it either. Measure
-that first (--mode=eval --config.evals=copying): the second copy of a span should
-be two nats better than the first. A very small one learns it in the stage `lm`:
+A decoder that cannot copy from its context cannot regenerate it either.
+Measure that first (--mode=eval --config.evals=copying): the second copy of a
+span should be two nats better than the first. A small decoder that does not
+get there learns it in the stage `lm`:
 
   --config.stages=lm,reconstruct,cpt,cpt_trained
   --config.stage.cpt_trained.init_from=
