@@ -32,8 +32,7 @@ _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.-]+ = (.*)$')
 _OPCODE = re.compile(r'^([a-z][\w-]*)\(')
 _CALLED = re.compile(
-  r'(?:body|calls|to_apply|true_computation|false_computation'
-  r'|async_execution_thread_computation)=%?([\w.-]+)'
+  r'(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)'
 )
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -58,9 +57,14 @@ class Collective:
   @property
   def sent(self) -> float:
     """Bytes that each device has to send in all, in the best algorithm."""
-    others = (self.group - 1) / max(1, self.group)
-    share = {'all-reduce': 2 * others, 'collective-permute': 1.0}
-    return self.bytes * self.count * share.get(self.op, others)
+    if self.op == 'collective-permute':
+      return self.passed
+    return self.passed * (self.group - 1) / self.group
+
+  @property
+  def passed(self) -> float:
+    """Bytes that pass any one place of its group; a reduction passes twice."""
+    return self.bytes * self.count * (2 if self.op == 'all-reduce' else 1)
 
 
 def read(

@@ -281,8 +281,7 @@ def network_seconds(sent, mesh, there: topologies.Topology) -> float:
       near += c.sent / there.chip.near_rate
     if hosts > 1:
       outside = (hosts - 1) / hosts / members
-      share = {'all-reduce': 2.0}.get(c.op, 1.0)
-      far += c.bytes * c.count * share * outside / there.chip.far_rate
+      far += c.passed * outside / there.chip.far_rate
   return max(near, far)
 
 

@@ -15,21 +15,23 @@ import numpy as np
 import rich
 from rich import progress as rich_progress
 
+from refrag_jax.topologies import CHIPS
+
 # Dense bf16 FLOP/s of one JAX device, from the makers' data sheets (without
 # sparsity). The first name that occurs in `device_kind` decides, so a longer
 # name stands before its prefix: 'TPU v5 lite' is a v5e, 'TPU v5' a v5p.
 PEAK_FLOPS = (
-  ('H200', 989e12),
+  ('H200', CHIPS['h200'].flops),
   ('H100 NVL', 835e12),
   ('H100 PCIe', 756e12),
-  ('H100', 989e12),
-  ('A100', 312e12),
-  ('TPU v6', 918e12),
-  ('TPU v5 lite', 197e12),
-  ('TPU v5e', 197e12),
-  ('TPU v5', 459e12),
+  ('H100', CHIPS['h100'].flops),
+  ('A100', CHIPS['a100'].flops),
+  ('TPU v6', CHIPS['v6e'].flops),
+  ('TPU v5 lite', CHIPS['v5e'].flops),
+  ('TPU v5e', CHIPS['v5e'].flops),
+  ('TPU v5', CHIPS['v5p'].flops),
   ('TPU v4 lite', 138e12),
-  ('TPU v4', 275e12),
+  ('TPU v4', CHIPS['v4'].flops),
 )
 
 # What a log line shows of a step's metrics: key, label, format.

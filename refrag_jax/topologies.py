@@ -54,19 +54,17 @@ CHIPS = {
 # What XLA's GPU compiler asks about a card: gpu_specs/*.txtpb in OpenXLA's
 # tools/hlo_opt has h100_sxm, a100_sxm_80 and b200; an H200 is an H100 with
 # other memory.
+_HOPPER = dict(
+  major=9, cores=132, fpus=128, shared=233_472, shared_optin=232_448,
+  l2=52_428_800, clock=1.98,
+)  # fmt: skip
 CARDS = {
   'a100': dict(
     major=8, cores=108, fpus=64, shared=167_936, shared_optin=166_912,
     l2=41_943_040, clock=1.41, name='NVIDIA A100-SXM4-80GB',
   ),
-  'h100': dict(
-    major=9, cores=132, fpus=128, shared=233_472, shared_optin=232_448,
-    l2=52_428_800, clock=1.98, name='NVIDIA H100 80GB HBM3',
-  ),
-  'h200': dict(
-    major=9, cores=132, fpus=128, shared=233_472, shared_optin=232_448,
-    l2=52_428_800, clock=1.98, name='NVIDIA H200',
-  ),
+  'h100': _HOPPER | dict(name='NVIDIA H100 80GB HBM3'),
+  'h200': _HOPPER | dict(name='NVIDIA H200'),
   'b200': dict(
     major=10, cores=148, fpus=128, shared=233_472, shared_optin=232_448,
     l2=132_644_864, clock=1.965, name='NVIDIA B200',

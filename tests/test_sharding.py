@@ -178,6 +178,23 @@ def test_logits_in_pieces_gather_the_head_and_nothing_else():
   assert gathered == [f'f32[{D},{V}]']
 
 
+def test_a_torus_without_such_axes_is_split(monkeypatch):
+  """8 x 8 on 4 x 4 x 4: JAX refuses it unless axes may be split."""
+  make, asked = sharding.mesh_utils.create_device_mesh, []
+
+  def torus(shape, devices, allow_split_physical_axes=False):
+    asked.append(allow_split_physical_axes)
+    if not allow_split_physical_axes:
+      raise NotImplementedError('Failed to find assignment')
+    return make(shape, devices)
+
+  monkeypatch.setattr(sharding.mesh_utils, 'create_device_mesh', torus)
+  mesh = sharding.make_mesh(2, 4, 1)
+  assert asked == [False, True]
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 4, 'tensor': 1}
+  assert {d.id for d in mesh.devices.flat} == set(range(8))
+
+
 def test_checksums_see_a_bit_and_no_layout():
   params = toy.params()['encoder']
   there = jax.device_get(checksums(params))
