@@ -73,11 +73,13 @@ def read(
   """The collectives of a partitioned module, equal ones counted together.
 
   Args:
-    text: `compiled.as_text()`.
+    text: `compiled.as_text()`; '' of what could not be compiled.
     axis_names: of the mesh.
     axis_sizes: likewise; the devices are numbered in the mesh's order.
   """
   computations = _computations(text)
+  if not computations:
+    return []
   entry = next(name for name, c in computations.items() if c.entry)
   runs = collections.Counter()
   _count_runs(computations, entry, 1, runs)

@@ -35,11 +35,9 @@ from refrag_jax.session import (
   Session,
   abstract_params,
   check_batches,
-  with_shardings,
 )
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState, partition
-from refrag_jax.step import init_opt_state
 
 # Of a GPU's memory a program may have: the rest goes to the driver, NCCL's
 # buffers and fragmentation. A TPU's compiler says itself what does not fit.
@@ -139,20 +137,11 @@ def open_planned(config: Config, there: topologies.Topology) -> Session:
   return session
 
 
-def abstract_state(session: Session, name: str) -> TrainState:
-  params = abstract_params(session)
-  opt_state = jax.eval_shape(
-    lambda params: init_opt_state(params, STAGES[name]), params
-  )
-  step = jax.ShapeDtypeStruct((), np.int32)
-  return with_shardings(TrainState(step, params, opt_state), session.mesh)
-
-
 def plan_stage(
   session: Session, there: topologies.Topology, name: str
 ) -> StagePlan:
   """Compiles a stage's dearest step and adds up what it costs."""
-  state, clock = abstract_state(session, name), time.monotonic()
+  state, clock = programs.abstract_state(session, name), time.monotonic()
   counts = collections.Counter(programs.step_keys(session, name))
   with jax.set_mesh(session.mesh):
     traced = {key: _trace(session, name, state, key) for key in counts}

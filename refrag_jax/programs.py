@@ -14,10 +14,10 @@ import numpy as np
 
 from refrag_jax import flops, sharding
 from refrag_jax.data import pipeline
-from refrag_jax.session import Session
+from refrag_jax.session import Session, abstract_params, with_shardings
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
-from refrag_jax.step import train_step
+from refrag_jax.step import init_opt_state, train_step
 
 
 class Programs(NamedTuple):
@@ -58,6 +58,14 @@ def compile_stage(
     np.array([tokens.get(key, 0) for key in key_of_step], np.float64),
     time.monotonic() - clock,
   )
+
+
+def abstract_state(session: Session, name: str) -> TrainState:
+  """Shapes and shardings of a stage's state; nothing is allocated."""
+  params = abstract_params(session)
+  opt_state = jax.eval_shape(lambda p: init_opt_state(p, STAGES[name]), params)
+  step = jax.ShapeDtypeStruct((), np.int32)
+  return with_shardings(TrainState(step, params, opt_state), session.mesh)
 
 
 def trace_step(

@@ -48,7 +48,6 @@ from refrag_jax.session import (
   open_session,
   to_device,
   trained_groups,
-  with_shardings,
 )
 from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES, Stage
@@ -287,10 +286,7 @@ def start_state(
 ) -> tuple[int, TrainState, dict[str, Any]]:
   """(first step, state, meta): resumed where there is something to resume."""
   stage = STAGES[name]
-  params = abstract_params(session)
-  opt_state = jax.eval_shape(lambda p: init_opt_state(p, stage), params)
-  step = jax.ShapeDtypeStruct((), np.int32)
-  abstract = with_shardings(TrainState(step, params, opt_state), session.mesh)
+  abstract = programs.abstract_state(session, name)
   start = manager.latest_step()
   if start is not None:
     meta = checkpoint.require(

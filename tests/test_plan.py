@@ -245,6 +245,19 @@ def test_cards_are_described_in_full():
       assert f'device_memory_size: {chip.hbm}' in text and '{{' not in text
 
 
+def test_a_stage_that_a_tpu_s_compiler_refuses_does_not_fit(cfg, monkeypatch):
+  def refuse(*_, **__):
+    raise jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: ... Used 82.20G of 15.75G hbm. Exceeded'
+    )
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
+  there = eight(platform='tpu', hbm=16 << 30)
+  stage = plan.plan_stage(plan.open_planned(cfg, there), there, 'cpt')
+  assert not stage.fits and stage.collectives == []
+  assert stage.peak_bytes == int(82.20 * 2**30)
+
+
 def test_a_tpu_that_is_too_small_says_how_much_was_needed():
   message = 'RESOURCE_EXHAUSTED: ... Used 82.20G of 15.75G hbm. Exceeded'
   chip = topologies.CHIPS['v5e']
