@@ -16,10 +16,8 @@ import toy_run
 from refrag_jax import checkpoint, optimizer, programs, results, samples, train
 from refrag_jax.environment import ROOT
 from refrag_jax.errors import NonFinite, Stopped, UserError
-from refrag_jax.session import abstract_params
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
-from refrag_jax.step import init_opt_state
 
 # Of a log line: what a clock says, and so differs in every run.
 CLOCK = ('step_s', 'tokens_per_s', 'mfu')
@@ -71,12 +69,7 @@ def whole(session):
 
 def last_state(session, workdir, name) -> TrainState:
   """The newest checkpoint, moments included."""
-  params = abstract_params(session)
-  opt_state = jax.eval_shape(lambda p: init_opt_state(p, STAGES[name]), params)
-  step = jax.ShapeDtypeStruct((), np.int32)
-  abstract = train.with_shardings(
-    TrainState(step, params, opt_state), session.mesh
-  )
+  abstract = programs.abstract_state(session, name)
   directory = os.path.join(workdir, 'checkpoints', name)
   with checkpoint.open_manager(directory) as manager:
     state = checkpoint.restore(manager, manager.latest_step(), abstract)
