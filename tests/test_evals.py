@@ -4,6 +4,7 @@ Dimension key: W windows, C chunks, O outputs.
 """
 
 import collections
+import dataclasses
 import functools
 import json
 import os
@@ -571,6 +572,13 @@ def test_complete_means_of_this_config(session, tmp_path):
   results.write_json(path, done)
   assert evaluate.is_complete(cfg, tmp_path)
   assert not evaluate.is_complete(toy_run.replaced(cfg, seed=1), tmp_path)
+  mesh = dataclasses.replace(cfg.mesh, data=1, fsdp=4)
+  model = dataclasses.replace(cfg.model, remat='full', loss_block=2)
+  moved = toy_run.replaced(cfg, mesh=mesh, model=model)
+  assert evaluate.is_complete(moved, tmp_path)
+  model = dataclasses.replace(cfg.model, chunk_size=cfg.model.chunk_size * 2)
+  moved = toy_run.replaced(cfg, model=model)
+  assert not evaluate.is_complete(moved, tmp_path)
   results.write_json(path, done | {'evals': {}})
   assert not evaluate.is_complete(cfg, tmp_path)
   results.write_json(path, done | {'stages': {}})
