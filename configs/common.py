@@ -210,7 +210,9 @@ def base() -> ml_collections.ConfigDict:
   c.sample_every_steps = 0  # 0: at the end of a stage only; -1: never
   c.tensorboard = False
 
-  c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+  c.mesh = ml_collections.ConfigDict(
+    dict(data=-1, fsdp=1, tensor=1, sequence=1)
+  )
 
   c.model = ml_collections.ConfigDict()
   c.model.decoder = decoder('tiny', vocab_size=264)
@@ -229,6 +231,7 @@ def base() -> ml_collections.ConfigDict:
   c.model.chunk_size = 8
   c.model.piece_length = 0  # see `cepe`
   c.model.compute_dtype = 'float32'
+  c.model.attention = 'dense'
   c.model.remat = 'none'
   c.model.loss_block = 0
 

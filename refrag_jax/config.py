@@ -86,6 +86,7 @@ class ModelConfig:
   chunk_size: int  # k, in decoder tokens
   piece_length: int  # what CEPE's encoder reads at once; 0: no CEPE in this run
   compute_dtype: str  # 'float32' or 'bfloat16'; parameters are always float32
+  attention: str  # of the decoder; models/attention.py says which there are
   remat: str  # 'none', 'dots' or 'full': what a layer keeps for its backward
   loss_block: int  # targets of a row whose logits exist at once; 0: all
 
@@ -149,9 +150,12 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  data: int  # -1 takes the devices that the other axes leave
+  """Sizes of the mesh axes; one may be -1, what the others leave."""
+
+  data: int
   fsdp: int
   tensor: int
+  sequence: int
 
 
 @dataclasses.dataclass(frozen=True)

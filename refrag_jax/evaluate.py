@@ -169,7 +169,8 @@ def fingerprint(config: Config) -> str:
   """
   values = dataclasses.asdict(config)
   del values['mesh'], values['data']['cache_dir']
-  del values['model']['remat'], values['model']['loss_block']
+  for name in ('attention', 'remat', 'loss_block'):
+    del values['model'][name]
   text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 

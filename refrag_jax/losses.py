@@ -1,11 +1,14 @@
 """Losses over arrays; no model in here. Everything in float32, nats.
 
 Dimension key: B batch, O output slots, D width, V vocabulary, P pieces of X
-output slots, G rollouts of a context, R draws.
+output slots, W parts of a row on different devices, G rollouts of a context, R
+draws.
 """
 
 import jax
 import jax.numpy as jnp
+
+from refrag_jax.sharding import axis_size
 
 
 def token_nll(hidden_BOD, head_DV, target_BO, block: int) -> jax.Array:
@@ -16,8 +19,8 @@ def token_nll(hidden_BOD, head_DV, target_BO, block: int) -> jax.Array:
     head_DV: the output matrix.
     target_BO: ids in [0, V); checked on the host, JAX would clamp.
     block: targets of each row whose logits exist at once, recomputed in the
-      backward; 0 takes all at once and keeps them. Pieces hold some of every
-      row, never some of the rows: those lie on other devices.
+      backward; 0 takes all at once and keeps them. Each piece holds some of
+      what each device has: some of every row, of every part of it.
   """
 
   def piece(hidden_BOD, target_BO):
@@ -30,20 +33,24 @@ def token_nll(hidden_BOD, head_DV, target_BO, block: int) -> jax.Array:
     picked_BO = jnp.take_along_axis(logits_BOV, target_BO[..., None], 2)[..., 0]
     return jax.nn.logsumexp(logits_BOV, axis=-1) - picked_BO
 
-  B, O, D = hidden_BOD.shape
+  B, O = target_BO.shape
   if not block or block >= O:
     return piece(hidden_BOD, target_BO)
-  pad = -O % block
-  hidden_BOD = jnp.pad(hidden_BOD, ((0, 0), (0, pad), (0, 0)))
-  target_BO = jnp.pad(target_BO, ((0, 0), (0, pad)))
+  ways = axis_size('sequence')
+  block += -block % ways
+
+  def split(x_BO):
+    rest = x_BO.shape[2:]
+    pad = ((0, 0), (0, -O % block)) + ((0, 0),) * len(rest)
+    x_BWPX = jnp.pad(x_BO, pad).reshape(B, ways, -1, block // ways, *rest)
+    return jnp.moveaxis(x_BWPX, 2, 0).reshape(-1, B, block, *rest)
+
   nll_PBX = jax.lax.map(
     jax.checkpoint(lambda args: piece(*args)),
-    (
-      hidden_BOD.reshape(B, -1, block, D).swapaxes(0, 1),
-      target_BO.reshape(B, -1, block).swapaxes(0, 1),
-    ),
+    (split(hidden_BOD), split(target_BO)),
   )
-  return nll_PBX.swapaxes(0, 1).reshape(B, -1)[:, :O]
+  nll_PBWX = nll_PBX.reshape(-1, B, ways, block // ways)
+  return jnp.moveaxis(nll_PBWX, 0, 2).reshape(B, -1)[:, :O]
 
 
 def masked_sum(nll_BO, mask_BO) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ need for that: these are bounds and no predictions.
 
 import collections
 import dataclasses
+import itertools
 import math
 import os
 import time
@@ -43,6 +44,7 @@ from refrag_jax.state import TrainState, partition
 # buffers and fragmentation. A TPU's compiler says itself what does not fit.
 USABLE = 0.92
 MOST_FIXES = 3
+MOST_TRIED = 16  # programs compiled in search of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +155,6 @@ def plan_stage(
   devices = len(there.devices)
   batch = programs.abstract_batch(session, name, key[0])
   trainable, _ = partition(state.params, STAGES[name].trainable)
-  parameters, optimizer = (
-    device_bytes(state.params),
-    device_bytes(state.opt_state),
-  )
   sent = collectives.read(
     text, session.mesh.axis_names, session.mesh.devices.shape
   )
@@ -172,8 +170,8 @@ def plan_stage(
   return StagePlan(
     chunks=key[0],
     variant=key[1],
-    parameter_bytes=parameters,
-    optimizer_bytes=optimizer,
+    parameter_bytes=device_bytes(state.params),
+    optimizer_bytes=device_bytes(state.opt_state),
     gradient_bytes=device_bytes(trainable),
     batch_bytes=device_bytes(batch),
     **memory,
@@ -297,7 +295,7 @@ def largest_arrays(session: Session, number: int = 16) -> list[dict[str, Any]]:
       {
         'path': sharding.path_str(path),
         'shape': x.shape,
-        'spec': ', '.join(map(str, x.sharding.spec)),
+        'spec': sharding.describe(x.sharding.spec),
         'shard': shard,
         'bytes': math.prod(shard) * x.dtype.itemsize,
         'copies': session.mesh.devices.size // parts,
@@ -319,49 +317,52 @@ def fixes_of(
   config: Config, there: topologies.Topology, name: str
 ) -> Iterator[dict[str, Any]]:
   """Small changes with which a stage fits, each compiled; three at most."""
-  found = 0
+  found = tried = 0
   for change in candidates(config, len(there.devices), name):
-    if found == MOST_FIXES:
-      return
     try:
       session = open_planned(changed(config, change), there)
     except UserError:
       continue  # not a batch, or not a mesh, that there can be
-    tried = plan_stage(session, there, name)
-    if tried.fits:
+    if device_bytes(programs.abstract_state(session, name)) > usable(there):
+      continue  # needs no compiler to be too large
+    stage, tried = plan_stage(session, there, name), tried + 1
+    if stage.fits:
       found += 1
       yield {
         'change': ' '.join(f'--config.{c}' for c in change),
-        'peak_bytes': tried.peak_bytes,
-        'bound_step_s': tried.bound_step_s,
+        'peak_bytes': stage.peak_bytes,
+        'bound_step_s': stage.bound_step_s,
       }
+    if found == MOST_FIXES or tried == MOST_TRIED:
+      return
 
 
 def candidates(
   config: Config, devices: int, name: str
 ) -> Iterator[tuple[str, ...]]:
-  """Changes to try, those that cost least first."""
-  cfg, mesh = config.stage[name], config.mesh
-  if config.model.remat != 'full':
-    yield ('model.remat=full',)
-  if not config.model.loss_block:
-    yield ('model.loss_block=512',)
-  if mesh.fsdp < devices // mesh.tensor:
-    everywhere = ('mesh.data=1', f'mesh.fsdp={devices // mesh.tensor}')
-    yield everywhere
-    if config.model.remat != 'full':
-      yield (*everywhere, 'model.remat=full')
-  for more in (2, 4, 8, 16):
-    pieces = cfg.accumulation_steps * more
-    if cfg.batch_size % pieces == 0:
-      yield (f'stage.{name}.accumulation_steps={pieces}',)
-      if config.model.remat != 'full':
-        yield (
-          'model.remat=full',
-          f'stage.{name}.accumulation_steps={pieces}',
-        )
-      if mesh.fsdp < devices // mesh.tensor:
-        yield (*everywhere, f'stage.{name}.accumulation_steps={pieces}')
+  """Changes to try: one, then two, then three at once, the cheap ones first."""
+  cfg, mesh, model = config.stage[name], config.mesh, config.model
+  everywhere = devices // (mesh.tensor * mesh.sequence)
+  pieces = [cfg.accumulation_steps * more for more in (2, 4, 8, 16)]
+  changes = [
+    (model.attention == 'dense', ('model.attention=blockwise',)),
+    (not model.loss_block, ('model.loss_block=512',)),
+    (model.remat != 'full', ('model.remat=full',)),
+    (
+      mesh.fsdp not in (-1, everywhere),
+      ('mesh.data=1', f'mesh.fsdp={everywhere}'),
+    ),
+    *(
+      (cfg.batch_size % n == 0, (f'stage.{name}.accumulation_steps={n}',))
+      for n in pieces
+    ),
+  ]
+  changes = [change for of_use, change in changes if of_use]
+  for number in (1, 2, 3):
+    for some in itertools.combinations(changes, number):
+      change = tuple(itertools.chain(*some))
+      if len({c.partition('=')[0] for c in change}) == len(change):
+        yield change
 
 
 def search_layouts(
@@ -405,19 +406,19 @@ def layouts(
 ) -> Iterator[tuple[str, ...]]:
   """Meshes whose inner axes stay within a host, and the remat policies."""
   devices, heads = len(there.devices), config.model.decoder.num_heads
-  for tensor in (1, 2, 4, 8):
-    if devices % tensor or heads % tensor or tensor > there.near:
+  inner = [(n, 1) for n in (1, 2, 4, 8) if not heads % n]
+  for tensor, sequence in (*inner, (1, 2), (1, 4)):
+    near = there.near // (tensor * sequence)
+    if devices % (tensor * sequence) or not near:
       continue
-    rest = devices // tensor
-    sizes = {1, there.near // tensor, rest} & {
-      n for n in range(1, rest + 1) if rest % n == 0
-    }
-    for fsdp in sorted(sizes):
+    rest = devices // (tensor * sequence)
+    for fsdp in sorted(n for n in {1, near, rest} if not rest % n):
       for remat in ('dots', 'full'):
         yield (
           f'mesh.data={rest // fsdp}',
           f'mesh.fsdp={fsdp}',
           f'mesh.tensor={tensor}',
+          f'mesh.sequence={sequence}',
           f'model.remat={remat}',
         )
 

@@ -6,7 +6,9 @@ says on which mesh axes each logical axis lies. Models speak logical axes only
 one table. Optimizer moments carry their parameter's path, hence its layout.
 """
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from refrag_jax.errors import UserError
 
-MESH_AXES = ('data', 'fsdp', 'tensor')
+MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # First match wins; right-aligned, so that a scanned layer axis stays whole.
 PARAM_AXES = (
@@ -37,37 +39,36 @@ PARAM_AXES = (
 
 AXIS_RULES = {
   'batch': ('data', 'fsdp'),
-  'embed': 'fsdp',
-  'heads': 'tensor',
-  'mlp': 'tensor',
-  'vocab': 'tensor',
+  # Chunks to encode, of all rows in one axis: each device that shares rows
+  # takes a part of their chunks.
+  'chunks': ('data', 'fsdp', 'sequence'),
+  'sequence': ('sequence',),
+  # Every device of a row holds a part of the parameters.
+  'embed': ('fsdp', 'sequence'),
+  'heads': ('tensor',),
+  'mlp': ('tensor',),
+  'vocab': ('tensor',),
 }
 
 
 def make_mesh(
-  data: int, fsdp: int, tensor: int, devices=None
+  data: int, fsdp: int, tensor: int, sequence: int = 1, devices=None
 ) -> jax.sharding.Mesh:
   """Builds the mesh, with Auto axes: XLA decides what no rule says.
 
   Args:
-    data: replicas; -1 takes the devices that the other axes leave.
+    data: replicas.
     fsdp: ways to shard parameters and batch.
     tensor: ways to shard heads, MLP and vocabulary.
+    sequence: ways to shard the positions of a row, and parameters.
+      One of these may be -1: it takes the devices that the others leave.
     devices: None takes all that there are.
 
   Raises:
     UserError: the product is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  number = len(devices)
-  if data == -1:
-    data = max(1, number // (fsdp * tensor))
-  if data * fsdp * tensor != number:
-    raise UserError(
-      f'mesh data={data} x fsdp={fsdp} x tensor={tensor} is not the '
-      f'{number} devices there are; set --config.mesh.data=-1 to fill up'
-    )
-  shape = (data, fsdp, tensor)
+  shape = fill_up((data, fsdp, tensor, sequence), len(devices))
   try:
     placed = mesh_utils.create_device_mesh(shape, devices)
   except NotImplementedError:
@@ -76,7 +77,33 @@ def make_mesh(
     placed = mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
     )
-  return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+  return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def fill_up(shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
+  """A mesh's shape without its -1.
+
+  Raises:
+    UserError: no such mesh has that many devices; the message has one that has.
+  """
+  rest = math.prod(size for size in shape if size != -1)
+  filled = tuple(max(1, devices // rest) if n == -1 else n for n in shape)
+  if math.prod(filled) == devices:
+    return filled
+  # The inner axes as they are where they divide, the rest to the first.
+  fits = []
+  for size in reversed(filled[1:]):
+    left = devices // math.prod(fits)
+    fits.insert(0, max(n for n in range(1, size + 1) if left % n == 0))
+  fits.insert(0, devices // math.prod(fits))
+  asked, better = (
+    ' x '.join(f'{name}={n}' for name, n in zip(MESH_AXES, sizes))
+    for sizes in (filled, fits)
+  )
+  raise UserError(
+    f'mesh {asked} is not the {devices} devices there are; {better} would be '
+    '(--config.mesh.data=-1 takes what the others leave)'
+  )
 
 
 def path_str(path) -> str:
@@ -84,14 +111,22 @@ def path_str(path) -> str:
 
 
 def to_spec(axes, shape=None, mesh=None) -> PartitionSpec:
-  """Logical axes to a PartitionSpec; an axis that does not divide is whole."""
-  spec = [AXIS_RULES.get(axis) for axis in axes]
-  if shape is not None:
-    for i, names in enumerate(spec):
-      names = (names,) if isinstance(names, str) else names or ()
-      if shape[i] % int(np.prod([mesh.shape[name] for name in names])):
-        spec[i] = None
+  """Logical axes to a PartitionSpec.
+
+  Of the mesh axes that a rule names, the last ones are left out until the rest
+  divides the dimension.
+  """
+  spec = []
+  for i, axis in enumerate(axes):
+    names = AXIS_RULES.get(axis, ())
+    while shape is not None and shape[i] % _size(names, mesh):
+      names = names[:-1]
+    spec.append(names[0] if len(names) == 1 else names or None)
   return PartitionSpec(*spec)
+
+
+def _size(names: tuple[str, ...], mesh) -> int:
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
@@ -114,8 +149,27 @@ def infer_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(infer, tree)
 
 
+def layout(tree: Any) -> str:
+  """A line for each array with a sharding: path, shape, mesh axes of each axis.
+
+  Args:
+    tree: of arrays or ShapeDtypeStructs.
+  """
+  lines = []
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    shape = ' x '.join(map(str, x.shape))
+    lines.append(f'{path_str(path)}  [{shape}]  {describe(x.sharding.spec)}\n')
+  return ''.join(lines)
+
+
+def describe(spec: PartitionSpec) -> str:
+  """A PartitionSpec for people: 'fsdp+sequence, tensor, -'."""
+  names = [(axis,) if isinstance(axis, str) else axis or '-' for axis in spec]
+  return ', '.join('+'.join(axes) for axes in names)
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  return NamedSharding(mesh, PartitionSpec(AXIS_RULES['batch']))
+  return NamedSharding(mesh, to_spec(('batch',)))
 
 
 def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -163,3 +217,35 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if mesh.empty:
     return x
   return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh))
+
+
+def axis_size(axis: str) -> int:
+  """Ways in which the mesh in use divides a logical axis; 1 outside a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else _size(AXIS_RULES[axis], mesh)
+
+
+def per_device(f: Callable, in_axes: Any, out_axes: tuple) -> Callable:
+  """`f` on each device's part of its arguments; outside a mesh `f` itself.
+
+  For what XLA does not divide as we would. The gradient of an argument that
+  several devices read is summed over them.
+
+  Args:
+    in_axes: logical axes of each argument; of each leaf, for a tuple of arrays.
+    out_axes: those of the result, whose shape is that of the first argument.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return f
+
+  def call(*args):
+    spec = lambda x, axes: to_spec(axes, x.shape, mesh)
+    return jax.shard_map(
+      f,
+      in_specs=jax.tree.map(spec, args, in_axes),
+      out_specs=spec(args[0], out_axes),
+      check_vma=False,
+    )(*args)
+
+  return call

@@ -48,6 +48,8 @@ EVALS = (
 )
 SELECTORS = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
 CONTEXTS = ('none', 'last_k', 'full')
+FUSED = ('cudnn', 'splash')
+ATTENTION = ('dense', 'blockwise', *FUSED)
 # The stages by what they use: windows of text, chunks left as tokens,
 # another context than chunks, questions, pieces in place of chunks.
 WINDOWS = (
@@ -177,6 +179,19 @@ def _validate_run(config: Config) -> None:
       f'config.mesh.{field.name} is {size}: use 1 or more, or -1 for the '
       'devices that the other axes leave',
     )
+  fused = config.model.attention in FUSED
+  _refuse(
+    fused and config.mesh.sequence != 1,
+    f'config.model.attention is {config.model.attention}, whose kernel sees a '
+    f'whole row, and config.mesh.sequence is {config.mesh.sequence}: use '
+    'attention=blockwise, or sequence=1',
+  )
+  _refuse(
+    config.model.attention == 'cudnn'
+    and config.model.compute_dtype != 'bfloat16',
+    'config.model.attention is cudnn, which computes in 16 bits: set '
+    'config.model.compute_dtype=bfloat16, or use attention=blockwise',
+  )
 
 
 def _index(names: Sequence[str], name: str) -> int:
@@ -247,6 +262,7 @@ def _validate_model(model: ModelConfig) -> None:
     (encoder.pooling, ('cls', 'mean'), 'model.encoder.pooling'),
     (model.compute_dtype, ('float32', 'bfloat16'), 'model.compute_dtype'),
     (model.remat, ('none', 'dots', 'full'), 'model.remat'),
+    (model.attention, ATTENTION, 'model.attention'),
   ):
     _known((value,), known, key)
 

@@ -132,7 +132,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 )
 def test_the_texts_of_gpus_and_tpus(groups, axes, trips):
   text = LOOP.replace('GROUPS', groups).replace('TRIPS', trips)
-  rows = collectives.read(text, NAMES, (2, 4, 1))
+  rows = collectives.read(text, NAMES, (2, 4, 1, 1))
   assert set(rows) == {
     collectives.Collective('reduce-scatter', axes, 4, 32, 32),
     # One transfer beside two fusions.
@@ -142,12 +142,12 @@ def test_the_texts_of_gpus_and_tpus(groups, axes, trips):
 
 def test_axes_of_groups():
   axes = functools.partial(
-    collectives.axes_of, axis_names=NAMES, axis_sizes=(2, 2, 2)
+    collectives.axes_of, axis_names=NAMES, axis_sizes=(2, 2, 2, 1)
   )
   assert axes([[0, 1], [2, 3], [4, 5], [6, 7]]) == ('tensor',)
   assert axes([[0, 2], [1, 3], [4, 6], [5, 7]]) == ('fsdp',)
   assert axes([[0, 1, 2, 3], [4, 5, 6, 7]]) == ('fsdp', 'tensor')
-  assert axes([]) == NAMES
+  assert axes([]) == NAMES[:3]  # the last one has one device
   assert axes([[0, 3], [1, 2]]) == ()  # a diagonal
   assert axes([[0, 1], [2, 6]]) == ()
 

@@ -23,7 +23,7 @@ CFG = toy.MODEL.decoder
 @functools.cache
 def run(cfg=CFG, remat='none'):
   """The jitted decoder: f(decoder params, embeds, positions, segments)."""
-  decoder = Decoder(cfg, jnp.dtype('float32'), remat)
+  decoder = Decoder(cfg, jnp.dtype('float32'), remat, 'dense')
   return toy.jit(
     lambda params, embeds_BTD, positions_BT, segment_ids_BT=None: decoder.apply(
       {'params': params}, embeds_BTD, positions_BT, segment_ids_BT
@@ -152,7 +152,7 @@ def test_right_padding_does_not_matter():
 
 def test_prefill_and_steps_equal_one_pass():
   """Rows of unequal length: each writes its next slot over its own padding."""
-  decoder = Decoder(CFG, jnp.dtype('float32'), 'none')
+  decoder = Decoder(CFG, jnp.dtype('float32'), 'none', 'dense')
   params, x_BTD = toy.params()['decoder'], embeds(2, 9)
   whole_BTD = run()(params, x_BTD, arange(2, 9))
   step = toy.jit(

@@ -139,13 +139,14 @@ def test_what_does_not_fit_gets_fixes_that_do(cfg, planned):
 def test_layouts_to_search(cfg):
   rows = list(plan.layouts(cfg, eight()))
   assert len(set(rows)) == len(rows)
-  for data, fsdp, tensor, _ in rows:
-    sizes = [int(c.partition('=')[2]) for c in (data, fsdp, tensor)]
-    assert math.prod(sizes) == 8 and sizes[2] <= 4
+  for *mesh, _ in rows:
+    sizes = [int(change.partition('=')[2]) for change in mesh]
+    assert math.prod(sizes) == 8 and math.prod(sizes[2:]) <= 4
   assert (
     'mesh.data=1',
     'mesh.fsdp=8',
     'mesh.tensor=1',
+    'mesh.sequence=1',
     'model.remat=full',
   ) in rows
   # Within a host, between them only data.
@@ -153,6 +154,7 @@ def test_layouts_to_search(cfg):
     'mesh.data=2',
     'mesh.fsdp=4',
     'mesh.tensor=1',
+    'mesh.sequence=1',
     'model.remat=dots',
   ) in rows
 

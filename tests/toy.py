@@ -68,6 +68,7 @@ MODEL = ModelConfig(
   chunk_size=K,
   piece_length=0,
   compute_dtype='float32',
+  attention='dense',
   remat='none',
   loss_block=0,
 )
@@ -198,8 +199,9 @@ STEPS = {
 }
 
 
-def model_of(name: str) -> ModelConfig:
-  return CEPE if name == 'cepe' else MODEL
+def model_of(name: str, **fields) -> ModelConfig:
+  cfg = CEPE if name == 'cepe' else MODEL
+  return dataclasses.replace(cfg, **fields)
 
 
 def state(name: str) -> TrainState:
@@ -212,12 +214,12 @@ def step_batch(name: str, B: int = 8) -> dict:
 
 
 @functools.cache  # each stage compiles once
-def step(name: str, accumulation_steps: int = 1):
+def step(name: str, accumulation_steps: int = 1, attention: str = 'dense'):
   """A stage's jitted step: f(state, batch) -> state, metrics."""
   variant, fields = STEPS[name]
   run = functools.partial(
     train_step,
-    model=model(model_of(name)),
+    model=model(model_of(name, attention=attention)),
     stage=STAGES[name],
     cfg=stage(accumulation_steps=accumulation_steps, **fields),
     variant=variant,

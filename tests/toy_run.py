@@ -8,7 +8,6 @@ import jax
 import pytest
 import toy_config
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AxisType
 
 from refrag_jax import config as config_lib
 from refrag_jax import metrics, sharding
@@ -41,15 +40,12 @@ def with_stage(session, name: str, **fields):
   return session._replace(config=replaced(session.config, stage=stages))
 
 
-def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+def mesh(
+  data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1
+) -> jax.sharding.Mesh:
   """Of the first devices; a run by itself takes all 8 of conftest.py."""
-  devices = jax.devices()[: data * fsdp * tensor]
-  return jax.make_mesh(
-    (data, fsdp, tensor),
-    sharding.MESH_AXES,
-    axis_types=(AxisType.Auto,) * 3,
-    devices=devices,
-  )
+  devices = jax.devices()[: data * fsdp * tensor * sequence]
+  return sharding.make_mesh(data, fsdp, tensor, sequence, devices)
 
 
 def open_session(cfg: config_lib.Config, workdir, on: jax.sharding.Mesh):

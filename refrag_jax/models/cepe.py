@@ -63,7 +63,7 @@ class Cepe(nn.Module):
     dtype = jnp.dtype(c.compute_dtype)
     self.encoder = ENCODERS[c.encoder.kind](c.encoder, dtype, c.remat)
     self.cross = CrossAttention(c.decoder)
-    self.decoder = Decoder(c.decoder, dtype, c.remat, self.cross)
+    self.decoder = Decoder(c.decoder, dtype, c.remat, c.attention, self.cross)
 
   def encode(self, piece_BPM, piece_len_BP) -> tuple[jax.Array, jax.Array]:
     """The states of every token of every piece, each piece encoded alone.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from refrag_jax.config import DecoderConfig
-from refrag_jax.models import layers
+from refrag_jax.models import attention, layers
 from refrag_jax.sharding import constrain
 
 REMAT = {
@@ -27,10 +27,11 @@ class Block(nn.Module):
   """Pre-norm attention and SwiGLU, residual each."""
 
   cfg: DecoderConfig
+  attention: str
   cross: nn.Module | None
 
   @nn.compact
-  def __call__(self, x_BTD, cache, angles, mask_BTS, slots_BT, memory):
+  def __call__(self, x_BTD, cache, angles, query, key, memory):
     c = self.cfg
     D, N, M, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
     dense = layers.Projection
@@ -43,14 +44,20 @@ class Block(nn.Module):
       k_BTMH = layers.RMSNorm(c.norm_eps, name='k_norm')(k_BTMH)
     q_BTNH = layers.apply_rope(q_BTNH, angles)
     k_BTMH = layers.apply_rope(k_BTMH, angles)
+    # Positions are shared out; every one of them looks at all keys.
+    q_BTNH = constrain(q_BTNH, 'batch', 'sequence', 'heads', None)
+    k_BTMH = constrain(k_BTMH, 'batch', None, 'heads', None)
+    v_BTMH = constrain(v_BTMH, 'batch', None, 'heads', None)
     if cache is not None:
       rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
       cache = {
-        'k': cache['k'].at[rows_B1, slots_BT].set(k_BTMH),
-        'v': cache['v'].at[rows_B1, slots_BT].set(v_BTMH),
+        'k': cache['k'].at[rows_B1, query.index_BT].set(k_BTMH),
+        'v': cache['v'].at[rows_B1, query.index_BT].set(v_BTMH),
       }
       k_BTMH, v_BTMH = cache['k'], cache['v']
-    out_BTNH = layers.attention(q_BTNH, k_BTMH, v_BTMH, mask_BTS)
+    out_BTNH = attention.attend(
+      self.attention, q_BTNH, k_BTMH, v_BTMH, query, key, c.sliding_window
+    )
     x_BTD += dense((N, H, D), 2, False, name='o_proj')(out_BTNH)
     if self.cross is not None:
       x_BTD = self.cross(x_BTD, memory)
@@ -58,9 +65,9 @@ class Block(nn.Module):
     h_BTD = layers.RMSNorm(c.norm_eps, name='post_attention_layernorm')(x_BTD)
     gate_BTF = dense((D, c.mlp_width), 1, False, name='gate_proj')(h_BTD)
     up_BTF = dense((D, c.mlp_width), 1, False, name='up_proj')(h_BTD)
-    h_BTF = constrain(nn.silu(gate_BTF) * up_BTF, 'batch', None, 'mlp')
+    h_BTF = constrain(nn.silu(gate_BTF) * up_BTF, 'batch', 'sequence', 'mlp')
     x_BTD += dense((c.mlp_width, D), 1, False, name='down_proj')(h_BTF)
-    return constrain(x_BTD, 'batch', None, None), cache
+    return constrain(x_BTD, 'batch', 'sequence', None), cache
 
 
 class Decoder(nn.Module):
@@ -69,6 +76,7 @@ class Decoder(nn.Module):
   cfg: DecoderConfig
   dtype: jnp.dtype
   remat: str
+  attention: str  # of attention.KINDS
   # A layer between attention and MLP of every block, with parameters in a
   # group of its own: the baseline CEPE alone has one (models/cepe.py).
   cross: nn.Module | None = None
@@ -92,12 +100,14 @@ class Decoder(nn.Module):
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
       length=c.num_layers,
-    )(c, self.cross)
+    )(c, self.attention, self.cross)
     self.norm = layers.RMSNorm(c.norm_eps)
 
   def embed(self, ids_BT: jax.Array) -> jax.Array:
     """Token embeddings (B, T, D). Ids are checked on the host: JAX clamps."""
-    return self.embed_tokens.astype(self.dtype)[ids_BT]
+    # Rows whose vectors lie in parts would be sent around to be put together.
+    table_VD = constrain(self.embed_tokens.astype(self.dtype), 'vocab', None)
+    return table_VD[ids_BT]
 
   def head(self) -> jax.Array:
     """The output matrix, float32 (D, V)."""
@@ -125,17 +135,14 @@ class Decoder(nn.Module):
     Returns:
       hidden_BTD after the final norm, and the new cache (None without one).
     """
-    c, T = self.cfg, embeds_BTD.shape[1]
+    c = self.cfg
+    index = lambda number: jnp.arange(number, dtype=jnp.int32)[None]
     if cache is not None:
-      slots_S = jnp.arange(cache['k'].shape[2])
-      back_BTS = positions_BT[..., None] - slots_S[None, None]
+      query = attention.Places(positions_BT)
+      key = attention.Places(index(cache['k'].shape[2]))
     else:
-      back_BTS = jnp.arange(T)[None, :, None] - jnp.arange(T)[None, None]
-    mask_BTS = back_BTS >= 0
-    if c.sliding_window:
-      mask_BTS &= back_BTS < c.sliding_window
-    if cache is None and segment_ids_BT is not None:
-      mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+      query = attention.Places(index(embeds_BTD.shape[1]), segment_ids_BT)
+      key = query
     scaling = layers.RopeScaling(
       c.rope_factor,
       c.rope_low_freq_factor,
@@ -143,10 +150,8 @@ class Decoder(nn.Module):
       c.rope_original_length,
     )
     angles = layers.rope_angles(positions_BT, c.head_dim, c.rope_theta, scaling)
-    x_BTD = constrain(embeds_BTD.astype(self.dtype), 'batch', None, None)
-    x_BTD, cache = self.layers(
-      x_BTD, cache, angles, mask_BTS, positions_BT, memory
-    )
+    x_BTD = constrain(embeds_BTD.astype(self.dtype), 'batch', 'sequence', None)
+    x_BTD, cache = self.layers(x_BTD, cache, angles, query, key, memory)
     return self.norm(x_BTD), cache
 
 

@@ -20,6 +20,7 @@ from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoders import ENCODERS
 from refrag_jax.models.policy import Policy
 from refrag_jax.models.projection import ChunkProjection
+from refrag_jax.sharding import axis_size, constrain
 
 
 class Refrag(nn.Module):
@@ -32,7 +33,7 @@ class Refrag(nn.Module):
     dtype = jnp.dtype(c.compute_dtype)
     self.encoder = ENCODERS[c.encoder.kind](c.encoder, dtype, c.remat)
     self.projection = ChunkProjection(c.decoder.width)
-    self.decoder = Decoder(c.decoder, dtype, c.remat)
+    self.decoder = Decoder(c.decoder, dtype, c.remat, c.attention)
     self.policy = Policy(c.policy)
 
   def encode(self, encoder_BCM, encoder_len_BC) -> jax.Array:
@@ -64,7 +65,8 @@ class Refrag(nn.Module):
     """
     layout = self.layout(batch, expand_BC, num_expanded)
     hidden_BTD, _ = self.run(layout, e_BCD)
-    return jnp.take_along_axis(hidden_BTD, layout.output_BO[..., None], 1)
+    hidden_BOD = jnp.take_along_axis(hidden_BTD, layout.output_BO[..., None], 1)
+    return constrain(hidden_BOD, 'batch', 'sequence', None)
 
   def layout(self, batch, expand_BC, num_expanded: int) -> splice.Layout:
     chunks_BCK = batch['chunks_BCK']
@@ -75,6 +77,7 @@ class Refrag(nn.Module):
       batch['output_BO'].shape[1],
       num_expanded,
     )
+    T += -T % axis_size('sequence')  # padding, so that it divides
     return splice.build_layout(
         batch['prefix_BQ'], batch['prefix_len_B'], chunks_BCK,
         batch['chunk_len_BC'], expand_BC, batch['output_BO'],

@@ -1,0 +1,201 @@
+"""Every way of attending gives what the dense one gives, on any mesh.
+
+Dimension key: B batch, T queries, S keys, N query heads, M key/value heads, H
+head dimension.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refrag_jax import flops, sharding, validate
+from refrag_jax.models import attention
+from refrag_jax.models.attention import Places
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """Several blocks in rows of a few places, the last one not full."""
+  monkeypatch.setattr(attention, 'QUERIES', 8)
+  monkeypatch.setattr(attention, 'KEYS', 4)
+
+
+def arrays(B=4, T=19, S=19, N=6, M=2, H=8, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  shapes = (B, T, N, H), (B, S, M, H), (B, S, M, H)
+  return [
+    jax.random.normal(key, shape)
+    for key, shape in zip(keys, shapes, strict=True)
+  ]
+
+
+def index(number):
+  return jnp.arange(number, dtype=jnp.int32)[None]
+
+
+def places(case, B=4, T=19, S=19):
+  """Queries and keys of a plain row, a packed one, and against a cache."""
+  if case == 'packed':
+    lengths = [[7, 12], [19, 0], [3, 10], [0, 0]]  # the rest is padding, 0
+    segments = np.zeros((B, T), np.int32)
+    for row, sizes in zip(segments, lengths, strict=True):
+      row[: sizes[0]], row[sizes[0] : sum(sizes)] = 1, 2
+    both = Places(index(T), jnp.asarray(segments))
+    return both, both
+  if case == 'cache':
+    start = jnp.array([0, 2, 5, 9], jnp.int32)[:, None]
+    return Places(start + index(T)), Places(index(S))
+  return Places(index(T)), Places(index(T))
+
+
+def value_and_grads(kind, window, query, key):
+  """Of a loss in which each output counts differently."""
+
+  def loss(q_BTNH, k_BSMH, v_BSMH):
+    out_BTNH = attention.attend(
+      kind, q_BTNH, k_BSMH, v_BSMH, query, key, window
+    )
+    place_1T11 = 0.3 * jnp.arange(out_BTNH.shape[1])[None, :, None, None]
+    return jnp.sin(out_BTNH + place_1T11).sum()
+
+  return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+
+
+@pytest.mark.parametrize('window', [0, 6])
+@pytest.mark.parametrize('case', ['plain', 'packed', 'cache'])
+def test_blocks_equal_the_dense_product(case, window):
+  T, S = (10, 19) if case == 'cache' else (19, 19)
+  query, key = places(case, T=T, S=S)
+  q_BTNH, k_BSMH, v_BSMH = arrays(T=T, S=S)
+  want, want_grads = value_and_grads('dense', window, query, key)(
+    q_BTNH, k_BSMH, v_BSMH
+  )
+  got, got_grads = value_and_grads('blockwise', window, query, key)(
+    q_BTNH, k_BSMH, v_BSMH
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  for a, b in zip(got_grads, want_grads, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+MESHES = [(8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 8)]
+
+
+@pytest.mark.parametrize('shape', MESHES)
+@pytest.mark.parametrize('kind', ['dense', 'blockwise'])
+def test_on_a_mesh_as_on_one_device(kind, shape):
+  query, key = places('plain', T=16)
+  q_BTNH, k_BSMH, v_BSMH = arrays(B=8, T=16, S=16, N=4, M=2)
+  want = value_and_grads('dense', 0, query, key)(q_BTNH, k_BSMH, v_BSMH)
+  mesh = sharding.make_mesh(*shape)
+  with jax.set_mesh(mesh):
+    put = lambda x, *axes: jax.device_put(
+      x, jax.NamedSharding(mesh, sharding.to_spec(axes, x.shape, mesh))
+    )
+    got = value_and_grads(kind, 0, query, key)(
+      put(q_BTNH, 'batch', 'sequence', 'heads', None),
+      put(k_BSMH, 'batch', None, 'heads', None),
+      put(v_BSMH, 'batch', None, 'heads', None),
+    )
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6),
+    got,
+    want,
+  )
+
+
+def largest(jaxpr) -> int:
+  """Elements of the largest array that a program makes, loops included."""
+  sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
+  inner = [
+    largest(getattr(j, 'jaxpr', j))
+    for eqn in jaxpr.eqns
+    for j in jax.extend.core.jaxprs_in_params(eqn.params)
+  ]
+  return max(sizes + inner)
+
+
+def test_blocks_never_hold_all_pairs():
+  T = 512
+  query, key = places('plain', T=T)
+  args = arrays(B=1, T=T, S=T, N=2, M=1, H=2)
+  traced = lambda kind: jax.make_jaxpr(value_and_grads(kind, 0, query, key))(
+    *args
+  )
+  assert largest(traced('dense').jaxpr) >= 2 * T * T
+  assert largest(traced('blockwise').jaxpr) < T * T // 8
+
+
+def test_blocks_cost_seven_products_where_the_dense_one_costs_six():
+  """Forward 2; backward 4, and the logits once more."""
+  query, key = places('plain', T=16)
+  args = arrays(T=16, S=16)
+  count = lambda kind: flops.count(
+    jax.make_jaxpr(value_and_grads(kind, 0, query, key))(*args)
+  )
+  delta = 2 * args[0].size  # a row's mean of d_weights, a product of vectors
+  assert (count('blockwise') - delta) * 6 == count('dense') * 7
+
+
+def test_one_query_needs_no_blocks(monkeypatch):
+  monkeypatch.setattr(attention, 'blockwise', None)
+  query, key = places('cache', T=1)
+  out_BTNH = attention.attend('blockwise', *arrays(T=1), query, key, 0)
+  assert out_BTNH.shape == (4, 1, 6, 8)
+
+
+@pytest.mark.parametrize('window', [0, 6])
+def test_the_tpu_kernel_equals_the_dense_product(window, monkeypatch):
+  """Run in plain JAX; a TPU compiles the same program."""
+  T = 150
+  monkeypatch.setitem(
+    attention.ATTENTION,
+    'splash',
+    functools.partial(attention.splash, interpret=True),
+  )
+  query, key = places('plain', T=T)
+  args = arrays(B=2, T=T, S=T, N=4, M=2, H=128)
+  want, want_grads = value_and_grads('dense', window, query, key)(*args)
+  got, got_grads = value_and_grads('splash', window, query, key)(*args)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for a, b in zip(got_grads, want_grads, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize('window', [0, 6])
+def test_what_cudnn_is_asked_equals_the_dense_product(window, monkeypatch):
+  """The same call, answered by XLA: the kernel is NVIDIA's alone."""
+  ask = jax.nn.dot_product_attention
+
+  def answer(*args, implementation, **kwargs):
+    assert implementation == 'cudnn'
+    return ask(*args, implementation='xla', **kwargs)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', answer)
+  query, key = places('plain')
+  want, _ = value_and_grads('dense', window, query, key)(*arrays())
+  got, _ = value_and_grads('cudnn', window, query, key)(*arrays())
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', attention.FUSED)
+@pytest.mark.parametrize('case', ['packed', 'cache'])
+def test_fused_kernels_leave_what_they_do_not_know_to_blocks(
+  kind, case, monkeypatch
+):
+  monkeypatch.setitem(attention.ATTENTION, kind, None)
+  T, S = (10, 19) if case == 'cache' else (19, 19)
+  query, key = places(case, T=T, S=S)
+  args = arrays(T=T, S=S)
+  got = attention.attend(kind, *args, query, key, 0)
+  np.testing.assert_array_equal(
+    got, attention.attend('blockwise', *args, query, key, 0)
+  )
+
+
+def test_the_config_knows_the_same_kinds():
+  assert attention.KINDS == validate.ATTENTION
+  assert tuple(attention.FUSED) == validate.FUSED
