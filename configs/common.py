@@ -214,6 +214,11 @@ def base() -> ml_collections.ConfigDict:
     dict(data=-1, fsdp=1, tensor=1, sequence=1)
   )
 
+  c.cluster = ml_collections.ConfigDict(
+    # JAX waits 300 seconds: a cold start of many hosts takes longer.
+    dict(join_seconds=1200, heartbeat_seconds=30, hang_seconds=1200.0)
+  )
+
   c.model = ml_collections.ConfigDict()
   c.model.decoder = decoder('tiny', vocab_size=264)
   c.model.encoder = encoder('tiny', vocab_size=264)

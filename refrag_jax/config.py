@@ -159,6 +159,13 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+  join_seconds: int  # that processes wait for each other at the start
+  heartbeat_seconds: int  # after which a silent process is given up
+  hang_seconds: float  # that one phase may take unwatched; 0: any (watchdog.py)
+
+
+@dataclasses.dataclass(frozen=True)
 class ArmConfig:
   """An arm of an ablation: the config that holds it, with these values."""
 
@@ -191,6 +198,7 @@ class Config:
   sample_every_steps: int  # 0: at the end of a stage only; -1: never
   tensorboard: bool
   mesh: MeshConfig
+  cluster: ClusterConfig
   model: ModelConfig
   data: DataConfig
   stage: dict[str, StageConfig]

@@ -42,9 +42,6 @@ PACKAGES = (
   'safetensors',
   'numpy',
 )
-# A cold start of many hosts takes longer than JAX's 300 seconds.
-JOIN_SECONDS = 1200
-HEARTBEAT_SECONDS = 30
 # PCI device numbers of TPU v2/v3 to v7x, as in jax/_src/hardware_utils.py; the
 # vendor alone does not do, Google's network cards have it too.
 _GOOGLE = '0x1ae0'
@@ -206,8 +203,13 @@ def cluster(environ: Mapping[str, str], hardware: str) -> dict[str, Any] | None:
   return None
 
 
-def join_cluster() -> bool:
+def join_cluster(seconds: int, heartbeat_seconds: int) -> bool:
   """Joins the cluster, if there is one; to be called before any use of JAX.
+
+  Args:
+    seconds: that processes wait for each other.
+    heartbeat_seconds: after which a process that is silent counts as dead, and
+      the others end.
 
   Returns:
     Whether this is the first process, the one that prints and writes.
@@ -227,13 +229,12 @@ def join_cluster() -> bool:
     return True
   jax = importlib.import_module('jax')  # only where there is a cluster
   how = cluster_name(os.environ)
-  seconds = int(os.environ.get('REFRAG_JOIN_SECONDS', JOIN_SECONDS))
 
   def give_up():
     # JAX would abort with a page of C++.
     print(
       f'refrag_jax: not all processes came up within {seconds} s ({how}): see '
-      'the logs of the others, or set REFRAG_JOIN_SECONDS',
+      'the logs of the others, or set --config.cluster.join_seconds',
       file=sys.stderr,
       flush=True,
     )
@@ -245,8 +246,7 @@ def join_cluster() -> bool:
   jax.distributed.initialize(
     **arguments,
     initialization_timeout=seconds + 60,
-    # Of a process that dies the others hear after so long, and end.
-    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    heartbeat_timeout_seconds=heartbeat_seconds,
   )
   timer.cancel()
   print(

@@ -15,7 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from refrag_jax import checkpoint, environment, pretrained, report, results
+from refrag_jax import (
+  checkpoint,
+  environment,
+  pretrained,
+  report,
+  results,
+  watchdog,
+)
 from refrag_jax.config import Config
 from refrag_jax.data import corpus as corpus_lib
 from refrag_jax.data import tokenizers
@@ -58,7 +65,8 @@ def run(config: Config, workdir: str) -> int:
       f'evals read {directory}, but no stage has a checkpoint there: train '
       'first, or name one with --config.init_from=DIR/checkpoints/STAGE'
     )
-  with jax.set_mesh(session.mesh):
+  hang_seconds = config.cluster.hang_seconds
+  with jax.set_mesh(session.mesh), watchdog.watch(hang_seconds):
     evals = run_evals(session, paths, threading.Event())
   path = os.path.join(workdir, 'results.json')
   old = results.read_json(path) if os.path.exists(path) else {}
@@ -168,7 +176,7 @@ def fingerprint(config: Config) -> str:
   mesh that suits it, are one set of results.
   """
   values = dataclasses.asdict(config)
-  del values['mesh'], values['data']['cache_dir']
+  del values['mesh'], values['cluster'], values['data']['cache_dir']
   for name in ('attention', 'remat', 'loss_block'):
     del values['model'][name]
   text = json.dumps(values, sort_keys=True)

@@ -12,6 +12,8 @@ from jax.extend import core
 def count(jaxpr) -> int:
   """FLOPs of all dot_generals, 2abc each; scans times their length.
 
+  Of all devices together: what a `shard_map` does counts for each of them. A
+  kernel counts as many times as its grid has places, skipped ones included.
   A `while` counts its body once (its trip count is data), a `cond` its dearest
   branch. Rematerialised products count as often as they run.
   """
@@ -23,6 +25,11 @@ def count(jaxpr) -> int:
       lhs = eqn.invars[0].aval.shape
       inner = math.prod(lhs[i] for i in contract)
       total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    elif eqn.primitive.name == 'shard_map':  # its shapes are a device's part
+      total += eqn.params['mesh'].size * count(eqn.params['jaxpr'])
+    elif eqn.primitive.name == 'pallas_call':
+      grid = eqn.params['grid_mapping'].grid
+      total += math.prod(grid) * count(eqn.params['jaxpr'])
     elif eqn.primitive.name == 'scan':
       total += eqn.params['length'] * count(eqn.params['jaxpr'])
     elif eqn.primitive.name == 'cond':

@@ -100,7 +100,10 @@ def _dispatch(argv: list[str]) -> int | None:
     config, workdir = loaded.config, workdir or f'runs/{loaded.config.name}'
   if command.mode != 'doctor':
     environment.set_compilation_cache(os.environ)
-    if environment.join_cluster():
+    cluster = config.cluster
+    if environment.join_cluster(
+      cluster.join_seconds, cluster.heartbeat_seconds
+    ):
       cli.announce(loaded, workdir)
   run = getattr(importlib.import_module(module), function)
   return run(config, workdir, *(command.flags[flag] for flag in own))

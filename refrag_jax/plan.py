@@ -35,6 +35,7 @@ from refrag_jax.progress import say
 from refrag_jax.session import (
   Session,
   abstract_params,
+  check_attention,
   check_batches,
 )
 from refrag_jax.stages import STAGES
@@ -136,6 +137,7 @@ def open_planned(config: Config, there: topologies.Topology) -> Session:
   )
   session = Session(config, '', mesh, Refrag(config.model), None, None, {})
   check_batches(session)
+  check_attention(session)
   return session
 
 
@@ -207,7 +209,15 @@ def plan_stage(
 
 def _trace(session: Session, name: str, state: TrainState, key):
   batch = programs.abstract_batch(session, name, key[0])
-  return programs.trace_step(session, name, state, batch, key[1])
+  try:
+    return programs.trace_step(session, name, state, batch, key[1])
+  except RuntimeError as e:
+    if 'cuDNN' not in str(e):
+      raise
+    raise UserError(
+      'config.model.attention=cudnn cannot be planned where cuDNN is not '
+      'installed: plan with blockwise, which holds as little'
+    ) from None
 
 
 def _model_flops(session: Session, name: str, state, key) -> int:

@@ -39,6 +39,7 @@ def open_session(config: Config, workdir: str) -> Session:
   """
   session = open_model(config, workdir)
   check_batches(session)
+  check_attention(session)
   corpus = pipeline.prepare_corpus(config, os.path.join(workdir, 'data'))
   return session._replace(corpus=corpus)
 
@@ -54,6 +55,18 @@ def check_batches(session: Session) -> None:
         f'{cfg.accumulation_steps} does not divide over {ways} devices '
         '(mesh data x fsdp)'
       )
+
+
+def check_attention(session: Session) -> None:
+  """Refuses a kernel of another platform than the devices'."""
+  kind = session.config.model.attention
+  platform = session.mesh.devices.flat[0].platform
+  needed = {'cudnn': ('gpu', 'cuda'), 'splash': ('tpu',)}.get(kind, (platform,))
+  if platform not in needed:
+    raise UserError(
+      f'config.model.attention is {kind}, a kernel for {needed[0]} devices; '
+      f'these are {platform}: use blockwise, which is for all'
+    )
 
 
 def open_model(config: Config, workdir: str = '') -> Session:

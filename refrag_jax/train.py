@@ -30,6 +30,7 @@ from refrag_jax import (
   results,
   samples,
   sharding,
+  watchdog,
 )
 from refrag_jax import state as state_lib
 from refrag_jax.config import Config, context_chunks
@@ -95,7 +96,11 @@ def run_stages(
   peak, meaning = machine_peak(jax.devices())
   say(f'{jax.device_count()} x {jax.devices()[0].device_kind}; {meaning}')
   writer = Writer(workdir, config.tensorboard)
-  with jax.set_mesh(session.mesh), stop_on_signal() as stop:
+  with (
+    jax.set_mesh(session.mesh),
+    stop_on_signal() as stop,
+    watchdog.watch(config.cluster.hang_seconds),
+  ):
     try:
       for name in config.stages:
         train_stage(session, name, writer, stop, peak)
@@ -141,6 +146,7 @@ def train_stage(
     say(f'{name}  done before')
     return
 
+  watchdog.phase(f'{name}, start')
   clock = time.monotonic()
   heldout = fixed_heldout(session, name)
   manager = checkpoint.open_manager(session.checkpoint_dir(name))
@@ -149,6 +155,7 @@ def train_stage(
   if not start:
     before = {stage.measures: np.mean(meta['before_B'])}
     writer.scalars(name, 0, 'heldout', before)
+  watchdog.phase(f'{name}, compilation')
   compiled = programs.compile_stage(session, name, state, start)
   say(f'{name}  compiled {len(compiled.compiled)} step programs in '
       f'{compiled.compile_s:.1f} s')  # fmt: skip
@@ -176,6 +183,7 @@ def train_stage(
         config, name, session.corpus, start,
         jax.process_index(), jax.process_count(),
     ):  # fmt: skip
+      watchdog.phase(f'{name}, step {step + 1}')
       rate = optimizer.learning_rate(
         step, cfg.num_train_steps, cfg.peak_learning_rate
       )
@@ -209,6 +217,7 @@ def train_stage(
         writer.scalars(name, done, 'train', shown | progress.log(done, shown))
       if saves or evals or late:
         check_finite(pending, name, saved)
+        watchdog.phase(f'{name}, held-out loss at step {done}')
         with progress.excluded('eval'):
           after_B = heldout.measure(state.params)
         value = {stage.measures: np.mean(after_B)}
@@ -216,11 +225,13 @@ def train_stage(
       # Before the checkpoint: who resumes from it does not write them again.
       every = config.sample_every_steps
       if _due(done, every) or (last and every >= 0):
+        watchdog.phase(f'{name}, samples at step {done}')
         with progress.excluded('samples'):
           rows = samples.rows(session, name, state.params, heldout.batch)
         writer.samples(name, done, rows)
       if saves or late:
         meta['wall_s'] = wall_before + time.monotonic() - clock
+        watchdog.phase(f'{name}, checkpoint at step {done}')
         with progress.excluded('checkpoint'):
           checkpoint.save(manager, done, state, meta, sign * np.mean(after_B))
         saved, saved_at = done, time.monotonic()

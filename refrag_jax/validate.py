@@ -179,6 +179,8 @@ def _validate_run(config: Config) -> None:
       f'config.mesh.{field.name} is {size}: use 1 or more, or -1 for the '
       'devices that the other axes leave',
     )
+  _positive(config.cluster, 'cluster.', 'join_seconds', 'heartbeat_seconds')
+  _not_negative(config.cluster, 'cluster.', 'hang_seconds')
   fused = config.model.attention in FUSED
   _refuse(
     fused and config.mesh.sequence != 1,

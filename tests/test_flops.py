@@ -15,8 +15,9 @@ import pytest
 import toy
 
 from configs import llama2_7b
-from refrag_jax import flops
+from refrag_jax import flops, sharding
 from refrag_jax.config import build
+from refrag_jax.models import attention
 from refrag_jax.models.refrag import Refrag, init_params
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
@@ -172,3 +173,22 @@ def test_closed_form_of_known_sizes():
   encoder = closed_form.chunks(MODEL, 1, 1, closed_form.FORWARD)
   encoder -= closed_form.project(MODEL, 1) + 4 * e.num_layers * e.width
   assert encoder / 2 == pytest.approx(3.02e8, 1e-2)
+
+
+def test_what_each_device_does_counts_for_all_of_them():
+  x_BD, w_DF = jnp.ones((8, 4)), jnp.ones((4, 6))
+  whole = lambda x_BD: x_BD @ w_DF
+  with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+    mapped = sharding.per_device(whole, (('batch', None),), ('batch', None))
+    # Rows over four devices; the two of `tensor` repeat each other.
+    assert flops.count(jax.make_jaxpr(mapped)(x_BD)) == 2 * 2 * 8 * 4 * 6
+  assert flops.count(jax.make_jaxpr(whole)(x_BD)) == 2 * 8 * 4 * 6
+
+
+def test_a_kernel_counts_as_often_as_it_runs():
+  """The TPU's attention: two products, of queries and keys, of weights and values."""
+  B, T, N, H = 2, 256, 2, 128
+  q_BTNH = jnp.ones((B, T, N, H))
+  attend = functools.partial(attention.splash, query=None, key=None, window=0)
+  forward = jax.make_jaxpr(attend)(q_BTNH, q_BTNH, q_BTNH)
+  assert flops.count(forward) == 2 * 2 * B * N * T * T * H

@@ -50,6 +50,7 @@ LEVELS = {
   'claim_tests': 2,
   'records': 2,
   'sharding': 1,
+  'watchdog': 1,
   'state': 1,
   'data': 1,
   'progress': 1,

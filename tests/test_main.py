@@ -210,16 +210,16 @@ def test_an_accelerator_without_its_jax_is_refused(monkeypatch):
   monkeypatch.setattr(environment, 'accelerator', lambda: 'nvidia')
   monkeypatch.setattr(environment, 'versions', lambda: {'jax': '0.10.2'})
   with pytest.raises(UserError, match=r'jax\[cuda12\]==0.10.2'):
-    environment.join_cluster()
+    environment.join_cluster(60, 30)
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  assert environment.join_cluster()
+  assert environment.join_cluster(60, 30)
 
 
 def test_two_processes_find_each_other(tmp_path):
   """The real thing: two processes on this machine, as a cluster would."""
   script = (
     'from refrag_jax import environment\n'
-    'first = environment.join_cluster()\n'
+    'first = environment.join_cluster(60, 30)\n'
     'import jax\n'
     'print(first, jax.process_index(), jax.process_count())\n'
   )
@@ -250,15 +250,14 @@ def test_two_processes_find_each_other(tmp_path):
 def test_a_process_that_waits_in_vain_says_so():
   done = subprocess.run(
     [sys.executable, '-c', 'from refrag_jax import environment as e\n'
-     'e.join_cluster()'],
+     'e.join_cluster(2, 30)'],
     env=os.environ | OURS | {
       'JAX_COORDINATOR_ADDRESS': '127.0.0.1:1', 'JAX_PLATFORMS': 'cpu',
-      'REFRAG_JOIN_SECONDS': '2',
     },
     cwd=environment.ROOT, capture_output=True, text=True, timeout=120,
   )  # fmt: skip
   assert done.returncode == 1
   assert done.stderr.splitlines()[-1] == (
     'refrag_jax: not all processes came up within 2 s (REFRAG_NUM_PROCESSES): '
-    'see the logs of the others, or set REFRAG_JOIN_SECONDS'
+    'see the logs of the others, or set --config.cluster.join_seconds'
   )

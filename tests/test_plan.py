@@ -236,6 +236,11 @@ def test_a_mesh_and_a_batch_must_fit_the_topology(cfg):
   uneven = plan.changed(cfg, ['stage.cpt.batch_size=4'])
   with pytest.raises(UserError, match='does not divide over 8 devices'):
     plan.open_planned(toy_run.replaced(uneven, mesh=wide), eight())
+  fused = plan.changed(cfg, ['model.attention=splash'])
+  with pytest.raises(UserError, match='a kernel for tpu devices; these are c'):
+    plan.open_planned(fused, eight())
+  with pytest.raises(UserError, match='sees a whole row'):
+    plan.changed(fused, ['mesh.sequence=2'])
   with pytest.raises(UserError, match='needs --topology='):
     plan.run(cfg, '', '', False)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from refrag_jax import results, sharding
+from refrag_jax import results, sharding, watchdog
 from refrag_jax.data import pipeline
 from refrag_jax.errors import Stopped
 from refrag_jax.session import Session
@@ -108,6 +108,7 @@ def map_batches(
       raise Stopped(
         'stopped during the evals; the same command starts them again'
       )
+    watchdog.phase(f'evals, rows {first} to {first + size} of {total}')
     index = np.minimum(np.arange(first, first + size), total - 1)
     piece = {key: value[index] for key, value in batch.items()}
     placed = jax.device_put(piece, sharding.batch_sharding(mesh))

@@ -1,0 +1,64 @@
+"""Says where a process hangs: the phase it is in, and every thread's stack.
+
+A collective waits for ever for a device that does not come, and so does a read
+from a dead disk; the log just ends. Whoever works says what it does with
+`phase`, and a thread that sees the same phase for too long writes it down. It
+ends nothing: what looks like a hang may be a slow compilation.
+"""
+
+import contextlib
+import faulthandler
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+import jax
+
+# One process does one thing at a time, wherever in the code it does it.
+_now = ['start', 0.0]
+
+
+def phase(name: str) -> None:
+  """What this process does from now on, such as 'lm, step 12'."""
+  _now[:] = name, time.monotonic()
+
+
+@contextlib.contextmanager
+def watch(seconds: float, out: TextIO = sys.stderr) -> Iterator[None]:
+  """Watches the phases that pass in here.
+
+  Args:
+    seconds: what no phase should take; 0 watches nothing.
+    out: a file with a descriptor; stacks of C++ are not in there.
+  """
+  if not seconds:
+    yield
+    return
+  done = threading.Event()
+  phase('start')
+  thread = threading.Thread(
+    target=_look, args=(seconds, out, done), daemon=True, name='watchdog'
+  )
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
+
+
+def _look(seconds: float, out: TextIO, done: threading.Event) -> None:
+  told = 0.0  # each phase is told of once
+  while not done.wait(seconds / 10):
+    name, since = _now
+    if since != told and time.monotonic() - since > seconds:
+      told = since
+      print(
+        f'refrag_jax: process {jax.process_index()} has been at "{name}" for '
+        f'{seconds:g} s (config.cluster.hang_seconds); all threads:',
+        file=out,
+        flush=True,
+      )
+      faulthandler.dump_traceback(out, all_threads=True)
