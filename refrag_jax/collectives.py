@@ -41,6 +41,8 @@ _LIMIT = re.compile(r'%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)')
 _COMPARED = re.compile(r' compare\([^,]*, %?([\w.-]+)\), direction=LT')
 # What a TPU runs beside its arithmetic stands in every fusion of its chain.
 _CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="(\d+)"')
+# Between TPU slices the hosts carry it: a program has what one device gives.
+_TO_SLICES = 'handler_name="xla_megascale_runtime"'
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 
 
@@ -57,7 +59,7 @@ class Collective:
   @property
   def sent(self) -> float:
     """Bytes that each device has to send in all, in the best algorithm."""
-    if self.op == 'collective-permute':
+    if self.op in ('collective-permute', 'send'):
       return self.passed
     return self.passed * (self.group - 1) / self.group
 
@@ -90,8 +92,11 @@ def read(
       chains[key] = max(chains.get(key, (0,)), (times, *what))
   found = collections.Counter()
   for times, op, size, groups in chains.values():
-    axes = axes_of(groups, axis_names, axis_sizes)
-    members = len(groups[0]) if groups else math.prod(axis_sizes)
+    if op == 'send':  # only the first axis lies across slices (sharding.py)
+      axes, members = tuple(axis_names[:1]), axis_sizes[0]
+    else:
+      axes = axes_of(groups, axis_names, axis_sizes)
+      members = len(groups[0]) if groups else math.prod(axis_sizes)
     if members > 1:
       found[op, axes, members, size] += times
   return [Collective(*key, times) for key, times in found.items()]
@@ -154,6 +159,8 @@ def _computations(text: str) -> dict[str, _Computation]:
     else:
       current.calls += [(name, 1) for name in _called(rest)]
     base = op.removesuffix('-start')
+    if op == 'send' and _TO_SLICES in rest:
+      current.collectives.append((None, op, _size(_halves(kind)[0]), None))
     if base in OPS:
       size = _payload(base, op != base, kind, rest)
       chain = _CHAIN.search(rest)

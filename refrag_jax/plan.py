@@ -273,6 +273,9 @@ def network_seconds(sent, mesh, there: topologies.Topology) -> float:
   """
   near = far = 0.0
   for c in sent:
+    if c.op == 'send':  # to other slices, all of it
+      far += c.sent / there.chip.far_rate
+      continue
     hosts, members = spread(c.axes, mesh, there.near)
     if members > 1:
       near += c.sent / there.chip.near_rate

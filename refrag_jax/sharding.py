@@ -6,6 +6,7 @@ says on which mesh axes each logical axis lies. Models speak logical axes only
 one table. Optimizer moments carry their parameter's path, hence its layout.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -65,19 +66,38 @@ def make_mesh(
     devices: None takes all that there are.
 
   Raises:
-    UserError: the product is not the number of devices.
+    UserError: the product is not the number of devices, or other axes than
+      data would lie across TPU slices.
   """
   devices = jax.devices() if devices is None else devices
   shape = fill_up((data, fsdp, tensor, sequence), len(devices))
+  placed = _placed(shape, list(devices))
+  return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _placed(shape: tuple[int, ...], devices: list) -> np.ndarray:
+  """The devices in the mesh's shape, near ones along the inner axes."""
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  make = functools.partial(mesh_utils.create_device_mesh, shape)
+  if slices > 1 and devices[0].platform == 'tpu':
+    # Slices reach each other by the slow network: only data lies across it.
+    if shape[0] % slices:
+      raise UserError(
+        f'mesh data={shape[0]} does not divide over the {slices} slices that '
+        f'there are, and no other axis should: set --config.mesh.data={slices} '
+        'or a multiple of it'
+      )
+    within = (shape[0] // slices, *shape[1:])
+    across = (slices,) + (1,) * len(within[1:])
+    make = functools.partial(
+      mesh_utils.create_hybrid_device_mesh, within, across
+    )
   try:
-    placed = mesh_utils.create_device_mesh(shape, devices)
+    return make(devices)
   except NotImplementedError:
     # A TPU's torus has no such axes (8 x 8 on 4 x 4 x 4): then one of ours
     # takes a part of one of its.
-    placed = mesh_utils.create_device_mesh(
-      shape, devices, allow_split_physical_axes=True
-    )
-  return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    return make(devices, allow_split_physical_axes=True)
 
 
 def fill_up(shape: tuple[int, ...], devices: int) -> tuple[int, ...]:

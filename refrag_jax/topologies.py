@@ -1,7 +1,7 @@
 """Accelerators that need not be there: their numbers, devices to compile for.
 
 Names: `h100:8x8` is 8 hosts of 8 cards, `v5p:4x4x4` a TPU slice by its shape,
-`cpu:8` eight fake devices of this machine.
+`v5p:4x4x4@2` two of them, `cpu:8` eight fake devices of this machine.
 """
 
 import contextlib
@@ -112,13 +112,14 @@ class Topology(NamedTuple):
   options: dict[str, Any]  # of the compiler
 
 
-def parse(name: str) -> tuple[str, tuple[int, ...]]:
-  """('h100', (8, 8)) of 'h100:8x8'.
+def parse(name: str) -> tuple[str, tuple[int, ...], int]:
+  """('h100', (8, 8), 1) of 'h100:8x8'; the last one are TPU slices.
 
   Raises:
     UserError: there is no such chip, or no such shape of it.
   """
   kind, _, shape = name.partition(':')
+  shape, at, slices = shape.partition('@')
   if kind not in CHIPS:
     hint = typed.did_you_mean(kind, CHIPS)
     raise UserError(
@@ -127,12 +128,21 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     )
   example = '4x4x4' if kind in THREE_AXES else '4x4'
   example = {'cuda': '8x8', 'cpu': '8'}.get(CHIPS[kind].platform, example)
-  if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape) or (
-    shape.count('x') != example.count('x')
+  platform = CHIPS[kind].platform
+  if (
+    not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape)
+    or shape.count('x') != example.count('x')
+    or (at and not (platform == 'tpu' and re.fullmatch(r'[1-9]\d*', slices)))
   ):
-    what = ', hosts x cards' if CHIPS[kind].platform == 'cuda' else ''
-    raise UserError(f'--topology={name}: it is written {kind}:{example}{what}')
-  return kind, tuple(map(int, shape.split('x')))
+    more = {
+      'cuda': ', hosts x cards',
+      'tpu': f'; two slices: {kind}:{example}@2',
+    }
+    raise UserError(
+      f'--topology={name}: it is written {kind}:{example}'
+      f'{more.get(platform, "")}'
+    )
+  return kind, tuple(map(int, shape.split('x'))), int(slices or 1)
 
 
 def load(name: str) -> Topology:
@@ -141,14 +151,15 @@ def load(name: str) -> Topology:
   Raises:
     UserError: there is no such topology, or its compiler is not installed.
   """
-  kind, shape = parse(name)
+  kind, shape, slices = parse(name)
   chip = CHIPS[kind]
   jax.config.update('jax_platforms', 'cpu')  # nothing is looked for
   if chip.platform == 'cpu':
     return _cpu(name, chip, shape[0])
-  make = _gpu if chip.platform == 'cuda' else _tpu
   with compiler_output():
-    return make(name, kind, shape, chip)
+    if chip.platform == 'cuda':
+      return _gpu(name, kind, shape, chip)
+    return _tpu(name, kind, shape, slices, chip)
 
 
 def _cpu(name: str, chip: Chip, number: int) -> Topology:
@@ -209,7 +220,9 @@ device_description_str: "{card['name']}"
 """
 
 
-def _tpu(name: str, kind: str, shape: tuple[int, ...], chip: Chip) -> Topology:
+def _tpu(
+  name: str, kind: str, shape: tuple[int, ...], slices: int, chip: Chip
+) -> Topology:
   if not _where('libtpu'):
     raise _lacks(name, 'plan-tpu')
   # Else libtpu asks the cloud's metadata server what this machine is.
@@ -222,9 +235,11 @@ def _tpu(name: str, kind: str, shape: tuple[int, ...], chip: Chip) -> Topology:
     os.environ.setdefault(key, value)
   from jax.experimental import topologies
 
-  options = {}
+  options = dict(num_slices=slices)
   if kind in ('v4', 'v5p'):  # both cores of a chip are one device
-    options = dict(chip_config_name='megacore', chips_per_host_bounds=(2, 2, 1))
+    options |= dict(
+      chip_config_name='megacore', chips_per_host_bounds=(2, 2, 1)
+    )
   try:
     found = topologies.get_topology_desc(
       platform='tpu',
@@ -234,7 +249,8 @@ def _tpu(name: str, kind: str, shape: tuple[int, ...], chip: Chip) -> Topology:
   except Exception as e:  # of the plug-in, for a shape that is not built
     reason = str(e).strip().split('\n')[0][:200]
     raise UserError(f'--topology={name}: {reason}') from None
-  return Topology(name, chip, found.devices, len(found.devices), {})
+  near = len(found.devices) // slices
+  return Topology(name, chip, found.devices, near, {})
 
 
 def exhausted(message: str, chip: Chip) -> dict[str, int]:

@@ -158,3 +158,18 @@ def test_what_has_to_be_sent():
   assert of('all-reduce') == 4 * 700
   assert of('collective-permute') == 2 * 800
   np.testing.assert_equal(of('all-to-all'), 1400)
+
+
+def test_what_goes_to_other_slices():
+  """A TPU hands it to its host; the line is as libtpu 0.0.42 writes it."""
+  text = """HloModule m
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %after-all = token[] after-all()
+  %send = (f32[1,1,128]{2,1,0:T(1,128)}, u32[], token[]) send(%x, %after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce_0"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %other = (f32[4]{0}, u32[], token[]) send(%x, %after-all), channel_id=3
+}
+"""
+  (row,) = collectives.read(text, NAMES, (2, 4, 1, 1))
+  assert row == collectives.Collective('send', ('data',), 2, 512, 1)
+  assert row.sent == 512

@@ -116,6 +116,8 @@ def test_the_time_of_the_network_by_hand():
   # Four devices on two hosts: half comes from outside, through two cards.
   both = ('all-gather', ('data', 'fsdp'), 4, 1000, 1)
   assert of(both) == pytest.approx(1000 / 2 / 2 / 1e7)
+  # What a TPU gives its host for the other slices leaves whole.
+  assert of(('send', ('data',), 2, 1000, 3)) == pytest.approx(3000 / 1e7)
 
 
 def test_what_does_not_fit_gets_fixes_that_do(cfg, planned):
@@ -206,6 +208,8 @@ def test_a_plan_of_this_machine(cfg, tmp_path, capsys, monkeypatch):
     ('v5p:4x4', 'written v5p:4x4x4'),
     ('v5e:4x4x4', 'written v5e:4x4'),
     ('cpu:2x2', 'written cpu:8'),
+    ('h100:8x8@2', 'written h100:8x8'),
+    ('v5e:4x4@', 'written v5e:4x4; two slices: v5e:4x4@2'),
   ],
 )
 def test_what_is_no_topology(name, message):
@@ -214,9 +218,9 @@ def test_what_is_no_topology(name, message):
 
 
 def test_topologies_are_parsed():
-  assert topologies.parse('h200:2x8') == ('h200', (2, 8))
-  assert topologies.parse('v5p:4x4x8') == ('v5p', (4, 4, 8))
-  assert topologies.parse('cpu:8') == ('cpu', (8,))
+  assert topologies.parse('h200:2x8') == ('h200', (2, 8), 1)
+  assert topologies.parse('v5p:4x4x8@4') == ('v5p', (4, 4, 8), 4)
+  assert topologies.parse('cpu:8') == ('cpu', (8,), 1)
 
 
 def test_a_missing_compiler_is_an_install_line(monkeypatch):

@@ -200,6 +200,35 @@ def test_a_torus_without_such_axes_is_split(monkeypatch):
   assert {d.id for d in mesh.devices.flat} == set(range(8))
 
 
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+  """A device as far as meshes ask: slices of 2 x 2 x 2 chips, in any order."""
+
+  id: int
+  core_on_chip: int = 0
+  process_index: int = 0
+  platform: str = 'tpu'
+  device_kind: str = 'some'
+
+  @property
+  def slice_index(self):
+    return self.id % 2
+
+  @property
+  def coords(self):
+    return [self.id >> 1 & 1, self.id >> 2 & 1, self.id >> 3]
+
+
+def test_across_slices_lies_data_alone():
+  devices = [Tpu(i) for i in range(16)]
+  mesh = sharding.make_mesh(4, 2, 2, 1, devices=devices)
+  assert mesh.devices.shape == (4, 2, 2, 1)
+  slices = [{d.slice_index for d in part.flat} for part in mesh.devices]
+  assert slices == [{0}, {0}, {1}, {1}]
+  with pytest.raises(UserError, match='data=1 does not divide over the 2 sl'):
+    sharding.make_mesh(1, 8, 2, 1, devices=devices)
+
+
 def test_checksums_see_a_bit_and_no_layout():
   params = toy.params()['encoder']
   there = jax.device_get(checksums(params))
