@@ -1,0 +1,96 @@
+# %% [markdown]
+# # Evaluate an Orbax checkpoint of REFRAG
+#
+# Restores what a run has written, on whatever devices are here, however many it
+# was trained on, and runs the evals. Without a run of yours it first makes one:
+# two steps a stage of a toy model, so that there is something to restore; its
+# numbers mean nothing.
+#
+# The source of this notebook is `colab/eval_checkpoint.py`
+# (`jupytext --to ipynb colab/*.py`).
+
+# %%
+# Where refrag_jax comes from; a local checkout needs no installation.
+REPOSITORY = 'https://github.com/YOUR_NAME/refrag_jax'  # @param {type:"string"}
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec('refrag_jax') is None:
+  subprocess.run(
+    [sys.executable, '-m', 'pip', 'install', '-q', f'git+{REPOSITORY}'],
+    check=True,
+  )
+
+# %%
+# A run's directory, on a mounted drive for example, and the config it had.
+WORKDIR = ''  # @param {type:"string"}
+CONFIG = 'tiny'  # @param {type:"string"}
+PRESET = 'smoke'  # @param {type:"string"}
+
+import importlib
+import json
+import tempfile
+
+import jax
+
+from refrag_jax import config, evaluate, train
+
+values = importlib.import_module(f'configs.{CONFIG}').get_config(PRESET)
+values.mesh.update(data=1, fsdp=1, tensor=1, sequence=1)
+made_here = not WORKDIR
+if made_here:
+  WORKDIR = os.path.join(tempfile.mkdtemp(), 'run')
+  values.stages = ('lm', 'reconstruct', 'cpt')
+  values.evals = ()
+print(jax.device_count(), 'x', jax.devices()[0].device_kind)
+
+# %%
+if made_here:
+  train.run(config.build(values), WORKDIR)
+
+# %% [markdown]
+# ## Restore and evaluate
+#
+# `--mode=eval` on the command line does the same. Other text: `eval.data`, paths
+# to text, JSON lines, parquet or a Hugging Face directory, by commas.
+
+# %%
+from refrag_jax.progress import say
+
+values.evals = ('log_perplexity',)  # with a policy also 'selection'
+evaluated = config.build(values)
+if jax.device_count() > 1:
+  say('this notebook evaluates on one device')
+evaluate.run(evaluated, WORKDIR)
+
+# %%
+with open(os.path.join(WORKDIR, 'results.json')) as f:
+  results = json.load(f)
+for dataset, rows in results['evals']['log_perplexity'].items():
+  print(dataset)
+  for row, cells in rows.items():
+    shown = '  '.join(
+      f'{cell}: {stat["mean"]:.3f} ± {stat["se"]:.3f} (n = {stat["n"]})'
+      for cell, stat in cells.items()
+      if 'mean' in stat
+    )
+    print(f'  {row:<28} {shown}')
+
+# %% [markdown]
+# A row without its `_trained` control says little: continued training alone
+# lowers every loss. And a model that reads its chunks is worse with another
+# document's (`_shuffled`).
+#
+# The run's page, with its curves and samples:
+
+# %%
+page = os.path.join(WORKDIR, 'report.html')
+print(page, os.path.getsize(page), 'bytes')
+if 'google.colab' in sys.modules:
+  from IPython.display import HTML, display
+
+  with open(page) as f:
+    display(HTML(f.read()))
