@@ -216,7 +216,13 @@ def base() -> ml_collections.ConfigDict:
 
   c.cluster = ml_collections.ConfigDict(
     # JAX waits 300 seconds: a cold start of many hosts takes longer.
-    dict(join_seconds=1200, heartbeat_seconds=30, hang_seconds=1200.0)
+    dict(
+      join_seconds=1200,
+      heartbeat_seconds=30,
+      hang_seconds=1200.0,
+      xla_flags=(),
+      libtpu_flags=(),
+    )
   )
 
   c.model = ml_collections.ConfigDict()

@@ -14,7 +14,7 @@ Page and table numbers are those of arXiv 2509.01092v2. What the paper does not
 state is marked "ours".
 """
 
-from configs import common
+from configs import common, xla_flags
 
 PRESETS = {
   'k8': 'chunks of 8 tokens',
@@ -80,6 +80,7 @@ def get_config(preset: str = 'k16'):
   # parameters and moments (12 bytes a parameter, 11 GB a card), the nodes
   # split the batch.
   c.mesh.update(data=-1, fsdp=8, tensor=1)
+  c.cluster.update(xla_flags=xla_flags.H100, libtpu_flags=xla_flags.TPU)
 
   c.model.decoder = common.decoder(decoder, VOCAB[decoder])
   c.model.encoder = common.encoder(encoder, VOCAB[encoder])  # p. 16

@@ -162,6 +162,8 @@ class MeshConfig:
 class ClusterConfig:
   join_seconds: int  # that processes wait for each other at the start
   heartbeat_seconds: int  # after which a silent process is given up
+  xla_flags: tuple[str, ...]  # for NVIDIA's cards; configs/xla_flags.py
+  libtpu_flags: tuple[str, ...]
   hang_seconds: float  # that one phase may take unwatched; 0: any (watchdog.py)
 
 

@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refrag_jax.errors import UserError
@@ -134,6 +134,26 @@ def set_compilation_cache(environ: dict[str, str]) -> str:
   environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
   environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
   return environ['JAX_COMPILATION_CACHE_DIR']
+
+
+def set_flags(
+  environ: dict[str, str],
+  hardware: str,
+  xla_flags: Sequence[str],
+  libtpu_flags: Sequence[str],
+) -> None:
+  """Hands XLA the flags for this hardware; those already there come last.
+
+  Args:
+    environ: `os.environ`, which JAX reads at its import.
+    hardware: `accelerator()`.
+  """
+  name, flags = {
+    'nvidia': ('XLA_FLAGS', xla_flags),
+    'tpu': ('LIBTPU_INIT_ARGS', libtpu_flags),
+  }.get(hardware, ('', ()))
+  if flags:
+    environ[name] = ' '.join([*flags, environ.get(name, '')]).strip()
 
 
 def cluster(environ: Mapping[str, str], hardware: str) -> dict[str, Any] | None:

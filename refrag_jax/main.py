@@ -101,6 +101,12 @@ def _dispatch(argv: list[str]) -> int | None:
   if command.mode != 'doctor':
     environment.set_compilation_cache(os.environ)
     cluster = config.cluster
+    environment.set_flags(
+      os.environ,
+      environment.accelerator(),
+      cluster.xla_flags,
+      cluster.libtpu_flags,
+    )
     if environment.join_cluster(
       cluster.join_seconds, cluster.heartbeat_seconds
     ):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from configs import xla_flags
 from refrag_jax import environment, main
 from refrag_jax.errors import Stopped, UserError
 
@@ -213,6 +214,30 @@ def test_an_accelerator_without_its_jax_is_refused(monkeypatch):
     environment.join_cluster(60, 30)
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   assert environment.join_cluster(60, 30)
+
+
+def test_flags_go_to_the_hardware_they_are_for():
+  environ = {'XLA_FLAGS': '--mine=1'}
+  flags = ('--a=1', '--b=2'), ('--t=3',)
+  environment.set_flags(environ, 'cpu', *flags)
+  assert environ == {'XLA_FLAGS': '--mine=1'}
+  environment.set_flags(environ, 'tpu', *flags)
+  assert environ == {'XLA_FLAGS': '--mine=1', 'LIBTPU_INIT_ARGS': '--t=3'}
+  environment.set_flags(environ, 'nvidia', *flags)
+  assert environ['XLA_FLAGS'] == '--a=1 --b=2 --mine=1'  # the last one wins
+
+
+def test_this_jaxlib_knows_the_flags():
+  """An unknown flag ends the program at its first use of XLA."""
+  run = lambda flags: (
+    subprocess.run(
+      [sys.executable, '-c', 'import jax; jax.devices()'],
+      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
+      capture_output=True,
+    ).returncode
+  )
+  assert run(' '.join(xla_flags.H100)) == 0
+  assert run('--xla_gpu_no_such_flag=true') != 0
 
 
 def test_two_processes_find_each_other(tmp_path):
