@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 
+sys.path.append('..')  # a checkout: this notebook is in its colab/
 if importlib.util.find_spec('refrag_jax') is None:
   subprocess.run(
     [sys.executable, '-m', 'pip', 'install', '-q', f'git+{REPOSITORY}'],
@@ -39,7 +40,7 @@ import jax
 from refrag_jax import config, evaluate, train
 
 values = importlib.import_module(f'configs.{CONFIG}').get_config(PRESET)
-values.mesh.update(data=1, fsdp=1, tensor=1, sequence=1)
+values.mesh.update(data=-1, fsdp=1, tensor=1, sequence=1)
 made_here = not WORKDIR
 if made_here:
   WORKDIR = os.path.join(tempfile.mkdtemp(), 'run')
@@ -58,13 +59,8 @@ if made_here:
 # to text, JSON lines, parquet or a Hugging Face directory, by commas.
 
 # %%
-from refrag_jax.progress import say
-
 values.evals = ('log_perplexity',)  # with a policy also 'selection'
-evaluated = config.build(values)
-if jax.device_count() > 1:
-  say('this notebook evaluates on one device')
-evaluate.run(evaluated, WORKDIR)
+evaluate.run(config.build(values), WORKDIR)
 
 # %%
 with open(os.path.join(WORKDIR, 'results.json')) as f:

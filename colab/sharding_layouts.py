@@ -17,6 +17,7 @@ import importlib.util
 import subprocess
 import sys
 
+sys.path.append('..')  # a checkout: this notebook is in its colab/
 if importlib.util.find_spec('refrag_jax') is None:
   subprocess.run(
     [sys.executable, '-m', 'pip', 'install', '-q', f'git+{REPOSITORY}'],
@@ -28,7 +29,7 @@ if importlib.util.find_spec('refrag_jax') is None:
 import jax
 
 jax.config.update('jax_num_cpu_devices', 8)
-devices = jax.devices()
+devices = jax.devices() if jax.device_count() > 1 else jax.devices('cpu')
 print(len(devices), 'x', devices[0].device_kind)
 
 # %% [markdown]
@@ -110,8 +111,8 @@ if MODEL != 'llama2_7b':
 # ## Change one rule
 #
 # `AXIS_RULES` says on which mesh axes a logical axis lies. Here `embed`, the axis
-# along which FSDP shares out parameters, stays whole: every device then holds all
-# of them, nothing has to be gathered, and the gradients are summed instead.
+# along which FSDP shares out parameters, stays whole: no device then has to gather
+# what another one holds, each holds more, and gradients are summed instead.
 
 # %%
 kept = sharding.AXIS_RULES['embed']

@@ -119,6 +119,7 @@ def run_evals(
   evals = {}
   for name in session.config.evals:
     say(f'eval {name}')
+    watchdog.phase(f'eval {name}, start')
     evals[name] = EVALS[name](context)
   if 'selection' in evals:
     examples = selection.policy_pictures(context)

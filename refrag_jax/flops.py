@@ -1,7 +1,8 @@
 """FLOPs of a jitted function, counted from its jaxpr.
 
 XLA's cost_analysis counts the body of a scanned layer once and knows nothing of
-custom kernels; the jaxpr has every matrix product and every trip count.
+custom kernels; the jaxpr has every matrix product and every trip count, and
+kernels by name.
 """
 
 import math
@@ -25,6 +26,10 @@ def count(jaxpr) -> int:
       lhs = eqn.invars[0].aval.shape
       inner = math.prod(lhs[i] for i in contract)
       total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    elif eqn.primitive.name.startswith('dot_product_attention'):  # cuDNN's
+      (B, T, N, H), (_, S, *_) = (v.aval.shape for v in eqn.invars[:2])
+      products = 5 if 'bwd' in eqn.primitive.name else 2
+      total += products * 2 * B * N * T * S * H
     elif eqn.primitive.name == 'shard_map':  # its shapes are a device's part
       total += eqn.params['mesh'].size * count(eqn.params['jaxpr'])
     elif eqn.primitive.name == 'pallas_call':

@@ -1,8 +1,7 @@
 """Losses over arrays; no model in here. Everything in float32, nats.
 
 Dimension key: B batch, O output slots, D width, V vocabulary, P pieces of X
-output slots, W parts of a row on different devices, G rollouts of a context, R
-draws.
+output slots, G rollouts of a context, R draws.
 """
 
 import jax
@@ -39,18 +38,18 @@ def token_nll(hidden_BOD, head_DV, target_BO, block: int) -> jax.Array:
   ways = axis_size('sequence')
   block += -block % ways
 
-  def split(x_BO):
-    rest = x_BO.shape[2:]
-    pad = ((0, 0), (0, -O % block)) + ((0, 0),) * len(rest)
-    x_BWPX = jnp.pad(x_BO, pad).reshape(B, ways, -1, block // ways, *rest)
-    return jnp.moveaxis(x_BWPX, 2, 0).reshape(-1, B, block, *rest)
+  def split(x):
+    """(B, O, ...) to (P, B, X, ...)."""
+    pad = ((0, 0), (0, -O % block)) + ((0, 0),) * (x.ndim - 2)
+    parts = jnp.pad(x, pad).reshape(B, ways, -1, block // ways, *x.shape[2:])
+    return jnp.moveaxis(parts, 2, 0).reshape(-1, B, block, *x.shape[2:])
 
   nll_PBX = jax.lax.map(
     jax.checkpoint(lambda args: piece(*args)),
     (split(hidden_BOD), split(target_BO)),
   )
-  nll_PBWX = nll_PBX.reshape(-1, B, ways, block // ways)
-  return jnp.moveaxis(nll_PBWX, 0, 2).reshape(B, -1)[:, :O]
+  parts = nll_PBX.reshape(-1, B, ways, block // ways)
+  return jnp.moveaxis(parts, 0, 2).reshape(B, -1)[:, :O]
 
 
 def masked_sum(nll_BO, mask_BO) -> tuple[jax.Array, jax.Array]:

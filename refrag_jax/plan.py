@@ -152,7 +152,8 @@ def plan_stage(
     cost = {key: flops.count(t.jaxpr) for key, t in traced.items()}
     key = max(cost, key=cost.get)
     trace_s, clock = time.monotonic() - clock, time.monotonic()
-    memory, text = _compile(traced[key], there)
+    flags = topologies.flags(there, session.config.cluster)
+    memory, text = _compile(traced[key], there, there.options | flags)
     compile_s = time.monotonic() - clock
   devices = len(there.devices)
   batch = programs.abstract_batch(session, name, key[0])
@@ -221,20 +222,28 @@ def _trace(session: Session, name: str, state: TrainState, key):
 
 
 def _model_flops(session: Session, name: str, state, key) -> int:
-  """FLOPs of a step that recomputes nothing."""
-  model = dataclasses.replace(session.config.model, remat='none')
+  """FLOPs of a step that recomputes nothing, and computes nothing twice."""
+  model = dataclasses.replace(
+    session.config.model, remat='none', attention='dense', loss_block=0
+  )
   plain = session._replace(model=Refrag(model))
   with jax.set_mesh(session.mesh):
     return flops.count(_trace(plain, name, state, key).jaxpr)
 
 
-def _compile(traced, there: topologies.Topology) -> tuple[dict[str, int], str]:
+def _compile(
+  traced, there: topologies.Topology, options: dict[str, Any]
+) -> tuple[dict[str, int], str]:
   """Bytes of a device, and the program's text."""
   lowered = traced.lower()
   try:
     with topologies.compiler_output():
-      compiled = lowered.compile(compiler_options=there.options)
+      compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as e:
+    if 'No such compile option' in str(e):
+      raise UserError(
+        f'config.cluster, xla_flags or libtpu_flags: {e}'
+      ) from None
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     return topologies.exhausted(str(e), there.chip), ''
@@ -354,28 +363,28 @@ def candidates(
   config: Config, devices: int, name: str
 ) -> Iterator[tuple[str, ...]]:
   """Changes to try: one, then two, then three at once, the cheap ones first."""
-  cfg, mesh, model = config.stage[name], config.mesh, config.model
-  everywhere = devices // (mesh.tensor * mesh.sequence)
-  pieces = [cfg.accumulation_steps * more for more in (2, 4, 8, 16)]
+  cfg, model = config.stage[name], config.model
+  mesh = sharding.fill_up(dataclasses.astuple(config.mesh), devices)
+  _, fsdp, tensor, sequence = mesh
+  everywhere = devices // (tensor * sequence)
   changes = [
     (model.attention == 'dense', ('model.attention=blockwise',)),
     (not model.loss_block, ('model.loss_block=512',)),
     (model.remat != 'full', ('model.remat=full',)),
-    (
-      mesh.fsdp not in (-1, everywhere),
-      ('mesh.data=1', f'mesh.fsdp={everywhere}'),
-    ),
-    *(
-      (cfg.batch_size % n == 0, (f'stage.{name}.accumulation_steps={n}',))
-      for n in pieces
-    ),
+    (fsdp != everywhere, ('mesh.data=1', f'mesh.fsdp={everywhere}')),
   ]
   changes = [change for of_use, change in changes if of_use]
-  for number in (1, 2, 3):
+  pieces = [
+    (f'stage.{name}.accumulation_steps={cfg.accumulation_steps * more}',)
+    for more in (2, 4, 8, 16)
+    if cfg.batch_size % (cfg.accumulation_steps * more) == 0
+  ]
+  yield from changes + pieces
+  # Together with others, only the most pieces: they cost little.
+  changes += pieces[-1:]
+  for number in (2, 3):
     for some in itertools.combinations(changes, number):
-      change = tuple(itertools.chain(*some))
-      if len({c.partition('=')[0] for c in change}) == len(change):
-        yield change
+      yield tuple(itertools.chain(*some))
 
 
 def search_layouts(

@@ -145,13 +145,13 @@ def times(plan: dict[str, Any]) -> str:
 
 
 def mesh(axes: dict[str, int]) -> str:
-  """Rows: the outer axis; columns: the others. Colour: the middle axis."""
+  """Rows: the outer axis; columns: the others. Colour: the second axis."""
   (outer, rows), *inner = axes.items()
   columns = math.prod(n for _, n in inner)
   if rows * columns > MOST_CELLS:
     return f'<p>{rows} x {columns} devices, too many to draw.</p>'
-  size = inner[-1][1]
-  middle = columns // size
+  middle = inner[0][1]
+  size = columns // middle
   hue = lambda d: round(360 * (d % columns // size) / middle)
   cells = ''.join(
     f'<div style="background:hsl({hue(d)} 45% 40%)">{d}</div>'

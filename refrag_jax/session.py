@@ -46,14 +46,24 @@ def open_session(config: Config, workdir: str) -> Session:
 
 def check_batches(session: Session) -> None:
   """Refuses batches that the devices cannot share out evenly."""
-  ways = session.mesh.shape['data'] * session.mesh.shape['fsdp']
+  ways = sharding.axis_size('batch', session.mesh)
+  parts = sharding.axis_size('sequence', session.mesh)
   for name in session.config.stages:
     cfg = session.config.stage[name]
-    if (cfg.batch_size // cfg.accumulation_steps) % ways:
+    rows, pieces = cfg.batch_size, cfg.accumulation_steps
+    if (rows // pieces) % ways:
+      step = ways * pieces
       raise UserError(
-        f'stage {name}: batch_size {cfg.batch_size} / accumulation_steps '
-        f'{cfg.accumulation_steps} does not divide over {ways} devices '
-        '(mesh data x fsdp)'
+        f'stage {name}: batch_size {rows} / accumulation_steps {pieces} does '
+        f'not divide over {ways} devices (mesh data x fsdp); '
+        f'batch_size={rows + -rows % step} would'
+      )
+    # The rows of the other stages are filled up.
+    if name == 'lm' and cfg.output_length % parts:
+      raise UserError(
+        f'stage lm: output_length {cfg.output_length} does not divide over '
+        f'{parts} devices (mesh sequence); output_length='
+        f'{cfg.output_length + -cfg.output_length % parts} would'
       )
 
 

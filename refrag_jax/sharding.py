@@ -1,4 +1,4 @@
-"""The only place that knows mesh axes: two tables and four functions.
+"""The only place that knows mesh axes: two tables, and what follows from them.
 
 PARAM_AXES names the logical axes of every parameter by its path; AXIS_RULES
 says on which mesh axes each logical axis lies. Models speak logical axes only
@@ -106,7 +106,7 @@ def fill_up(shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
   Raises:
     UserError: no such mesh has that many devices; the message has one that has.
   """
-  rest = math.prod(size for size in shape if size != -1)
+  rest, free = math.prod(size for size in shape if size != -1), -1 in shape
   filled = tuple(max(1, devices // rest) if n == -1 else n for n in shape)
   if math.prod(filled) == devices:
     return filled
@@ -118,11 +118,12 @@ def fill_up(shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
   fits.insert(0, devices // math.prod(fits))
   asked, better = (
     ' x '.join(f'{name}={n}' for name, n in zip(MESH_AXES, sizes))
-    for sizes in (filled, fits)
+    for sizes in (shape, fits)
   )
+  hint = '' if free else ' (--config.mesh.data=-1 takes what the others leave)'
   raise UserError(
-    f'mesh {asked} is not the {devices} devices there are; {better} would be '
-    '(--config.mesh.data=-1 takes what the others leave)'
+    f'mesh {asked} is not the {devices} devices there are; {better} would '
+    f'be{hint}'
   )
 
 
@@ -239,9 +240,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh))
 
 
-def axis_size(axis: str) -> int:
-  """Ways in which the mesh in use divides a logical axis; 1 outside a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
+def axis_size(axis: str, mesh: jax.sharding.Mesh | None = None) -> int:
+  """Ways in which a mesh, or the one in use, divides a logical axis.
+
+  1 outside a mesh.
+  """
+  mesh = mesh or jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else _size(AXIS_RULES[axis], mesh)
 
 

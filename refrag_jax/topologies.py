@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from refrag_jax import typed
+from refrag_jax.config import ClusterConfig
 from refrag_jax.errors import UserError
 
 
@@ -251,6 +252,17 @@ def _tpu(
     raise UserError(f'--topology={name}: {reason}') from None
   near = len(found.devices) // slices
   return Topology(name, chip, found.devices, near, {})
+
+
+def flags(there: Topology, cluster: ClusterConfig) -> dict[str, Any]:
+  """The flags that a run over there has, as options of the compiler."""
+  given = {'cuda': cluster.xla_flags, 'tpu': cluster.libtpu_flags}
+  words = {'true': True, 'false': False}
+  pairs = (
+    flag.removeprefix('--').partition('=')[::2]
+    for flag in given.get(there.chip.platform, ())
+  )
+  return {name: words.get(value, value) for name, value in pairs}
 
 
 def exhausted(message: str, chip: Chip) -> dict[str, int]:

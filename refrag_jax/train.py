@@ -183,7 +183,7 @@ def train_stage(
         config, name, session.corpus, start,
         jax.process_index(), jax.process_count(),
     ):  # fmt: skip
-      watchdog.phase(f'{name}, step {step + 1}')
+      watchdog.phase(f'{name}, step {step + 1} and the batch after it')
       rate = optimizer.learning_rate(
         step, cfg.num_train_steps, cfg.peak_learning_rate
       )
@@ -269,7 +269,7 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
   batch = pipeline.heldout_batch(
     session.config, name, session.corpus, HELDOUT_ROWS
   )
-  ways = session.mesh.shape['data'] * session.mesh.shape['fsdp']
+  ways = sharding.axis_size('batch', session.mesh)
   rows = len(batch['doc_B']) // ways * ways
   if not rows:
     raise UserError(

@@ -81,30 +81,33 @@ def test_blocks_equal_the_dense_product(case, window):
     np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-MESHES = [(8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 8)]
+MESHES = [(2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 8)]
 
 
-@pytest.mark.parametrize('shape', MESHES)
+@pytest.mark.parametrize('heads', [(4, 2), (4, 1)])  # one head is not divided
+@pytest.mark.parametrize('shape', MESHES, ids=str)
 @pytest.mark.parametrize('kind', ['dense', 'blockwise'])
-def test_on_a_mesh_as_on_one_device(kind, shape):
-  query, key = places('plain', T=16)
-  q_BTNH, k_BSMH, v_BSMH = arrays(B=8, T=16, S=16, N=4, M=2)
-  want = value_and_grads('dense', 0, query, key)(q_BTNH, k_BSMH, v_BSMH)
+def test_on_a_mesh_as_on_one_device(kind, shape, heads):
+  N, M = heads
+  T = 16 if M > 1 else 19  # nor are 19 places
+  query, key = places('packed' if T == 19 else 'plain', T=T, S=T)
+  q_BTNH, k_BSMH, v_BSMH = arrays(B=4, T=T, S=T, N=N, M=M)
+  want, want_grads = value_and_grads('dense', 0, query, key)(
+    q_BTNH, k_BSMH, v_BSMH
+  )
   mesh = sharding.make_mesh(*shape)
   with jax.set_mesh(mesh):
     put = lambda x, *axes: jax.device_put(
       x, jax.NamedSharding(mesh, sharding.to_spec(axes, x.shape, mesh))
     )
-    got = value_and_grads(kind, 0, query, key)(
+    got, got_grads = value_and_grads(kind, 0, query, key)(
       put(q_BTNH, 'batch', 'sequence', 'heads', None),
       put(k_BSMH, 'batch', None, 'heads', None),
       put(v_BSMH, 'batch', None, 'heads', None),
     )
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6),
-    got,
-    want,
-  )
+  np.testing.assert_allclose(got, want, atol=5e-5)  # of thousands of sines
+  for a, b in zip(got_grads, want_grads, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
 def largest(jaxpr) -> int:

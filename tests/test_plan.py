@@ -277,3 +277,34 @@ def test_a_tpu_that_is_too_small_says_how_much_was_needed():
   assert (
     topologies.exhausted('RESOURCE_EXHAUSTED', chip)['peak_bytes'] > chip.hbm
   )
+
+
+def test_a_plan_compiles_with_the_flags_of_its_run(cfg, monkeypatch):
+  cluster = dataclasses.replace(
+    cfg.cluster,
+    xla_flags=('--xla_a=true', '--xla_b=3'),
+    libtpu_flags=('--c=1',),
+  )
+  gpu = eight()._replace(chip=topologies.CHIPS['h100'])
+  assert topologies.flags(gpu, cluster) == {'xla_a': True, 'xla_b': '3'}
+  tpu = eight()._replace(chip=topologies.CHIPS['v5p'])
+  assert topologies.flags(tpu, cluster) == {'c': '1'}
+  assert topologies.flags(topologies.load('cpu:8'), cluster) == {}
+  session = plan.open_planned(toy_run.replaced(cfg, cluster=cluster), gpu)
+  with pytest.raises(UserError, match='cluster, .* No such compile option'):
+    plan.plan_stage(session, gpu, 'lm')
+
+
+def test_changes_to_try(cfg):
+  """One at a time, then together; none twice, and the mesh is one there is."""
+  tried = list(plan.candidates(cfg, 8, 'cpt'))
+  assert len(set(tried)) == len(tried)
+  sizes = [len(change) for change in tried]
+  assert tried[0] == ('model.attention=blockwise',)
+  assert ('mesh.data=1', 'mesh.fsdp=4') in tried
+  assert any({'model.remat=full', 'mesh.fsdp=4'} <= set(c) for c in tried[:24])
+  wide = toy_run.replaced(
+    cfg, mesh=dataclasses.replace(cfg.mesh, data=2, fsdp=-1)
+  )
+  assert ('mesh.data=1', 'mesh.fsdp=4') in plan.candidates(wide, 8, 'cpt')
+  assert max(sizes) <= 4

@@ -95,7 +95,7 @@ def test_the_mesh_fills_up_or_says_why_not():
   assert dict(sharding.make_mesh(-1, 2, 1).shape) == dict(
     data=4, fsdp=2, tensor=1, sequence=1
   )
-  with pytest.raises(UserError, match='is not the 8 devices there are'):
+  with pytest.raises(UserError, match='data=4 x fsdp=2 x tensor=1 x .* would'):
     sharding.make_mesh(3, 2, 1)
   with pytest.raises(UserError, match='is not the 8 devices there are'):
     sharding.make_mesh(-1, 3, 1)
@@ -194,6 +194,23 @@ def test_logits_in_pieces_gather_the_head_and_nothing_else(shape):
     found,
     want,
   )
+
+
+def test_a_torus_without_such_axes_is_split(monkeypatch):
+  """8 x 8 on 4 x 4 x 4: JAX refuses it unless axes may be split."""
+  make, asked = sharding.mesh_utils.create_device_mesh, []
+
+  def torus(shape, devices, allow_split_physical_axes=False):
+    asked.append(allow_split_physical_axes)
+    if not allow_split_physical_axes:
+      raise NotImplementedError('Failed to find assignment')
+    return make(shape, devices)
+
+  monkeypatch.setattr(sharding.mesh_utils, 'create_device_mesh', torus)
+  mesh = sharding.make_mesh(2, 4, 1)
+  assert asked == [False, True]
+  assert mesh.devices.shape == (2, 4, 1, 1)
+  assert {d.id for d in mesh.devices.flat} == set(range(8))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""A real `cpt` step beside what the planner says of it: memory, time, MFU.
+r"""A real `cpt` step beside what the planner says of it: memory, time, MFU.
 
-  python docs/bench/step.py [--attention=dense,blockwise,cudnn] [--small]
+  PYTHONPATH=. .venv/bin/python docs/bench/step.py \
+    [--attention=cudnn,blockwise,dense] [--small]
 
 On the devices that there are, with random parameters and ids: a decoder of the
 size of Llama-3.2-1B and RoBERTa-Large, s = 2048, o = 2048, k = 16. For each way
@@ -21,7 +22,6 @@ from rich.table import Table
 
 from configs import common, llama2_7b
 from refrag_jax import config, plan, programs, topologies
-from refrag_jax.progress import peak_flops
 from refrag_jax.session import abstract_params, fresh_params, to_device
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
@@ -76,9 +76,9 @@ def random_batch(session, chunks: int) -> dict:
 
 
 def chip_of(device) -> topologies.Chip:
-  flops = peak_flops(device.device_kind) if device.platform != 'cpu' else None
-  known = [c for c in topologies.CHIPS.values() if c.flops == flops]
-  return known[0] if known else topologies.CHIPS['cpu']
+  """By a name such as 'NVIDIA H200'; what a TPU is called differs more."""
+  names = [n for n in topologies.CHIPS if n in device.device_kind.lower()]
+  return topologies.CHIPS[names[0] if names else 'cpu']
 
 
 def measure(attention: str, small: bool) -> dict:
@@ -91,7 +91,13 @@ def measure(attention: str, small: bool) -> dict:
   predicted = plan.plan_stage(session, here, STAGE)
   with jax.set_mesh(session.mesh):
     params = fresh_params(session, tuple(abstract_params(session)))
-    opt_state = jax.jit(lambda p: init_opt_state(p, STAGES[STAGE]))(params)
+    laid = jax.tree.map(
+      lambda x: x.sharding, programs.abstract_state(session, STAGE).opt_state
+    )
+    start = jax.jit(
+      lambda p: init_opt_state(p, STAGES[STAGE]), out_shardings=laid
+    )
+    opt_state = start(params)
     state = TrainState(jax.numpy.int32(0), params, opt_state)
     del params, opt_state
     compiled = programs.compile_stage(session, STAGE, state, 0)
@@ -121,7 +127,7 @@ def measure(attention: str, small: bool) -> dict:
 def main(argv: list[str]) -> int:
   small = '--small' in argv
   kinds = [a.partition('=')[2] for a in argv if a.startswith('--attention=')]
-  kinds = kinds[0].split(',') if kinds else ['dense', 'blockwise']
+  kinds = kinds[0].split(',') if kinds else ['blockwise', 'dense']
   table = Table(title=f'{STAGE} on {jax.devices()[0].device_kind}')
   for name in ('attention', 'loss', 'predicted GiB', 'measured GiB', 'off',
                'step s', 'compile s', 'MFU', 'ceiling'):  # fmt: skip

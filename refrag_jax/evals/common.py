@@ -99,7 +99,7 @@ def map_batches(
   mesh = context.session.mesh
   vote = once(context, context.stop, 'vote', lambda: sharding.StopVote(mesh))
   total = len(batch['doc_B'])
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  ways = sharding.axis_size('batch', mesh)
   rows = min(rows or context.session.config.eval.batch_size, total)
   size = -(-rows // ways) * ways
   parts = []

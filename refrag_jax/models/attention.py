@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from refrag_jax import sharding
 from refrag_jax.models import layers
 
-# Lengths of blocks, for speed alone: on a CPU their logits stay in the cache,
-# on the others their products fill the matrix units.
+# Lengths of the blocks of `blockwise`, for speed alone: on a CPU their logits
+# stay in the cache, elsewhere their products fill the matrix units.
 QUERIES, KEYS = 256, 512
 NEG = -1e30
 NOWHERE = jnp.iinfo(jnp.int32).max
@@ -277,8 +277,20 @@ def splash(
   mask = masks.CausalMask(shape)
   if window:
     mask = masks.LocalMask(shape, (window - 1, 0), 0)
+  # JAX's default is LANES; MaxText's configs/base.yml has 512 for all of them.
+  size = max(n for n in (512, 256, LANES) if length % n == 0)
   attend = kernel.make_splash_mha(
     masks.MultiHeadMask([mask] * N),
+    block_sizes=kernel.BlockSizes(
+      block_q=size,
+      block_kv=size,
+      block_kv_compute=size,
+      block_q_dkv=size,
+      block_kv_dkv=size,
+      block_kv_dkv_compute=size,
+      block_q_dq=size,
+      block_kv_dq=size,
+    ),
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,

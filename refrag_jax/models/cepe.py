@@ -25,6 +25,7 @@ from refrag_jax.config import DecoderConfig, ModelConfig
 from refrag_jax.models import layers, splice
 from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoders import ENCODERS
+from refrag_jax.sharding import constrain
 
 
 class CrossAttention(nn.Module):
@@ -112,7 +113,8 @@ class Cepe(nn.Module):
     hidden_BTD, _ = self.decoder(
       self.decoder.embed(layout.token_BT), positions_BT, memory=memory
     )
-    return jnp.take_along_axis(hidden_BTD, layout.output_BO[..., None], 1)
+    hidden_BOD = jnp.take_along_axis(hidden_BTD, layout.output_BO[..., None], 1)
+    return constrain(hidden_BOD, 'batch', 'sequence', None)
 
   def head(self) -> jax.Array:
     """The output matrix, float32 (D, V)."""

@@ -10,6 +10,8 @@ width, D decoder width, X = B * C chunks folded, or any texts to encode.
 All chunks of a batch go through one encoder call.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoders import ENCODERS
 from refrag_jax.models.policy import Policy
 from refrag_jax.models.projection import ChunkProjection
-from refrag_jax.sharding import axis_size, constrain
+from refrag_jax.sharding import constrain
 
 
 class Refrag(nn.Module):
@@ -77,7 +79,6 @@ class Refrag(nn.Module):
       batch['output_BO'].shape[1],
       num_expanded,
     )
-    T += -T % axis_size('sequence')  # padding, so that it divides
     return splice.build_layout(
         batch['prefix_BQ'], batch['prefix_len_B'], chunks_BCK,
         batch['chunk_len_BC'], expand_BC, batch['output_BO'],
@@ -127,6 +128,8 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
     model.decode(batch, model.project(c_BCE), ~valid_BC, 0)
     model.head()
 
+  # How attention is computed changes no parameter, and may not work here.
+  cfg = dataclasses.replace(cfg, attention='dense')
   params = Refrag(cfg).init(key, method=touch_all)['params']
   if cfg.piece_length:  # the run has the baseline CEPE
     params |= {'cross': cepe.init_cross(cfg, key)}

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from refrag_jax.sharding import axis_size
+
 
 class Layout(NamedTuple):
   """Where each decoder position gets its input, and where outputs are read."""
@@ -38,8 +40,12 @@ class Layout(NamedTuple):
 def num_positions(
   prefix: int, chunks: int, chunk_size: int, outputs: int, expanded: int
 ) -> int:
-  """T for `expanded` expanded chunks; the last output is not an input."""
-  return prefix + (chunks - expanded) + expanded * chunk_size + outputs - 1
+  """T for `expanded` expanded chunks; the last output is not an input.
+
+  Filled up so that the devices that share a row get equal parts of it.
+  """
+  T = prefix + (chunks - expanded) + expanded * chunk_size + outputs - 1
+  return T + -T % axis_size('sequence')
 
 
 def build_layout(
