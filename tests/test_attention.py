@@ -105,7 +105,7 @@ def test_on_a_mesh_as_on_one_device(kind, shape, heads):
       put(k_BSMH, 'batch', None, 'heads', None),
       put(v_BSMH, 'batch', None, 'heads', None),
     )
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)  # 2,000 sines
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-4)  # 2,000 sines
   for a, b in zip(got_grads, want_grads, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
