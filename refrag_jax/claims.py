@@ -128,8 +128,14 @@ def preconditions(
     ]
     names = dict.fromkeys(f.dataset for part in parts for f in part.findings)
     holds = {name: all(name in of_part for of_part in passed) for name in names}
+    if not all(_tested(part) for part in parts):
+      holds = {}  # an arm is missing: nothing has failed yet
     out.append(Precondition(name, raw['says'], parts, holds))
   return out
+
+
+def _tested(part: Part) -> bool:
+  return any(f.outcome != UNTESTABLE for f in part.findings)
 
 
 def gap_closed(none, reached, *full) -> float:

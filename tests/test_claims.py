@@ -388,6 +388,9 @@ def test_preconditions_count_by_data_set():
   assert outcomes == {'d': 'holds', 'e': 'not testable'}
   (found,) = claims.preconditions(spec, records)
   assert found.holds == {'d': True, 'e': False}
+  need['test'].append({'test': 'lower', 'cells': ['a/e/x/P', 'nobody/e/y/P']})
+  (found,) = claims.preconditions(spec, records)
+  assert found.holds == {}  # nothing has failed: an arm is missing
 
 
 # --- Pairing ------------------------------------------------------------------
