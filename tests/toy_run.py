@@ -8,6 +8,7 @@ import jax
 import pytest
 import toy_config
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType
 
 from refrag_jax import config as config_lib
 from refrag_jax import metrics, sharding
@@ -45,7 +46,12 @@ def mesh(
 ) -> jax.sharding.Mesh:
   """Of the first devices; a run by itself takes all 8 of conftest.py."""
   devices = jax.devices()[: data * fsdp * tensor * sequence]
-  return sharding.make_mesh(data, fsdp, tensor, sequence, devices)
+  return jax.make_mesh(  # not sharding.make_mesh, in whose place this stands
+    (data, fsdp, tensor, sequence),
+    sharding.MESH_AXES,
+    axis_types=(AxisType.Auto,) * 4,
+    devices=devices,
+  )
 
 
 def open_session(cfg: config_lib.Config, workdir, on: jax.sharding.Mesh):
