@@ -66,6 +66,7 @@ def model_config(width: int, decoder_layers: int) -> config.ModelConfig:
     ),
     chunk_size=K,
     compute_dtype='float32',
+    attention='dense',
     remat='none',
     loss_block=0,
     piece_length=0,
