@@ -3,8 +3,9 @@
 Set `c.cluster.xla_flags` (NVIDIA) and `c.cluster.libtpu_flags` (TPU); what the
 environment variables XLA_FLAGS and LIBTPU_INIT_ARGS hold comes after it, and so
 wins. Taken over from those who measured them on such machines; not measured
-here. XLA ends a program that names a flag it does not know: those below are
-known to jaxlib 0.10.2 and libtpu 0.0.42 (tests/test_main.py, for the former).
+here. XLA ends a program that names a flag it does not know, and `--mode=plan`,
+which compiles with them, says which; jaxlib 0.10.2 and libtpu 0.0.42 know all
+of those below.
 """
 
 # NVIDIA/JAX-Toolbox, rosetta/projects/maxtext: LLaMA2-7B on DGX H100. Of its

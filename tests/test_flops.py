@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from jax._src.cudnn import fused_attention_stablehlo
 
 from configs import llama2_7b
 from refrag_jax import flops, sharding
@@ -192,3 +193,21 @@ def test_a_kernel_counts_as_often_as_it_runs():
   attend = functools.partial(attention.splash, query=None, key=None, window=0)
   forward = jax.make_jaxpr(attend)(q_BTNH, q_BTNH, q_BTNH)
   assert flops.count(forward) == 2 * 2 * B * N * T * T * H
+
+
+def test_nvidias_kernel_counts_by_its_shapes(monkeypatch):
+  """2 products forward, 5 behind; traced alone, where there is no cuDNN."""
+  monkeypatch.setattr(
+    fused_attention_stablehlo, 'check_cudnn_version', lambda: 91_000
+  )
+  B, T, N, M, H = 2, 64, 4, 2, 64
+  q_BTNH = jnp.ones((B, T, N, H), jnp.bfloat16)
+  k_BSMH = jnp.ones((B, T, M, H), jnp.bfloat16)
+
+  def f(q_BTNH, k_BSMH, v_BSMH):
+    out_BTNH = attention.cudnn(q_BTNH, k_BSMH, v_BSMH, None, None, 0)
+    return out_BTNH.astype(jnp.float32).sum()
+
+  product = 2 * B * N * T * T * H
+  assert count(f, q_BTNH, k_BSMH, k_BSMH) == 2 * product
+  assert count(jax.grad(f, (0, 1, 2)), q_BTNH, k_BSMH, k_BSMH) == 7 * product

@@ -173,13 +173,13 @@ def test_layouts_to_search(cfg):
 
 def test_layouts_are_ranked(cfg, monkeypatch):
   few = [row for row in plan.layouts(cfg, eight()) if 'model.remat=full' in row]
-  monkeypatch.setattr(plan, 'layouts', lambda config, there: few[:2])
+  monkeypatch.setattr(plan, 'layouts', lambda config, there: few[:3])
   rows = plan.search_layouts(cfg, eight(), 'cpt')
-  assert len(rows) == 2
+  assert len(rows) == 3
   times = [row['bound_step_s'] for row in rows]
   assert all(row['fits'] for row in rows) and times == sorted(times)
-  least = min(row['peak_bytes'] for row in rows)
-  small = eight(hbm=int(least / plan.USABLE) + 1)
+  middle = sorted(row['peak_bytes'] for row in rows)[1]
+  small = eight(hbm=int(middle / plan.USABLE) + 1)
   rows = plan.search_layouts(cfg, small, 'cpt')
   fits = [row['fits'] for row in rows]
   assert fits == sorted(fits, reverse=True) and not fits[-1]
@@ -289,7 +289,7 @@ def test_a_tpu_that_is_too_small_says_how_much_was_needed():
   )
 
 
-def test_a_plan_compiles_with_the_flags_of_its_run(cfg, monkeypatch):
+def test_a_plan_compiles_with_the_flags_of_its_run(cfg):
   cluster = dataclasses.replace(
     cfg.cluster,
     xla_flags=('--xla_a=true', '--xla_b=3'),

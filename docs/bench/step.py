@@ -94,10 +94,10 @@ def measure(attention: str, small: bool) -> dict:
     laid = jax.tree.map(
       lambda x: x.sharding, programs.abstract_state(session, STAGE).opt_state
     )
-    start = jax.jit(
+    init = jax.jit(
       lambda p: init_opt_state(p, STAGES[STAGE]), out_shardings=laid
     )
-    opt_state = start(params)
+    opt_state = init(params)
     state = TrainState(jax.numpy.int32(0), params, opt_state)
     del params, opt_state
     compiled = programs.compile_stage(session, STAGE, state, 0)
