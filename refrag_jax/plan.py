@@ -169,7 +169,7 @@ def plan_stage(
   bounds = {'compute': compute_s, 'hbm': hbm_s, 'network': network_s}
   bound_by = max(bounds, key=lambda name: np.nan_to_num(bounds[name]))
   bound = bounds[bound_by]
-  model = _model_flops(session, name, state, key) / devices
+  model = programs.model_flops(session, name, state, key) / devices
   return StagePlan(
     chunks=key[0],
     variant=key[1],
@@ -219,16 +219,6 @@ def _trace(session: Session, name: str, state: TrainState, key):
       'config.model.attention=cudnn cannot be planned where cuDNN is not '
       'installed: plan with blockwise, which holds as little'
     ) from None
-
-
-def _model_flops(session: Session, name: str, state, key) -> int:
-  """FLOPs of a step that recomputes nothing, and computes nothing twice."""
-  model = dataclasses.replace(
-    session.config.model, remat='none', attention='dense', loss_block=0
-  )
-  plain = session._replace(model=Refrag(model))
-  with jax.set_mesh(session.mesh):
-    return flops.count(_trace(plain, name, state, key).jaxpr)
 
 
 def _compile(

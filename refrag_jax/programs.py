@@ -5,6 +5,7 @@ apart, and a shape that nobody planned is an error instead of a recompilation.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import time
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 
 from refrag_jax import flops, sharding
 from refrag_jax.data import pipeline
+from refrag_jax.models.refrag import Refrag
 from refrag_jax.session import Session, abstract_params, with_shardings
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
@@ -25,7 +27,7 @@ class Programs(NamedTuple):
 
   compiled: dict[Any, Any]  # (chunks, variant) -> executable
   key_of_step: list[Any]
-  flops_of_step: np.ndarray  # matrix products of one step, all devices
+  flops_of_step: np.ndarray  # of the model, nothing twice; all devices
   tokens_of_step: np.ndarray  # text tokens of one step, all devices
   compile_s: float
 
@@ -50,7 +52,7 @@ def compile_stage(
     compiled = dict(
       zip(lowered, pool.map(lambda low: low.compile(), lowered.values()))
     )
-  cost = {key: flops.count(t.jaxpr) for key, t in traced.items()}
+  cost = {key: model_flops(session, name, state, key) for key in traced}
   return Programs(
     compiled,
     key_of_step,
@@ -86,6 +88,19 @@ def trace_step(
   key = jax.eval_shape(lambda: jax.random.key(0))
   rate = jax.ShapeDtypeStruct((), np.float32)
   return step.trace(state, batch, key, rate)
+
+
+def model_flops(
+  session: Session, name: str, state: TrainState, key: tuple[int, Any]
+) -> int:
+  """FLOPs of a step that recomputes nothing: what MFU is of."""
+  model = dataclasses.replace(
+    session.config.model, remat='none', attention='dense', loss_block=0
+  )
+  plain = session._replace(model=Refrag(model))
+  batch = abstract_batch(session, name, key[0])
+  with jax.set_mesh(session.mesh):
+    return flops.count(trace_step(plain, name, state, batch, key[1]).jaxpr)
 
 
 def abstract_batch(session: Session, name: str, num_chunks: int) -> dict:

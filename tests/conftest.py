@@ -1,7 +1,10 @@
 """Every test runs on 8 CPU devices, made before JAX first looks for any."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 # Also for the processes that tests start; an accelerator is not touched.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -15,6 +18,16 @@ os.environ.setdefault(
   else '--xla_backend_optimization_level=0 '
   '--xla_llvm_disable_expensive_passes=true',
 )
+# Many tests compile the same programs; one process keeps them for all.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  os.environ |= {
+    'JAX_COMPILATION_CACHE_DIR': tempfile.mkdtemp(prefix='refrag_jax_xla_'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+  }
+  atexit.register(
+    shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True
+  )
 
 import jax
 from absl import flags

@@ -10,7 +10,7 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import collectives, plan, sharding, topologies
+from refrag_jax import collectives, flops, plan, programs, sharding, topologies
 from refrag_jax.data import pipeline
 from refrag_jax.errors import UserError
 from refrag_jax.session import to_device
@@ -93,6 +93,25 @@ def test_bounds_by_hand(planned):
   steps = session.config.stage['cpt'].num_train_steps
   assert 0 < stage.bound_hours * 3600 <= steps * stage.bound_step_s * 1.0001
   assert {c['axis'] for c in stage.collectives} >= {'fsdp', 'tensor'}
+
+
+def test_model_flops_are_of_nothing_twice(cfg):
+  """However a step comes by them: the MFU of plans and of log lines."""
+  model = dataclasses.replace(
+    cfg.model, remat='full', attention='blockwise', loss_block=8
+  )
+  other = plan.open_planned(dataclasses.replace(cfg, model=model), eight())
+  session, name = plan.open_planned(cfg, eight()), 'cpt'
+  state, key = programs.abstract_state(session, name), (2, None)
+  batch = programs.abstract_batch(session, name, key[0])
+  with jax.set_mesh(session.mesh):
+    plain, heavy = (
+      flops.count(programs.trace_step(s, name, state, batch, key[1]).jaxpr)
+      for s in (session, other)
+    )
+  assert heavy > 1.1 * plain
+  assert programs.model_flops(session, name, state, key) == plain
+  assert programs.model_flops(other, name, state, key) == plain
 
 
 def test_the_time_of_the_network_by_hand():
