@@ -243,16 +243,31 @@ def _part(test: ClaimTest, needs: Sequence, bench: Bench) -> Part:
     _finding(question, cells, name, needs, bench)
     for name in records_lib.datasets(bench.records, cells)
   )
-  lacking = records_lib.lacking(bench.records, cells)
+  lacking = _lacking(bench.records, cells)
   return Part(test, *_over_domains(findings, lacking, bench.domains), findings)
 
 
+def _lacking(records: Records, cells: Sequence[str]) -> str:
+  """What a test asks for and no run has: arms to be run, or else cells."""
+  ran = {arm for _, arm in records.runs}
+  arms, missed = {}, []
+  for cell in records_lib.lacking(records, cells):
+    arm = records_lib.split(cell)[0]
+    if arm in ran:
+      missed.append(cell)
+    else:
+      arms[f'`{arm}`'] = None
+  whys = [f'not run yet: {", ".join(arms)}'] if arms else []
+  whys += [f'there is no {", no ".join(missed)}'] if missed else []
+  return ', '.join(whys)
+
+
 def _over_domains(
-  findings: Sequence[Finding], lacking: Sequence[str], needed: int
+  findings: Sequence[Finding], lacking: str, needed: int
 ) -> tuple[str, str]:
   """What a test says over all data sets, and why."""
   if lacking:
-    return UNTESTABLE, f'there is no {", no ".join(lacking)}'
+    return UNTESTABLE, lacking
   of = {}
   for f in findings:
     of.setdefault(f.outcome, []).append(f)
@@ -361,10 +376,12 @@ def _unsure(value: Estimate, rule: Rule) -> str:
 
 
 def _failed(needs: Iterable, bench: Bench, dataset: str) -> tuple[str, ...]:
-  """The preconditions of `needs` that are not met on a data set."""
+  """The preconditions of `needs` that are not met on a data set, as yet."""
   missed = []
   for need in needs:
     names = [need] if isinstance(need, str) else need
-    if not any(bench.met[n].holds.get(dataset, False) for n in names):
-      missed.append(' or '.join(names))
+    known = [bench.met[n].holds for n in names if bench.met[n].holds]
+    if not any(holds.get(dataset, False) for holds in known):
+      later = ' (not run yet)' if len(known) < len(names) else ''
+      missed.append(' or '.join(names) + later)
   return tuple(missed)

@@ -52,7 +52,7 @@ def write(
   parts = {
     'Verdicts': _summary(verdicts, records),
     'What ran': _runs(workdir, spec, records, failures),
-    'How it is decided': _rules(spec, preset),
+    'How it is decided': _rules(spec, preset, records),
     'Preconditions': _preconditions(spec, records),
     'Claims': (block for verdict in verdicts for block in _claim(verdict)),
     'Beside the paper': repro_tables.beside(spec, preset, records),
@@ -88,9 +88,11 @@ def _summary(verdicts: Sequence[Verdict], records: Records) -> Iterator:
   seeds = sorted({seed for seed, _ in records.runs})
   yield Text(
     f'{len(verdicts)} claims: {", ".join(counts)}; from {len(records.runs)} '
-    f'runs with {_plural(len(seeds), "seed")}. A contrary verdict is a result; '
-    'what decides was fixed before the runs and stands below.'
+    f'runs with {_plural(len(seeds), "seed")}. A contrary verdict is a result. '
+    'What decides was fixed before the runs and stands below; what is known to '
+    'be weak about it stands in `docs/repro.md`.'
   )
+  yield from _setting(records)
   yield Table(
     ('claim', 'says', 'paper', 'verdict', 'why'),
     [
@@ -100,13 +102,40 @@ def _summary(verdicts: Sequence[Verdict], records: Records) -> Iterator:
   )  # fmt: skip
 
 
+def _setting(records: Records) -> Iterator:
+  """What was trained, in a few numbers; nothing without its config."""
+  main = repro_tables.first_run(records, 'main')
+  if main is None or not main.config:
+    return
+  model, stage = main.config['model'], main.config['stage']
+  sizes = {
+    name: f'{name} {of["num_layers"]} layers deep and {of["width"]} wide'
+    for name, of in model.items()
+    if name in ('decoder', 'encoder')
+  }
+  lm = main.results.get('stages', {}).get('lm', {})
+  if lm.get('trainable_params'):
+    sizes['decoder'] += f' ({page.number(lm["trainable_params"])} parameters)'
+  window = stage['cpt']
+  yield Text(
+    f'In `main`: {", ".join(sizes.values())}; tokens of '
+    f'`{main.config["data"]["tokenizer"]}`; s = {window["context_length"]} '
+    f'tokens of context in chunks of k = {model["chunk_size"]}, o = '
+    f'{window["output_length"]} of output. P16 is the NLL of the first 16 '
+    'tokens of the output, in nats per token.'
+  )
+
+
 def _claim(verdict: Verdict) -> Iterator:
   yield Heading(f'{verdict.number}. {verdict.title}: {verdict.verdict}')
   yield Text(f'{verdict.sentence} ({verdict.paper}.) {_sentence(verdict.why)}')
   if verdict.failed:
+    missed = {}
+    for dataset, names in verdict.failed.items():
+      missed.setdefault(', '.join(names), []).append(dataset)
     yield Items([
-      f'{dataset} does not count: precondition {", ".join(names)}'
-      for dataset, names in verdict.failed.items()
+      f'Not counted: {", ".join(of)}: precondition {names}'
+      for names, of in missed.items()
     ])  # fmt: skip
   yield Picture(list(_forests(verdict)), _FOREST)
   decide = [part for part in verdict.parts if not part.test.also]
@@ -200,14 +229,17 @@ def _runs(workdir, spec, records: Records, failures) -> Iterator:
   path = os.path.join(workdir, 'config_repro.json')
   saved = results.read_json(path) if os.path.exists(path) else {}
   runs = list(records.runs.values())
-  yield Items([
-    f'Command: `{" ".join(command)}`'
-    for command in dict.fromkeys(
-      tuple(map(str, of['command_line']))
-      for of in (saved, *(run.saved for run in runs))
-      if of.get('command_line')
-    )
-  ])  # fmt: skip
+  commands = dict.fromkeys(
+    ' '.join(map(str, of['command_line']))
+    for of in (saved, *(run.saved for run in runs))
+    if of.get('command_line')
+  )
+  yield Table(
+    ('command',),
+    [(f'`{command}`',) for command in commands],
+    folded=f'By {_plural(len(commands), "command")}',
+    prose=(0,),
+  )
   if runs:
     versions = runs[0].results.get('versions', {})
     yield Text(
@@ -323,7 +355,7 @@ def _date(run: Run) -> str:
 # --- Rules and preconditions --------------------------------------------------
 
 
-def _rules(spec, preset) -> Iterator:
+def _rules(spec, preset, records: Records) -> Iterator:
   if not spec.get('statistics'):
     return
   rule = rule_of(spec)
@@ -336,8 +368,18 @@ def _rules(spec, preset) -> Iterator:
     f'{preset["seeds"]} seeds. “About” and “a little” are '
     f'{spec["statistics"]["margin"]:.0%} of the gap between no and full '
     f'context, trained alike. A test needs {preset["domains"]} data sets and '
-    'none that says the contrary.'
+    'none that says the contrary. An interval is one over documents, of the '
+    'mean over seeds; how much one training differs from another is in the '
+    'columns of the seeds.'
   )
+  main = repro_tables.first_run(records, 'main')
+  drawn = main and main.config.get('stage', {}).get('cpt_trained', {})
+  if drawn:
+    yield Text(
+      'Rows ending in `_trained` are of one decoder that had the further '
+      'training of `main` without compression, each step with one of these '
+      f'contexts, drawn at random: {", ".join(drawn["contexts"])}.'
+    )
   cells = filled(spec['statistics'].get('gap', ()), preset)
   yield Text(
     f'The gap, where a test names no other: `{"` − `".join(cells)}`. The '

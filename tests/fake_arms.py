@@ -233,6 +233,7 @@ def enrich(directory, arm, seed):
       'steps': 300, 'measures': 'reward' if stage == 'grpo' else 'loss',
       'heldout_before': stat(2.5), 'heldout_after': stat(1.7),
       'paired_gain': stat(0.8), 'wall_s': 321.5, 'compile_s': 4.0,
+      'trainable_params': 1_234_567,
     }
     for stage in stages
   }  # fmt: skip
@@ -269,14 +270,17 @@ def enrich(directory, arm, seed):
       'encoder': dict(num_layers=2, width=128, mlp_width=512),
       'policy': dict(num_layers=2, mlp_width=512),
       'piece_length': 128,
+      'chunk_size': 8,
     },
     'stage': {
       stage: dict(
         peak_learning_rate=rate, batch_size=128, context_length=128,
-        num_train_steps=300,
+        output_length=16, num_train_steps=300,
       )
       for stage, rate in rates.items()
-    },
+    }
+    | {'cpt_trained': {'contexts': ['none', 'full']}},
+    'data': {'tokenizer': 'bytes'},
   }  # fmt: skip
   results.write_json(directory / 'config.json', saved)
   if arm != 'main':

@@ -203,12 +203,22 @@ def test_a_missing_arm_is_named(spec):
   records = fake_arms.records_of(spec, leave_out=('k32', 'frozen'))
   verdicts = {v.number: v for v in claims.judge(spec, records)}
   assert verdicts[3].verdict == 'not testable'
-  assert verdicts[3].why == 'there is no k32/log_perplexity/refrag_k32_cpt/P16'
+  assert verdicts[3].why == 'not run yet: `k32`'
   # Of a test that decides nothing it changes nothing.
   assert verdicts[9].verdict == 'confirmed'
   (beside,) = (p for p in verdicts[9].parts if 'a frozen' in p.test.says)
   assert beside.outcome == 'not testable'
-  assert 'frozen/log_perplexity/refrag_k8_frozen/P16' in beside.why
+  assert beside.why == 'not run yet: `frozen`'
+  # A run that lacks a row is another matter.
+  for run in records.runs.values():
+    if run.arm == 'k16':
+      for table in run.evals['log_perplexity'].values():
+        del table['rows']['refrag_k16_cpt']
+  verdict = claims.judge(spec, records)[2]
+  assert verdict.why == (
+    'not run yet: `k32`, there is no k16/log_perplexity/refrag_k16_cpt/P16; '
+    'there is no k16/log_perplexity/refrag_k16_cpt/P16; not run yet: `k32`'
+  )
 
 
 def test_one_seed_of_two_is_undecided(spec):
@@ -229,7 +239,7 @@ def test_nothing_has_run(tmp_path, spec):
   records = load(tmp_path)
   assert records == Records('', '', {}, ())
   for verdict in claims.judge(spec, records):
-    assert verdict.verdict == 'not testable' and 'there is no' in verdict.why
+    assert verdict.verdict == 'not testable' and 'not run yet' in verdict.why
   assert claims.judge({}, records) == []
 
 
@@ -391,6 +401,14 @@ def test_preconditions_count_by_data_set():
   need['test'].append({'test': 'lower', 'cells': ['a/e/x/P', 'nobody/e/y/P']})
   (found,) = claims.preconditions(spec, records)
   assert found.holds == {}  # nothing has failed: an arm is missing
+  (verdict,) = claims.judge(spec, records)
+  assert verdict.verdict == 'not testable'
+  assert set(verdict.failed.values()) == {('n (not run yet)',)}
+  either = {'n': need, 'other': need | {'test': need['test'][:1]}}
+  spec = spec_of(LOWER, needs=[['n', 'other']], precondition=either)
+  (verdict,) = claims.judge(spec, records)
+  assert verdict.verdict == 'confirmed'
+  assert verdict.failed == {'e': ('n or other (not run yet)',)}
 
 
 # --- Pairing ------------------------------------------------------------------

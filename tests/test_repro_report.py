@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree
 
 import fake_arms
+import numpy as np
 import pytest
 from test_report import parsed
 
@@ -122,6 +123,12 @@ def test_verdicts_stand_first(written):
     'confirmed', 'not testable', 'contrary',
   )  # fmt: skip
   assert '8 confirmed, 1 contrary, 0 undecided, 1 not testable' in text
+  assert (
+    'In `main`: decoder 4 layers deep and 192 wide (1,234,567 parameters), '
+    'encoder 2 layers deep and 128 wide; tokens of `bytes`; s = 128 tokens of '
+    'context in chunks of k = 8, o = 16 of output.'
+  ) in sections(text)['Verdicts']
+  assert 'drawn at random: none, full.' in sections(text)['How it is decided']
 
 
 def test_what_ran_and_what_did_not(written):
@@ -222,13 +229,30 @@ def test_extra_tables(written):
   text = written[0]
   body = sections(text)['Beyond the paper']
   found = rows(body)
-  assert found[0] == ['data set', 'o1', 'o2', 'o4', 'o8', 'o16', 'n']
+  assert found[0] == [
+    'data set', 'o1', 'o2', 'o4', 'o8', 'o16', 'mean from o2 on', 'n',
+  ]  # fmt: skip
   assert found[1][0] == 'books' and found[1][-1] == '26'
   # 0.1 + 0.7 exp(-1/4) by construction; then less with each position.
   gains = [float(cell.split(' ')[0]) for cell in found[1][1:6]]
   assert gains[0] == pytest.approx(0.645, abs=0.02)
   assert gains == sorted(gains, reverse=True)
-  assert ['data set', 'd1', 'd2', 'd4', 'd8', 'd16', 'n'] in found
+  later = float(found[1][6].split(' ')[0])
+  wanted = 0.1 + 0.7 * np.exp(-np.arange(2, 17) / 4).mean()
+  assert later == pytest.approx(wanted, abs=0.02)
+  assert [
+    'data set', 'd1', 'd2', 'd4', 'd8', 'd16', 'mean from d2 on', 'n',
+  ] in found  # fmt: skip
+  # By the levels of `folder` and of the made-up arms, less k4's 1.70.
+  rate = {row[0]: row[2:] for row in found if row[1].startswith('`main/log_p')}
+  for what, wanted in (
+    ('the policy expands', -0.08),
+    ('the rule `last` expands', -0.05),
+    ('random chunks expanded', 0.0),
+    ('last tokens alone, trained alike', -0.1),
+  ):
+    value = float(rate[what][0].split(' ')[0].replace('−', '-'))
+    assert value == pytest.approx(wanted, abs=0.02)
   assert [
     'digits in 32 tokens', 'books', '0.250 ± 0.000', '0.900 ± 0.000',
     '0.010 ± 0.000', '9',
