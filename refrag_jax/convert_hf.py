@@ -31,6 +31,7 @@ from refrag_jax.sharding import path_str
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
+DTYPES = ('F64', 'F32', 'F16', 'BF16')
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.msgpack', '.h5')
 SHARD_BYTES = 1 << 30  # of a file that is written, gathered as a whole
 
@@ -63,6 +64,8 @@ class Files:
 
   def _listed(self) -> dict[str, list[str]]:
     """file: the names that it should hold; []: whatever it holds."""
+    if self._exists(SINGLE):  # as transformers does where there are both
+      return {SINGLE: []}
     index = os.path.join(self.directory, INDEX)
     if os.path.exists(index):
       files = collections.defaultdict(list)
@@ -80,8 +83,6 @@ class Files:
           f'files that its {INDEX} names: download it again'
         )
       return files
-    if self._exists(SINGLE):
-      return {SINGLE: []}
     names = sorted(os.listdir(self.directory))
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
@@ -91,7 +92,10 @@ class Files:
         'safetensors where you trust it (transformers: from_pretrained, then '
         'save_pretrained)'
       )
-    raise UserError(f'{self.directory} has no {SINGLE} and no {INDEX}')
+    raise UserError(
+      f'{self.directory} has no {SINGLE} and no {INDEX} (of hub models nothing '
+      'else is fetched: pickles can run any program when they are opened)'
+    )
 
   def _exists(self, file: str) -> bool:
     return os.path.exists(os.path.join(self.directory, file))
@@ -218,6 +222,12 @@ def _checked_names(files, family, abstract, directory) -> dict[str, str]:
     fits = len(found) == len(wanted) and all(
       w in (None, f) for f, w in zip(found, wanted)
     )
+    kind = files.slice(name_of[name]).get_dtype()
+    if kind not in DTYPES:
+      raise UserError(
+        f'{directory}: {name_of[name]} is of type {kind}, which is none of '
+        f'{", ".join(DTYPES)}: take the model before it was quantized'
+      )
     if not fits:
       raise UserError(
         f'{directory}: {name_of[name]} is {found}, but its config.json makes '

@@ -26,8 +26,9 @@ from refrag_jax.state import TrainState
 
 # Of a tokenizer's directory.
 TOKENIZER_FILES = (
-  'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json',
-  'merges.txt', 'vocab.txt', 'special_tokens_map.json', 'added_tokens.json',
+  'tokenizer.json', 'tokenizer.model', 'sentencepiece.bpe.model',
+  'tokenizer_config.json', 'vocab.json', 'merges.txt', 'vocab.txt',
+  'special_tokens_map.json', 'added_tokens.json',
 )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ class Family(NamedTuple):
   ignored: str  # regex: tensors of heads and buffers that REFRAG has no use for
 
 
-_HEADS = r'(pooler|cls|lm_head|classifier)\.|embeddings\.position_ids$'
+_HEADS = r'^(pooler|cls|lm_head|classifier)\.|^embeddings\.position_ids$'
 _INV_FREQ = r'rotary_emb\.inv_freq$'
 FAMILIES = {
   'llama': Family('decoder', 'LlamaForCausalLM', DECODER, 'model.', _INV_FREQ),
@@ -137,7 +137,7 @@ FAMILIES = {
   'xlm-roberta': Family('encoder', 'XLMRobertaModel', BERT, 'roberta.', _HEADS),
   'modernbert': Family(
     'encoder', 'ModernBertModel', MODERNBERT, 'model.',
-    r'(head|decoder|classifier)\.',
+    r'^(head|decoder|classifier)\.',
   ),
 }  # fmt: skip
 
@@ -166,23 +166,40 @@ def pooling(directory: str) -> str:
   if not os.path.exists(path):
     return 'cls'
   values = results.read_json(path)
+  # One name, or a switch for each kind; several are joined end to end.
+  found = (
+    [values['pooling_mode']]
+    if values.get('pooling_mode')
+    else [
+      key
+      for key, on in values.items()
+      if key.startswith('pooling_mode_') and on
+    ]
+  )
   kinds = {
-    'cls': values.get('pooling_mode_cls_token'),
-    'mean': values.get('pooling_mode_mean_tokens'),
-  }
-  found = [kind for kind, on in kinds.items() if on]
-  if len(found) != 1:
-    raise UserError(f'{path}: only pooling by cls or by mean is supported')
-  return found[0]
+    'cls': 'cls', 'pooling_mode_cls_token': 'cls',
+    'mean': 'mean', 'pooling_mode_mean_tokens': 'mean',
+  }  # fmt: skip
+  if len(found) != 1 or found[0] not in kinds:
+    raise UserError(
+      f'{path}: only pooling by cls or by mean is supported, not '
+      f'{" and ".join(map(str, found)) or "none"}'
+    )
+  return kinds[found[0]]
 
 
 def family_of(values: Mapping[str, Any], where: str) -> str:
   """The model_type of a config.json.
 
   Raises:
-    UserError: it is none of FAMILIES.
+    UserError: it is none of FAMILIES, or quantized.
   """
-  name = values.get('model_type')
+  name, quantized = values.get('model_type'), values.get('quantization_config')
+  if quantized:
+    raise UserError(
+      f'{where} is quantized ({quantized.get("quant_method", "?")}), which is '
+      'not supported: take the model before it was'
+    )
   if name not in FAMILIES:
     raise UserError(
       f'{where} is a model of type {name!r}, which is not supported; there '
@@ -297,9 +314,9 @@ def decoder_config(values: Mapping[str, Any], where: str) -> DecoderConfig:
 
 def _rope(values, read) -> tuple[float, dict[str, Any]]:
   """Base and scaling; transformers 5 has them in rope_parameters."""
-  inner = values.get('rope_parameters') or {}
-  theta = inner.get('rope_theta') or values.get('rope_theta') or 10_000.0
-  scaling = values.get('rope_scaling') or inner
+  # Where both are there, transformers reads the older one.
+  scaling = values.get('rope_scaling') or values.get('rope_parameters') or {}
+  theta = scaling.get('rope_theta') or values.get('rope_theta') or 10_000.0
   kind = scaling.get('rope_type') or scaling.get('type') or 'default'
   off = dict(
     rope_factor=1.0,
@@ -330,8 +347,7 @@ def _sliding_window(family: str, values, where: str) -> int:
   if not values.get('use_sliding_window') or family == 'llama':
     return 0
   layers = values['num_hidden_layers']
-  first = values.get('max_window_layers')
-  first = layers if first is None else first
+  first = values.get('max_window_layers', 28)  # as in transformers
   kinds = values.get('layer_types') or [
     'sliding_attention' if y >= first else 'full_attention'
     for y in range(layers)
@@ -341,7 +357,9 @@ def _sliding_window(family: str, values, where: str) -> int:
       f'{where}: some layers have a sliding window and others have none, '
       'which is not supported'
     )
-  return values['sliding_window'] if kinds[0] == 'sliding_attention' else 0
+  if kinds[0] == 'full_attention':
+    return 0
+  return values.get('sliding_window', 4096) or 0
 
 
 @_one_line
@@ -368,6 +386,8 @@ def encoder_config(
     return _modernbert_config(read, numbers)
   read.require('hidden_act', 'gelu')
   read.require('position_embedding_type', 'absolute')
+  read.require('is_decoder', False)
+  read.require('add_cross_attention', False)
   offset = 0 if family == 'bert' else read('pad_token_id', 1) + 1
   return EncoderConfig(
     kind='bert',
@@ -389,6 +409,11 @@ def _modernbert_config(read: _Reader, numbers) -> EncoderConfig:
   every = read('global_attn_every_n_layers', 3)
   kinds = read.values.get('layer_types')
   if kinds:
+    if len(kinds) != numbers['num_layers']:
+      raise UserError(
+        f'{read.where}: layer_types has {len(kinds)} entries for '
+        f'{numbers["num_layers"]} layers'
+      )
     whole = [i for i, kind in enumerate(kinds) if kind == 'full_attention']
     every = whole[1] - whole[0] if len(whole) > 1 else len(kinds)
     if whole != list(range(0, len(kinds), every)):
@@ -397,6 +422,12 @@ def _modernbert_config(read: _Reader, numbers) -> EncoderConfig:
         'with full attention'
       )
   ropes = read.values.get('rope_parameters') or {}
+  for scaling in (read.values.get('rope_scaling'), *ropes.values()):
+    kind = (scaling or {}).get('rope_type', 'default')
+    if kind != 'default':
+      raise UserError(
+        f'{read.where}: rotary positions scaled by {kind!r} are not supported'
+      )
   theta = lambda kind, old, default: float(
     (ropes.get(kind) or {}).get('rope_theta') or read(old, default)
   )
@@ -425,18 +456,17 @@ def decoder_json(cfg: DecoderConfig) -> dict[str, Any]:
   Raises:
     UserError: no family has all of it.
   """
-  features = {
-    'qwen3': cfg.qk_norm,
-    'qwen2': cfg.qkv_bias,
-    'mistral': bool(cfg.sliding_window),
-  }
-  found = [name for name, has in features.items() if has] or ['llama']
+  found = [
+    name
+    for name, has in {'qwen3': cfg.qk_norm, 'qwen2': cfg.qkv_bias}.items()
+    if has
+  ] or ['mistral' if cfg.sliding_window else 'llama']
   if len(found) > 1:
     raise UserError(
       'no Hugging Face family has all that this decoder has: it would have to '
       f'be {" and ".join(found)} at once'
     )
-  rope = {'rope_type': 'default', 'rope_theta': cfg.rope_theta}
+  rope, older = {'rope_type': 'default', 'rope_theta': cfg.rope_theta}, {}
   if cfg.rope_factor != 1:
     rope |= {
       'rope_type': 'llama3',
@@ -445,7 +475,10 @@ def decoder_json(cfg: DecoderConfig) -> dict[str, Any]:
       'high_freq_factor': cfg.rope_high_freq_factor,
       'original_max_position_embeddings': cfg.rope_original_length,
     }
-  return {
+    older = {'rope_scaling': rope}
+  if found[0] != 'mistral' and cfg.sliding_window:  # Qwen's switches for it
+    older |= {'use_sliding_window': True, 'max_window_layers': 0}
+  return older | {
     'architectures': [FAMILIES[found[0]].architecture],
     'model_type': found[0],
     'vocab_size': cfg.vocab_size,

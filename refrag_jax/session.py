@@ -143,6 +143,11 @@ def trained_groups(session: Session, directory: str, why: str) -> list[str]:
     pretrained.check(
       source, session.config.model, session.identity['tokenizers'], why
     )
+    for group, path in source.paths.items():
+      if not source.exported:
+        which = {'decoder': 'tokenizer', 'encoder': 'encoder_tokenizer'}[group]
+        name = getattr(session.config.data, which)
+        tokenizers.check_own(tokenizers.load(name), path, which)
     return list(source.paths)
   groups = checkpoint.require(directory, {}, why)['trained']
   identity = {part: dict(of) for part, of in session.identity.items()}

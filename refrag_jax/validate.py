@@ -374,14 +374,17 @@ def _validate_positions(name: str, config: Config) -> None:
 
 
 def _longest(name: str, config: Config) -> int:
-  """Positions of the decoder's longest sequence in a stage."""
+  """Positions of the decoder's longest sequence in a stage.
+
+  The last token of an output is predicted and not read (splice.num_positions).
+  """
   stage, data, k = config.stage[name], config.data, config.model.chunk_size
   if name in ('lm', 'mlm'):
     return stage.output_length
   if name in QUESTIONS:
     chunks = data.num_passages * data.passage_chunks
     context = {'sft': chunks, 'sft_full': chunks * k, 'sft_none': 0}[name]
-    return data.question_length + context + data.answer_length
+    return data.question_length + context + data.answer_length - 1
   chunks = stage.context_length // k
   fractions = stage.expand_fractions if name in EXPANDS else ()
   expanded = max((expanded_chunks(p, chunks) for p in fractions), default=0)
@@ -392,7 +395,8 @@ def _longest(name: str, config: Config) -> int:
     context = 0
   regenerated = name in ('reconstruct', 'cepe_warmup')
   output = stage.context_length if regenerated else stage.output_length
-  return 1 + context + output  # BOS
+  bos = 1
+  return bos + context + output - 1
 
 
 def _validate_stage(name: str, config: Config) -> None:

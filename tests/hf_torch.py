@@ -49,6 +49,9 @@ DECODERS = {
   'qwen2': (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {}),
   'qwen3': (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {}),
 }
+QWEN_WINDOW = dict(
+  use_sliding_window=True, sliding_window=5, max_window_layers=0
+)
 ENCODERS = {
   'roberta': (transformers.RobertaModel, transformers.RobertaConfig, {}),
   'xlm-roberta': (
@@ -72,8 +75,8 @@ def decoder(name: str, seed: int, **fields):
   kv_heads = int(rng.integers(1, 4))
   heads = kv_heads * int(rng.integers(1, 4))
   head_dim = 2 * int(rng.integers(2, 7))
-  if name in ('mistral', 'qwen2'):
-    pass  # these two take head_dim as well, in transformers 5
+  if name.startswith('qwen') and seed % 2:  # every second one with a window
+    fields = QWEN_WINDOW | fields
   values = dict(
     vocab_size=int(rng.integers(40, 80)),
     hidden_size=heads * int(rng.integers(3, 9)),

@@ -258,9 +258,9 @@ BAD = [
   ('stage.cpt_trained.contexts=()', ('contexts', 'last_k')),
   ('stage.cpt_trained.contexts=all', ('contexts', 'all')),
   ('stage.sft_full.contexts=last_k', ('contexts', 'last_k')),
-  # Positions: lm 128 here, reconstruct 1 + 8 + 64, sft_full 88 + 256 + 40.
+  # Positions: lm 128 here, reconstruct 1 + 8 + 63, sft_full 88 + 256 + 39.
   ('model.decoder.max_length=127', ('stage.lm', 'up to 128', 'has 127')),
-  ('model.decoder.max_length=383', ('stage.sft_full', 'up to 384')),
+  ('model.decoder.max_length=382', ('stage.sft_full', 'up to 383')),
   ('eval.num_windows=0', ('num_windows',)),
   ('eval.selectors=rll', ('selectors', 'rl')),
   ('eval.selectors=()', ('selectors', 'empty')),

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import toy
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from refrag_jax import convert_hf, hf_families, hub, pretrained, sharding
@@ -37,6 +38,7 @@ GROUPS = {
   'mistral': ('decoder', MISTRAL),
   'qwen2': ('decoder', QWEN2),
   'qwen3': ('decoder', QWEN3),
+  'qwen3_window': ('decoder', QWEN3 | MISTRAL),
   'roberta': ('encoder', {}),
   'bert': ('encoder', dict(position_offset=0)),
   'modernbert': ('encoder', MODERN),
@@ -224,6 +226,9 @@ def damaged(directory, how):
   elif how == 'shape':
     name = 'model.layers.0.self_attn.k_proj.weight'
     tensors[name] = tensors[name][:-1]
+  elif how == 'eight bits':
+    name = 'model.layers.0.self_attn.k_proj.weight'
+    tensors[name] = tensors[name].astype(np.int8)
   elif how == 'not finite':
     tensors['model.norm.weight'] = tensors['model.norm.weight'] * np.inf
   elif how == 'config':
@@ -250,6 +255,7 @@ REFUSED = {
   'left over': 'no place in this model: layers.2.mlp.up_proj.weight',
   'twice': 'has both',
   'shape': r'k_proj.weight is \(7, 16\), but its config.json makes it \(8, 16\)',
+  'eight bits': 'k_proj.weight is of type I8, which is none of F64, F32, F16',
   'not finite': 'norm.weight has values that are not finite',
   'config': r'is \(16, 24\), but its config.json makes it \(16, 23\)',
   'unknown': "a model of type 'gpt2', which is not supported",
@@ -309,6 +315,11 @@ def test_heads_and_buffers_of_encoders_are_left_alone(tmp_path):
   save_file(tensors, path)
   read = convert_hf.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
   jax.tree.map(np.testing.assert_array_equal, plain, read)
+  # An adapter is no head, though its name ends like one.
+  tensors['encoder.layer.0.adapter_pooler.weight'] = np.zeros((8, 8), 'f4')
+  save_file(tensors, path)
+  with pytest.raises(UserError, match='no place in this model: encoder.layer'):
+    convert_hf.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
 
 
 def test_the_type_of_all_tokens_is_folded_into_their_positions(tmp_path):
@@ -348,6 +359,11 @@ SCALING = dict(
     ({'rope_scaling': SCALING | {'type': 'llama3'}}, dict(rope_factor=8.0)),
     ({'rope_parameters': SCALING | {'rope_type': 'llama3', 'rope_theta': 5e5}},
      dict(rope_theta=5e5, rope_factor=8.0)),
+    ({'rope_scaling': SCALING | {'rope_type': 'llama3', 'rope_theta': 5e5}},
+     dict(rope_theta=5e5, rope_factor=8.0)),
+    ({'rope_theta': 1e6, 'rope_parameters': {'rope_theta': 5e5},
+      'rope_scaling': {'rope_type': 'default', 'rope_theta': 2e5}},
+     dict(rope_theta=2e5)),
     ({'rope_scaling': None}, dict(rope_factor=1.0)),
     ({'model_type': 'mistral'}, dict(sliding_window=4096)),
     ({'model_type': 'mistral', 'sliding_window': None}, dict(sliding_window=0)),
@@ -355,6 +371,10 @@ SCALING = dict(
      dict(sliding_window=0, qkv_bias=True)),
     ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': True,
       'max_window_layers': 0}, dict(sliding_window=8)),
+    ({'model_type': 'qwen2', 'use_sliding_window': True,
+      'max_window_layers': 0}, dict(sliding_window=4096)),
+    ({'model_type': 'qwen3', 'sliding_window': 8, 'use_sliding_window': True},
+     dict(sliding_window=0)),  # from layer 28 on, and it has four
     ({'model_type': 'qwen3', 'attention_bias': False},
      dict(qk_norm=True, head_dim=128)),
     ({'tie_word_embeddings': True}, dict(tie_embeddings=True)),
@@ -370,6 +390,9 @@ def test_decoders_of_both_layouts(values, wanted):
   [
     ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': True,
       'max_window_layers': 2}, 'some layers have a sliding window'),
+    ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': True,
+      'num_hidden_layers': 29}, 'some layers have a sliding window'),
+    ({'quantization_config': {'quant_method': 'fp8'}}, r'quantized \(fp8\)'),
     ({'attention_bias': True}, 'attention_bias True'),
     ({'mlp_bias': True}, 'mlp_bias True'),
     ({'model_type': 'roberta'}, 'which is an encoder'),
@@ -399,6 +422,55 @@ def test_modernbert_of_both_layouts():
   odd = new | {'layer_types': kinds[1:] + kinds[:1]}
   with pytest.raises(UserError, match='every n-th layer'):
     hf_families.encoder_config(odd, 'mean', 'm')
+  with pytest.raises(UserError, match='layer_types has 3 entries for 6 layers'):
+    hf_families.encoder_config(new | {'layer_types': kinds[:3]}, 'mean', 'm')
+  yarn = {'rope_type': 'yarn', 'rope_theta': 160000.0, 'factor': 2.0}
+  for scaled in (
+    old | {'rope_scaling': yarn},
+    new | {'rope_parameters': ropes | {'full_attention': yarn}},
+  ):
+    with pytest.raises(UserError, match="scaled by 'yarn' are not supported"):
+      hf_families.encoder_config(scaled, 'mean', 'm')
+
+
+def test_a_decoder_that_was_a_bert():
+  bert = dict(
+    model_type='bert', vocab_size=30, hidden_size=8, intermediate_size=12,
+    num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
+  )  # fmt: skip
+  hf_families.encoder_config(bert, 'cls', 'm')
+  for key in ('is_decoder', 'add_cross_attention'):
+    with pytest.raises(UserError, match=f'{key} True is not supported'):
+      hf_families.encoder_config(bert | {key: True}, 'cls', 'm')
+
+
+@pytest.mark.parametrize('kind', ['plain', 'qkv_bias', 'qk_norm', 'scaled'])
+@pytest.mark.parametrize('window', [0, 6])
+def test_what_transformers_reads_of_what_goes_out(kind, window):
+  """Its own reading of our config.json, old keys and new, says the same."""
+  fields = {'sliding_window': window}
+  if kind == 'scaled':
+    fields |= dict(
+      rope_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0,
+      rope_original_length=32,
+    )  # fmt: skip
+  elif kind != 'plain':
+    fields[kind] = True
+  cfg = dataclasses.replace(toy.MODEL.decoder, **fields)
+  values = hf_families.decoder_json(cfg)
+  read_back = hf_families.decoder_config(values, 'm')
+  assert dataclasses.replace(read_back, max_length=cfg.max_length) == cfg
+  theirs = transformers.AutoConfig.for_model(**values)
+  assert (getattr(theirs, 'sliding_window', None) or 0) == window
+  if kind in ('qkv_bias', 'qk_norm'):  # Qwen's layers may differ
+    wanted = 'sliding_attention' if window else 'full_attention'
+    assert set(theirs.layer_types) == {wanted}
+  assert theirs.rope_parameters['rope_theta'] == cfg.rope_theta
+  scaled = theirs.rope_parameters['rope_type'] == 'llama3'
+  assert scaled == (kind == 'scaled')
+  # transformers 4 has the scaling under its older name alone.
+  older = {k: v for k, v in values.items() if k != 'rope_parameters'}
+  assert hf_families.decoder_config(older, 'm') == read_back
 
 
 # --- Sources ------------------------------------------------------------------
@@ -410,7 +482,7 @@ def test_modernbert_of_both_layouts():
     LLAMA | {'num_attention_heads': 0},
     LLAMA | {'rope_parameters': 3},
     LLAMA | {'model_type': 'qwen2', 'use_sliding_window': True,
-             'max_window_layers': 0},
+             'max_window_layers': 'all'},
   ],
 )  # fmt: skip
 def test_nonsense_is_one_line(values):
@@ -441,9 +513,18 @@ def test_pooling_of_sentence_encoders(tmp_path):
   for mode, kind in (('cls_token', 'cls'), ('mean_tokens', 'mean')):
     (folder / 'config.json').write_text(json.dumps({f'pooling_mode_{mode}': 1}))
     assert hf_families.pooling(str(tmp_path)) == kind
-  (folder / 'config.json').write_text('{"pooling_mode_max_tokens": true}')
-  with pytest.raises(UserError, match='only pooling by cls or by mean'):
-    hf_families.pooling(str(tmp_path))
+  for kind in ('cls', 'mean'):  # newer files
+    (folder / 'config.json').write_text(json.dumps({'pooling_mode': kind}))
+    assert hf_families.pooling(str(tmp_path)) == kind
+  for values in (
+    {'pooling_mode_max_tokens': True},
+    {'pooling_mode_mean_tokens': True, 'pooling_mode_lasttoken': True},
+    {'pooling_mode': 'max'},
+    {},
+  ):
+    (folder / 'config.json').write_text(json.dumps(values))
+    with pytest.raises(UserError, match='only pooling by cls or by mean'):
+      hf_families.pooling(str(tmp_path))
 
 
 def test_a_pair_is_found_in_any_order(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 import toy_config
 import toy_run
 
@@ -22,6 +23,7 @@ from refrag_jax import (
   session,
   train,
 )
+from refrag_jax.data import tokenizers
 from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import init_params
@@ -252,6 +254,9 @@ def config_json(**values):
   return change
 
 
+words = hf_tokenizers.Tokenizer(
+  hf_tokenizers.models.WordLevel({'<unk>': 0, '</s>': 1, 'A': 2}, '<unk>')
+)
 SMALL = (
   '--config.model.chunk_size=4',
   '--config.data.max_encoder_tokens=8',
@@ -265,8 +270,10 @@ LATER = 'model-00001-of-00002.safetensors'
 BAD = {  # what happened to the decoder's directory, other flags, what is said
   'cut off': (cut, (), 'model.safetensors is damaged or cut off'),
   'a file is missing': (
-    lambda d: (d / 'model.safetensors.index.json').write_text(
-      json.dumps({'weight_map': {'x': LATER}})
+    lambda d: (
+      (d / 'model.safetensors')
+      .rename(d / 'model.safetensors.index.json')
+      .write_text(json.dumps({'weight_map': {'x': LATER}}))
     ),
     (),
     f'lacks {LATER} of the 1 files',
@@ -285,6 +292,16 @@ BAD = {  # what happened to the decoder's directory, other flags, what is said
     lambda _: None,
     ('--config.model.decoder.mlp_width=16',),
     'mlp_width is 16 in the config and 32',
+  ),
+  'quantized': (
+    config_json(quantization_config={'quant_method': 'gptq'}),
+    (),
+    'is quantized (gptq)',
+  ),
+  'another tokenizer': (
+    lambda d: (d / 'tokenizer.json').write_text(words.to_str()),
+    (),
+    "config.data.tokenizer is 'bytes', but the model in",
   ),
   'vocabulary': (
     config_json(vocab_size=100),
@@ -328,6 +345,26 @@ def test_bad_input_is_one_line(what, models, tmp_path, capsys):
   assert not {'metrics.jsonl', 'reconstruct.json', '_METADATA'} & set(there)
   for stage in ('imported', 'reconstruct'):
     assert checkpoint.latest_step(run / 'checkpoints' / stage) is None
+
+
+def test_an_export_has_its_tokenizers(cfg, models, tmp_path):
+  (tmp_path / 'words').mkdir()
+  (tmp_path / 'words' / 'tokenizer.json').write_text(words.to_str())
+  (tmp_path / 'words' / 'notes.txt').write_text('of no use to a tokenizer')
+  data = dataclasses.replace(cfg.data, tokenizer=str(tmp_path / 'words'))
+  named = dataclasses.replace(cfg, data=data)
+  target = str(tmp_path / 'imported')
+  exchange.run_import(named, str(tmp_path), both(models), target)
+  exchange.run_export(named, str(tmp_path), target, str(tmp_path / 'out'))
+  out = tmp_path / 'out' / 'decoder'
+  assert sorted(os.listdir(out)) == [
+    'config.json', 'model.safetensors', 'tokenizer.json',
+  ]  # fmt: skip
+  mark = tokenizers.load(str(tmp_path / 'words')).fingerprint
+  assert tokenizers.load(str(out)).fingerprint == mark
+  assert not list((tmp_path / 'out' / 'encoder').glob('token*'))  # bytes
+  values = json.loads((out / 'config.json').read_text())
+  assert values['eos_token_id'] == 1  # '</s>' in there
 
 
 def test_an_export_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch):

@@ -184,6 +184,71 @@ def test_unigram_pieces_of_special_tokens_are_cut(unigram):
   assert starts[-1] == len(text) - 1
 
 
+def test_other_characters_do_not_make_special_tokens(unigram, tmp_path):
+  """XLM-R's normaliser writes '</s>' for the fullwidth '＜/s＞'."""
+  core = hf_tokenizers.Tokenizer.from_file(f'{unigram}/tokenizer.json')
+  core.normalizer = normalizers.NFKC()
+  text = 'x＜/s＞y<s> ＜s＞'
+  core.encode_special_tokens = True
+  eos = core.token_to_id('</s>')
+  assert core.encode(text).ids.count(eos) == 1
+  tokenizer = tokenizers.load(
+    save(tmp_path, core, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
+  )
+  ids, starts = tokenizer.encode(text)
+  assert not {eos, tokenizer.bos_id} & set(ids.tolist())
+  assert starts[0] == 0 and (np.diff(starts) >= 0).all()
+  assert {1, 2, 3, 4, 5} <= set(starts.tolist())  # letter by letter
+
+
+@pytest.mark.parametrize('kind', ['GPT2Tokenizer', 'LlamaTokenizer'])
+def test_a_class_name_changes_no_id(kind, tmp_path):
+  """tokenizer.json says all; what such a class makes of it is another one."""
+  core = hf_tokenizers.Tokenizer(
+    models.BPE(
+      {c: i for i, c in enumerate([*'abĠ0123456789', '20', '24', '</s>'])},
+      [('2', '0'), ('2', '4')],
+    )
+  )
+  core.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  core.decoder = decoders.ByteLevel()
+  save(tmp_path, core, eos_token='</s>', unk_token='</s>')
+  path = tmp_path / 'tokenizer_config.json'
+  path.write_text(
+    json.dumps(json.loads(path.read_text()) | {'tokenizer_class': kind})
+  )
+  ids, _ = tokenizers.load(str(tmp_path)).encode('ab 2024')
+  assert ids.tolist() == core.encode('ab 2024').ids
+  assert len(ids) == 7
+
+
+def test_a_vocabulary_with_gaps(tmp_path):
+  """What counts is the largest id: the table has to have its row."""
+  core = hf_tokenizers.Tokenizer(
+    models.WordLevel({'<unk>': 0, '</s>': 1, 'far': 900}, unk_token='<unk>')
+  )
+  save(tmp_path, core, eos_token='</s>', unk_token='<unk>')
+  assert tokenizers.load(str(tmp_path)).vocab_size == 901
+
+
+def test_a_model_has_its_own_tokenizer(byte_level, word_piece, tmp_path):
+  one = tokenizers.load(byte_level)
+  tokenizers.check_own(one, str(tmp_path), 'tokenizer')  # it has none
+  tokenizers.check_own(one, byte_level, 'tokenizer')
+  core = hf_tokenizers.Tokenizer.from_file(f'{byte_level}/tokenizer.json')
+  copy = save(tmp_path, core, bos_token='</s>', eos_token='</s>')
+  assert tokenizers.load(copy).fingerprint != one.fingerprint
+  tokenizers.check_own(one, copy, 'tokenizer')  # of the same ids
+  with pytest.raises(UserError, match='was trained with other ids') as e:
+    tokenizers.check_own(one, word_piece, 'encoder_tokenizer')
+  assert f'--config.data.encoder_tokenizer={word_piece}' in str(e.value)
+
+
 def test_special_ids_and_fingerprint(byte_level, word_piece, tmp_path):
   decoder, encoder = tokenizers.load(byte_level), tokenizers.load(word_piece)
   assert (decoder.bos_id, decoder.eos_id, decoder.pad_id) == (0, 1, 2)

@@ -19,7 +19,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -79,6 +78,32 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int, which: str) -> None:
     )
 
 
+# What two tokenizers of one vocabulary agree on, whatever their files.
+_PROBE = 'A report of 2024 says: naïve models, 3.14 times.'
+
+
+def check_own(tokenizer: Tokenizer, directory: str, which: str) -> None:
+  """Refuses another tokenizer than the one that a model comes with.
+
+  Args:
+    directory: of the model; if it has no tokenizer, anything may be its own.
+    which: the config's name for `tokenizer`.
+  """
+  names = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
+  if not any(os.path.exists(os.path.join(directory, n)) for n in names):
+    return
+  own = load(directory)
+  same = tokenizer.fingerprint == own.fingerprint or np.array_equal(
+    tokenizer.encode(_PROBE)[0], own.encode(_PROBE)[0]
+  )
+  if not same:
+    raise UserError(
+      f'config.data.{which} is {tokenizer.name!r}, but the model in '
+      f'{directory} was trained with other ids, those of the tokenizer beside '
+      f'it: --config.data.{which}={directory}'
+    )
+
+
 def starts_of(offsets_N2: np.ndarray) -> np.ndarray:
   """Span starts from the (begin, end) characters that each token covers."""
   starts_N = np.zeros(len(offsets_N2), np.int32)
@@ -125,16 +150,19 @@ def _hugging_face(path: str) -> Tokenizer:
   try:
     bare = None
     there = lambda name: os.path.exists(os.path.join(path, name))
+    # Not AutoTokenizer where there is a tokenizer.json: the classes that a
+    # tokenizer_config.json names make a tokenizer of their own from its words,
+    # with other spaces and digits (transformers 5).
+    kind = transformers.PreTrainedTokenizerFast
     if not there('tokenizer.json'):
       found = vocabularies.sentencepiece(path)
       if found is not None:
         return _sentencepiece(path, *found)
       if not there('tokenizer_config.json'):  # which may say more
         bare = vocabularies.fast(path)
+      kind = transformers.AutoTokenizer
     if bare is None:
-      hf = transformers.AutoTokenizer.from_pretrained(
-        path, local_files_only=True
-      )
+      hf = kind.from_pretrained(path, local_files_only=True)
     else:
       hf = transformers.PreTrainedTokenizerFast(tokenizer_object=bare)
     if not (hf.bos_token or hf.cls_token or hf.eos_token):
@@ -172,47 +200,49 @@ def _hugging_face(path: str) -> Tokenizer:
   backend.no_truncation()
   identity = json.dumps([backend.to_str(), special], sort_keys=True)
   backend.encode_special_tokens = True  # in text they stay text
-  reserved = sorted(set(hf.all_special_ids) - {hf.unk_token_id})
-  reserved_names = [hf.convert_ids_to_tokens(i) for i in reserved]
-  # One character before the rest: cutting here leaves no special token whole.
-  cut = re.compile(
-    '|'.join(
-      f'(?<={re.escape(n[0])})(?={re.escape(n[1:])})'
-      for n in reserved_names
-      if len(n) > 1
-    )
-    or r'(?!)'
-  )
+  reserved = set(hf.all_special_ids) - {hf.unk_token_id}
 
-  def encode(text: str, encoding) -> Encoded:
-    ids_N = np.asarray(encoding.ids, np.int32)
-    offsets_N2 = np.asarray(encoding.offsets, np.int32).reshape(-1, 2)
-    if not np.isin(ids_N, reserved).any():
-      return ids_N, starts_of(offsets_N2)
-    # A unigram vocabulary holds its special tokens as ordinary pieces and
-    # matches them in spite of `encode_special_tokens`: cut them up.
+  def unreserved(text: str, encoding) -> tuple[list[int], list]:
+    """Ids and offsets without the special tokens that the text spells.
+
+    A unigram vocabulary holds them as ordinary pieces and matches them in
+    spite of `encode_special_tokens`, also where the text has other characters
+    that its normaliser makes into these. Cut behind their first character
+    they are others; one that is a single character is left out.
+    """
+    tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
+    if reserved.isdisjoint(encoding.ids):
+      return encoding.ids, encoding.offsets
+    cuts = {a + 1 for i, (a, b) in tokens if i in reserved and b - a > 1}
+    if not cuts:
+      left = [token for token in tokens if token[0] not in reserved]
+      return [i for i, _ in left], [of for _, of in left]
     ids, offsets, begin = [], [], 0
-    for end in [m.start() for m in cut.finditer(text)] + [len(text)]:
-      part = backend.encode(text[begin:end], add_special_tokens=False)
-      ids += part.ids
-      offsets += [(a + begin, b + begin) for a, b in part.offsets]
+    for end in [*sorted(cuts), len(text)]:
+      part = text[begin:end]
+      of_part = unreserved(part, backend.encode(part, add_special_tokens=False))
+      ids += of_part[0]
+      offsets += [(a + begin, b + begin) for a, b in of_part[1]]
       begin = end
-    return (
-      np.asarray(ids, np.int32),
-      starts_of(np.asarray(offsets, np.int32).reshape(-1, 2)),
-    )
+    return ids, offsets
 
   def encode_batch(texts: Sequence[str]) -> list[Encoded]:
     texts = [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
     encodings = backend.encode_batch(texts, add_special_tokens=False)
-    return [encode(t, e) for t, e in zip(texts, encodings, strict=True)]
+    return [
+      (
+        np.asarray(ids, np.int32),
+        starts_of(np.asarray(offsets, np.int32).reshape(-1, 2)),
+      )
+      for ids, offsets in map(unreserved, texts, encodings)
+    ]
 
   def decode(ids: Sequence[int]) -> str:
     return hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
   return Tokenizer(
     name=path,
-    vocab_size=len(hf),
+    vocab_size=1 + max(hf.get_vocab().values()),  # there may be gaps
     # Not in `identity`: it tells no text's ids, and not every one has a mask.
     mask_id=first('mask', 'unk', 'pad', 'eos', 'sep', 'cls', 'bos'),
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
