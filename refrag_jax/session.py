@@ -197,9 +197,24 @@ def with_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def to_device(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict:
-  """This process's rows of a batch, as global arrays over the mesh."""
-  rows = sharding.batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(rows, values)
-    for name, values in batch.items()
-  }
+  """This process's rows of a batch, as global arrays over the mesh.
+
+  Args:
+    batch: the rows of `sharding.local_rows`, in that order.
+  """
+  layout = sharding.batch_sharding(mesh)
+  ways = sharding.axis_size('batch', mesh)
+  mine = sharding.local_rows(mesh, ways)  # the parts of a batch that are here
+
+  def whole(values: np.ndarray) -> jax.Array:
+    size = len(values) // len(mine)  # rows of a part
+    shape = (ways * size, *values.shape[1:])
+
+    def part(index):
+      first, last, _ = index[0].indices(shape[0])
+      at = size * int(np.searchsorted(mine, first // size))
+      return values[at : at + last - first]
+
+    return jax.make_array_from_callback(shape, layout, part)
+
+  return {name: whole(values) for name, values in batch.items()}

@@ -193,6 +193,18 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, to_spec(('batch',)))
 
 
+def local_rows(mesh: jax.sharding.Mesh, rows: int) -> np.ndarray:
+  """Which of a batch's rows this process's devices hold, ascending.
+
+  Where other axes than those of the batch lie across processes, several of
+  them hold the same rows.
+  """
+  where = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+  return np.unique(
+    np.concatenate([np.arange(rows)[index] for index in where.values()])
+  )
+
+
 def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """The same whole arrays on every device."""
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
@@ -206,30 +218,32 @@ def fetch(x: jax.Array) -> np.ndarray:
   return np.asarray(x)
 
 
-class StopVote:
-  """Whether any process was asked to stop; all get the same answer.
+class Vote:
+  """Whether any process says yes; all get the same answers.
 
   A signal reaches the processes at different steps, and one that stops alone
   leaves the others waiting for it. So each one says at every step whether it
   was asked, and hears one call later, without waiting, whether anybody was.
+  Clocks differ as well: what is due by the time is put to the vote too.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh):
     self._mesh, self._before = mesh, None
     self._each = NamedSharding(mesh, PartitionSpec(MESH_AXES))
     whole = NamedSharding(mesh, PartitionSpec())
-    self._any = jax.jit(lambda asked: asked.any(), out_shardings=whole)
+    self._any = jax.jit(lambda said: said.any(0), out_shardings=whole)
 
-  def __call__(self, asked: bool) -> bool:
-    """Of one process its own answer at once."""
+  def __call__(self, *said: bool) -> tuple[bool, ...]:
+    """An answer to each question; of one process its own at once."""
     if jax.process_count() == 1:
-      return asked
-    answer = self._before is not None and bool(self._before)
-    mine = np.full(len(self._mesh.local_devices), asked)
+      return said
+    before, devices = self._before, len(self._mesh.local_devices)
+    answer = (False,) * len(said) if before is None else before
+    mine = np.tile(np.array(said), (devices, 1))
     self._before = self._any(
       jax.make_array_from_process_local_data(self._each, mine)
     )
-    return answer
+    return tuple(map(bool, np.asarray(answer)))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -174,14 +174,14 @@ def train_stage(
       name, cfg.num_train_steps, start,
       compiled.tokens_of_step, compiled.flops_of_step, peak,
   )  # fmt: skip
-  vote = sharding.StopVote(session.mesh)
+  vote = sharding.Vote(session.mesh)
+  rows = sharding.local_rows(session.mesh, cfg.batch_size)
   pending = after_B = None
   saved = start or None
   saved_at = training_since = time.monotonic()
   with progress, contextlib.closing(manager):
     for step, batch in pipeline.train_batches(
-        config, name, session.corpus, start,
-        jax.process_index(), jax.process_count(),
+        config, name, session.corpus, start, rows
     ):  # fmt: skip
       watchdog.phase(f'{name}, step {step + 1} and the batch after it')
       rate = optimizer.learning_rate(
@@ -197,13 +197,12 @@ def train_stage(
       check_finite(pending, name, saved)
       pending = (step, batch, metrics)
       done = step + 1
-      last, asked = done == cfg.num_train_steps, vote(stop.is_set())
+      last = done == cfg.num_train_steps
+      overdue = time.monotonic() - saved_at > config.checkpoint_every_seconds
+      asked, late = vote(stop.is_set(), overdue)
+      late &= saved != step  # else that was asked before the save just made
       evals = _due(done, config.eval_every_steps)
       saves = last or asked or _due(done, config.checkpoint_every_steps)
-      # By the clock only where no other process could read it otherwise.
-      late = jax.process_count() == 1 and (
-        time.monotonic() - saved_at > config.checkpoint_every_seconds
-      )
       if last or asked or _due(done, config.log_every_steps):
         check_finite(pending, name, saved)
         shown = {k: sharding.fetch(value) for k, value in metrics.items()}
@@ -227,8 +226,8 @@ def train_stage(
       if _due(done, every) or (last and every >= 0):
         watchdog.phase(f'{name}, samples at step {done}')
         with progress.excluded('samples'):
-          rows = samples.rows(session, name, state.params, heldout.batch)
-        writer.samples(name, done, rows)
+          texts = samples.rows(session, name, state.params, heldout.batch)
+        writer.samples(name, done, texts)
       if saves or late:
         meta['wall_s'] = wall_before + time.monotonic() - clock
         watchdog.phase(f'{name}, checkpoint at step {done}')

@@ -5,8 +5,12 @@ Dimension key: B batch, O output slots, D width, V vocabulary.
 
 import dataclasses
 import functools
+import os
 import pathlib
 import re
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import llama2_7b, repro, tiny
 from refrag_jax import config, losses, sharding
+from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import init_params
 from refrag_jax.session import with_shardings
@@ -240,6 +245,65 @@ def test_across_slices_lies_data_alone():
   assert slices == [{0}, {0}, {1}, {1}]
   with pytest.raises(UserError, match='data=1 does not divide over the 2 sl'):
     sharding.make_mesh(1, 8, 2, 1, devices=devices)
+
+
+OF_TWO = """
+from refrag_jax import environment
+environment.join_cluster(60, 30)
+import jax
+import numpy as np
+from refrag_jax import sharding
+from refrag_jax.session import to_device
+
+first, out = jax.process_index() == 0, []
+for shape in (
+  (4, 1, 1, 1), (2, 1, 2, 1), (1, 2, 1, 2), (1, 1, 2, 2), (1, 1, 4, 1)
+):
+  mesh = sharding.make_mesh(*shape)
+  rows = sharding.local_rows(mesh, 8)
+  batch = to_device({'x_BT': rows[:, None] + np.arange(3), 'y_B': rows}, mesh)
+  whole_BT, whole_B = map(sharding.fetch, batch.values())
+  np.testing.assert_array_equal(whole_B, np.arange(8))
+  np.testing.assert_array_equal(whole_BT - whole_B[:, None], [[0, 1, 2]] * 8)
+  out.append(len(rows))
+# Rows of one device that lie apart, as a mesh may place them.
+devices = np.array(jax.devices())[[0, 2, 1, 3]].reshape(4, 1, 1, 1)
+mesh = jax.sharding.Mesh(devices, sharding.MESH_AXES)
+rows = sharding.local_rows(mesh, 8)
+assert rows.tolist() == ([0, 1, 4, 5] if first else [2, 3, 6, 7])
+whole_B = sharding.fetch(to_device({'y_B': rows}, mesh)['y_B'])
+np.testing.assert_array_equal(whole_B, np.arange(8))
+vote = sharding.Vote(mesh)
+for said in ((not first, False), (False, first), (False, False), (False, False)):
+  out += map(int, vote(*said))
+print('found', *out)
+"""
+
+
+def test_rows_and_votes_of_two_processes():
+  """Tensor and sequence may lie across them: then both hold the same rows."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+  common = os.environ | {
+    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+    'REFRAG_NUM_PROCESSES': '2',
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': '2',
+  }
+  both = [
+    subprocess.Popen(
+      [sys.executable, '-c', OF_TWO],
+      env=common | {'REFRAG_PROCESS_ID': str(rank)},
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for rank in range(2)
+  ]
+  outputs = [p.communicate(timeout=300)[0].splitlines()[-1] for p in both]
+  # What each was asked is heard of by both, one call later.
+  assert outputs == ['found 4 4 4 8 8 0 0 1 0 0 1 0 0'] * 2
 
 
 def test_checksums_see_a_bit_and_no_layout():

@@ -13,7 +13,15 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import checkpoint, optimizer, programs, results, samples, train
+from refrag_jax import (
+  checkpoint,
+  optimizer,
+  programs,
+  results,
+  samples,
+  sharding,
+  train,
+)
 from refrag_jax.environment import ROOT
 from refrag_jax.errors import NonFinite, Stopped, UserError
 from refrag_jax.stages import STAGES
@@ -121,6 +129,45 @@ def test_a_stopped_stage_ends_where_the_whole_one_ends(
       toy_run.train(session, name, stop, str(tmp_path))
   toy_run.train(session, name, workdir=str(tmp_path))
   assert_same_run(session, tmp_path, reference, name, stops)
+
+
+class LateVote(sharding.Vote):
+  """One process that hears its answers a call later, as several do."""
+
+  heard = (False, False)
+
+  def __call__(self, *said):
+    heard, self.heard = self.heard, said
+    return heard
+
+
+@pytest.mark.parametrize(
+  ('vote', 'seconds', 'steps'),
+  [
+    (sharding.Vote, 1e9, [6]),
+    (LateVote, 1e9, [6]),
+    # Due at each step: one is left out behind a save, as what was said before
+    # it was said of the time before.
+    (sharding.Vote, 0.0, [1, 3, 5, 6]),
+    (LateVote, 0.0, [2, 4, 6]),
+  ],
+)
+def test_checkpoints_by_the_clock(
+  session, tmp_path, monkeypatch, vote, seconds, steps
+):
+  saved, save = [], checkpoint.save
+  monkeypatch.setattr(sharding, 'Vote', vote)
+  monkeypatch.setattr(
+    checkpoint, 'save',
+    lambda manager, step, *rest: (
+      saved.append(step), save(manager, step, *rest)
+    ),
+  )  # fmt: skip
+  cfg = toy_run.replaced(
+    session.config, checkpoint_every_seconds=seconds, checkpoint_every_steps=0
+  )
+  toy_run.train(session._replace(config=cfg), 'lm', workdir=str(tmp_path))
+  assert saved == steps
 
 
 def test_a_stop_during_the_last_step_ends_the_stage(session, whole, tmp_path):

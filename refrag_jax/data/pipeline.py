@@ -144,17 +144,19 @@ def train_batches(
   stage_name: str,
   corpus: corpus_lib.Corpus,
   start_step: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: np.ndarray | None = None,
 ) -> Iterator[tuple[int, Batch]]:
-  """Yields (step, this process's rows) from `start_step` to the last step.
+  """Yields (step, rows of its batch) from `start_step` to the last step.
 
   Read ahead by grain in two threads: numpy and the tokenizers let go of the
   interpreter lock, and worker processes would need flags parsed and memory of
   their own.
+
+  Args:
+    rows: which of a batch's rows; None: all.
   """
   stage = config.stage[stage_name]
-  rows = np.split(np.arange(stage.batch_size), process_count)[process_index]
+  rows = np.arange(stage.batch_size) if rows is None else rows
   source = _Steps(
     sampler(config, stage_name, corpus), rows, stage.num_train_steps
   )

@@ -97,14 +97,14 @@ def map_batches(
     Stopped: asked to stop; evals start over, they keep no state.
   """
   mesh = context.session.mesh
-  vote = once(context, context.stop, 'vote', lambda: sharding.StopVote(mesh))
+  vote = once(context, context.stop, 'vote', lambda: sharding.Vote(mesh))
   total = len(batch['doc_B'])
   ways = sharding.axis_size('batch', mesh)
   rows = min(rows or context.session.config.eval.batch_size, total)
   size = -(-rows // ways) * ways
   parts = []
   for first in range(0, total, size):
-    if vote(context.stop.is_set()):
+    if any(vote(context.stop.is_set())):
       raise Stopped(
         'stopped during the evals; the same command starts them again'
       )
