@@ -51,7 +51,7 @@ def train_step(
   A = cfg.accumulation_steps
   pieces = jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), batch)
   prepared = jax.lax.stop_gradient(
-    _map(
+    map_pieces(
       lambda args: stage.prepare(
         model, state.params, args[0], args[1], variant, cfg
       ),
@@ -95,8 +95,8 @@ def train_step(
   return new_state, metrics
 
 
-def _map(f, xs):
-  """lax.map over the A pieces; a plain call for one (no loop in the HLO)."""
+def map_pieces(f, xs):
+  """lax.map over pieces of a batch; a plain call for one, without a loop."""
   if jax.tree.leaves(xs)[0].shape[0] == 1:
     y = f(jax.tree.map(lambda x: x[0], xs))
     return jax.tree.map(lambda y: y[None], y)

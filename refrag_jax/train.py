@@ -53,7 +53,7 @@ from refrag_jax.session import (
 from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES, Stage
 from refrag_jax.state import TrainState
-from refrag_jax.step import init_opt_state
+from refrag_jax.step import init_opt_state, map_pieces
 
 HELDOUT_ROWS = 256  # rows of the one fixed held-out batch of a stage
 # What of config.data the batches of `sft` and its twins depend on.
@@ -262,7 +262,9 @@ class Heldout(NamedTuple):
 def fixed_heldout(session: Session, name: str) -> Heldout:
   """The batch that a stage is measured on before, during and after.
 
-  Where its steps come in variants, the measure is the mean over them.
+  Where its steps come in variants, the measure is the mean over them. It runs
+  in pieces of as many rows as a step holds at once, so that it needs no more
+  memory than the step does.
   """
   cfg, stage = session.config.stage[name], STAGES[name]
   batch = pipeline.heldout_batch(
@@ -276,19 +278,32 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
       f'fewer than the {ways} devices; raise data.heldout_fraction'
     )
   batch = {key: value[:rows] for key, value in batch.items()}
+  size = min(cfg.batch_size // cfg.accumulation_steps, rows)  # of a piece
+  number = -(-rows // size)
+  # The last piece is filled up, and what is too much is cut off again.
+  index = np.minimum(np.arange(number * size), rows - 1).reshape(number, size)
   chunks = batch['chunks_BCK'].shape[1] if 'chunks_BCK' in batch else 0
   variants = stage.variants(cfg, chunks)
   key = jax.random.key(session.config.seed)
+  keys = jax.random.split(key, number) if number > 1 else key[None]
 
   @jax.jit
-  def measure(params, batch):
-    return sum(
-      stage.evaluate(session.model, params, batch, key, variant, cfg)
-      for variant in variants
-    ) / len(variants)
+  def measure(params, pieces):
+    def of_piece(args):
+      piece, key = args
+      return sum(
+        stage.evaluate(session.model, params, piece, key, variant, cfg)
+        for variant in variants
+      ) / len(variants)
 
-  whole = sharding.replicate(batch, session.mesh)
-  return Heldout(batch, lambda params: sharding.fetch(measure(params, whole)))
+    return map_pieces(of_piece, (pieces, keys)).reshape(-1)
+
+  pieces = sharding.replicate(
+    {key: value[index] for key, value in batch.items()}, session.mesh
+  )
+  return Heldout(
+    batch, lambda params: sharding.fetch(measure(params, pieces))[:rows]
+  )
 
 
 def start_state(

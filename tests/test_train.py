@@ -131,6 +131,39 @@ def test_a_stopped_stage_ends_where_the_whole_one_ends(
   assert_same_run(session, tmp_path, reference, name, stops)
 
 
+@pytest.mark.parametrize('accumulation_steps', [1, 4])
+def test_the_held_out_measure_is_in_pieces_of_a_step(
+  session, monkeypatch, accumulation_steps
+):
+  """So a step that fits into memory comes with a measure that does."""
+  cfg = session.config.stage['cpt']
+  size = cfg.batch_size // accumulation_steps
+  stage = dataclasses.replace(cfg, accumulation_steps=accumulation_steps)
+  config = toy_run.replaced(
+    session.config, stage=session.config.stage | {'cpt': stage}
+  )
+  evaluate, seen = STAGES['cpt'].evaluate, []
+
+  def watched(model, params, batch, *rest):
+    seen.append(len(batch['doc_B']))
+    return evaluate(model, params, batch, *rest)
+
+  watched_stage = STAGES['cpt']._replace(evaluate=watched)
+  monkeypatch.setitem(train.STAGES, 'cpt', watched_stage)
+  monkeypatch.setattr(train, 'HELDOUT_ROWS', 2 * size + 3)
+  params = toy_run.fresh_params(session)
+  with jax.set_mesh(session.mesh):
+    heldout = train.fixed_heldout(session._replace(config=config), 'cpt')
+    found_B = heldout.measure(params)
+    whole_B = jax.jit(
+      lambda batch: evaluate(session.model, params, batch, None, None, cfg)
+    )(heldout.batch)
+  rows = len(heldout.batch['doc_B'])
+  assert seen == [size] and rows % size and found_B.shape == (rows,)
+  np.testing.assert_allclose(found_B, whole_B, rtol=2e-6)
+  assert len(set(found_B.tolist())) == rows
+
+
 class LateVote(sharding.Vote):
   """One process that hears its answers a call later, as several do."""
 
