@@ -18,8 +18,9 @@ cd "${SLURM_SUBMIT_DIR:?is set by sbatch: sbatch launch/slurm.sh ARGS}" || exit 
 launch/run.sh --help >/dev/null || exit 2  # .venv once, before the ranks
 # All cards of a node are visible to each rank (not --gpus-per-task, which hides
 # those that NCCL needs); JAX takes the one of SLURM_LOCALID. When a rank ends,
-# the others have ten minutes to end as well.
-srun --wait=600 launch/run.sh "$@"
+# the others have ten minutes to end as well. srun does not take the cores of a
+# rank from sbatch's line, and would bind it to one (since Slurm 22.05).
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=600 launch/run.sh "$@"
 code=$?
 [ "$code" -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
 exit "$code"

@@ -14,9 +14,18 @@ case ${1:-} in
     : "${REPOSITORY:?set REPOSITORY to the URL to clone this project from}"
     gcloud_tpu queued-resources create "$NAME" --node-id="$NAME" \
       --accelerator-type="$TYPE" --runtime-version="$VERSION" --spot || exit
-    until gcloud_tpu queued-resources describe "$NAME" --format='value(state.state)' |
-      grep -q ACTIVE; do sleep 30; done
-    everywhere "git clone '$REPOSITORY' refrag_jax"
+    while :; do
+      state=$(gcloud_tpu queued-resources describe "$NAME" --format='value(state.state)')
+      case $state in
+        ACTIVE) break ;;
+        FAILED | SUSPENDED | DELETING) echo "$NAME: $state" >&2; exit 1 ;;
+      esac
+      sleep 30
+    done
+    # The images have Python 3.10.
+    everywhere "sudo apt-get -qq update; \
+      sudo apt-get -qq install -y python3.11 python3.11-venv; \
+      git clone '$REPOSITORY' refrag_jax"
     ;;
   run)
     shift

@@ -48,6 +48,7 @@ LATER = {
   'serve': 'answer over HTTP',
   'bench': 'measure latency',
 }
+ALONE = ('data', 'plan')  # need no other process of a cluster
 # Flags of one's own, handed over in this order.
 FLAGS = {
   'import': ('from', 'to'),
@@ -107,7 +108,7 @@ def _dispatch(argv: list[str]) -> int | None:
       cluster.xla_flags,
       cluster.libtpu_flags,
     )
-    if environment.join_cluster(
+    if command.mode in ALONE or environment.join_cluster(
       cluster.join_seconds, cluster.heartbeat_seconds
     ):
       cli.announce(loaded, workdir)

@@ -163,8 +163,10 @@ def plan_stage(
   )
   per_device = cost[key] / devices
   compute_s = per_device / there.chip.flops
-  # Everything that stays between steps is read and written once at least.
-  hbm_s = 2 * memory['argument_bytes'] / there.chip.hbm_rate
+  # What is trained is read and written once at least, with its moments. Of
+  # the rest a stage may read a part only.
+  changing = device_bytes((trainable, state.opt_state))
+  hbm_s = 2 * changing / there.chip.hbm_rate
   network_s = network_seconds(sent, session.mesh, there)
   bounds = {'compute': compute_s, 'hbm': hbm_s, 'network': network_s}
   bound_by = max(bounds, key=lambda name: np.nan_to_num(bounds[name]))
@@ -199,9 +201,12 @@ def plan_stage(
     bound_by=bound_by,
     tokens_per_s=programs.text_tokens(batch) / bound,
     mfu_ceiling=model / there.chip.flops / bound,
-    # Shorter steps by their arithmetic; parameters travel at each of them.
+    # Shorter steps by their arithmetic; what they send is not known.
     bound_hours=sum(
-      count * max(cost[k] / devices / there.chip.flops, hbm_s, network_s)
+      count
+      * (
+        bound if k == key else max(cost[k] / devices / there.chip.flops, hbm_s)
+      )
       for k, count in counts.items()
     )
     / 3600,
@@ -275,22 +280,33 @@ def network_seconds(sent, mesh, there: topologies.Topology) -> float:
     if c.op == 'send':  # to other slices, all of it
       far += c.sent / there.chip.far_rate
       continue
-    hosts, members = spread(c.axes, mesh, there.near)
+    hosts, members = spread(c, mesh, there.near)
     if members > 1:
       near += c.sent / there.chip.near_rate
     if hosts > 1:
-      outside = (hosts - 1) / hosts / members
-      far += c.passed * outside / there.chip.far_rate
+      outside = (hosts - 1) / hosts
+      if c.op in ('all-to-all', 'ragged-all-to-all'):
+        cards = 1  # each device has other bytes for the other hosts
+      elif c.op == 'collective-permute':
+        outside = cards = 1  # somebody's partner is on another one
+      else:
+        cards = members
+      far += c.passed * outside / cards / there.chip.far_rate
   return max(near, far)
 
 
-def spread(axes: tuple[str, ...], mesh, near: int) -> tuple[int, int]:
-  """Hosts over which a group along these axes lies, and its devices on each."""
-  shape = mesh.devices.shape
+def spread(sent: collectives.Collective, mesh, near: int) -> tuple[int, int]:
+  """Hosts over which a collective's group lies, and its devices on each.
+
+  A group that is no axes of the mesh may lie anywhere: then as near together
+  as can be.
+  """
+  if not sent.axes:
+    hosts = -(-sent.group // near)
+    return hosts, sent.group // hosts
+  axes, shape = sent.axes, mesh.devices.shape
   index = np.arange(math.prod(shape)).reshape(shape)
-  picked = tuple(
-    slice(None) if name in axes or not axes else 0 for name in mesh.axis_names
-  )
+  picked = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
   hosts = np.unique(np.asarray(index[picked]).ravel() // near)
   return len(hosts), max(1, np.asarray(index[picked]).size // len(hosts))
 

@@ -139,8 +139,9 @@ def times(plan: dict[str, Any]) -> str:
     head,
     rows,
     'What a step cannot be quicker than; bold is what binds. FLOPs are those '
-    'of a device, attention counted dense. MFU counts no recomputation, and '
-    'tokens are those of the text, compressed or not.',
+    'of a device, attention counted dense, of which fused kernels skip up to '
+    'half. MFU counts no recomputation, and tokens are those of the text, '
+    'compressed or not.',
   )
 
 

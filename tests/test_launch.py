@@ -59,11 +59,14 @@ QUOTED = r'--config=a.py --config.data.text=two\ words.txt'
 def test_slurm_requeues_what_was_stopped(run, tmp_path, code, again):
   returned, lines, _ = run(
     'slurm.sh', *ARGUMENTS, SLURM_JOB_ID='7', SLURM_SUBMIT_DIR=str(tmp_path),
+    SLURM_CPUS_PER_TASK='12',
     tools={'srun': f'exit {code}', 'scontrol': 'exit 0'},
   )  # fmt: skip
   assert returned == code
   assert lines[0] == 'run.sh --help'  # .venv before the ranks
-  assert lines[1] == f'srun --wait=600 launch/run.sh {QUOTED}'
+  assert lines[1] == (
+    f'srun --cpus-per-task=12 --wait=600 launch/run.sh {QUOTED}'
+  )
   assert lines[2:] == ['scontrol requeue 7'] * again
 
 
@@ -115,6 +118,12 @@ def test_a_tpu_is_asked_for_and_given_back(run):
   assert returned == 0
   assert 'queued-resources create refrag' in lines[0]
   assert 'git' in lines[-1] and 'clone' in lines[-1]
+  assert 'python3.11-venv' in lines[-1]  # the image has 3.10
+  failed = 'case "$*" in *describe*) echo FAILED;; esac'
+  returned, _, err = run(
+    'tpu_vm.sh', 'create', REPOSITORY='https://x/y', tools={'gcloud': failed}
+  )
+  assert returned == 1 and 'FAILED' in err  # and does not wait for ever
   returned, lines, _ = run('tpu_vm.sh', 'delete', tools={'gcloud': ''})
   assert returned == 0 and 'queued-resources delete refrag' in lines[-1]
   returned, _, err = run('tpu_vm.sh', 'create', tools={'gcloud': ''})
@@ -148,6 +157,8 @@ def test_skypilot_starts_one_process_a_host():
   out = subprocess.run(
     ['bash', '-c', shown], env=environment, capture_output=True, text=True
   ).stdout
+  recovery = task['resources']['job_recovery']
+  assert recovery['recover_on_exit_codes'] == [75]
   for line in (
     'JAX_COORDINATOR_ADDRESS=10.0.0.1:8476',
     'REFRAG_NUM_PROCESSES=2',

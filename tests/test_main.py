@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -238,6 +239,20 @@ def test_this_jaxlib_knows_the_flags():
   )
   assert run(' '.join(xla_flags.H100)) == 0
   assert run('--xla_gpu_no_such_flag=true') != 0
+
+
+@pytest.mark.parametrize(('mode', 'joins'), [('train', 1), ('plan', 0)])
+def test_who_waits_for_the_other_processes(mode, joins, monkeypatch, tmp_path):
+  """On one host of a TPU pod a plan would wait for the others in vain."""
+  called, stub = [], types.ModuleType('stub')
+  stub.run = lambda *_: 0
+  monkeypatch.setitem(sys.modules, 'stub', stub)
+  monkeypatch.setitem(main.MODES, mode, ('stub', 'run', ''))
+  monkeypatch.setattr(
+    environment, 'join_cluster', lambda *args: called.append(args) or True
+  )
+  assert main.main([TINY, f'--mode={mode}', f'--workdir={tmp_path}']) == 0
+  assert len(called) == joins
 
 
 def test_two_processes_find_each_other(tmp_path):

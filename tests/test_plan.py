@@ -83,7 +83,9 @@ def test_bounds_by_hand(planned):
   session, stage = planned
   assert stage.chunks == max(session.config.stage['cpt'].factors[:3])
   assert stage.compute_s == stage.flops / 1e12
-  assert stage.hbm_s == 2 * stage.argument_bytes / 1e9
+  changing = stage.optimizer_bytes + stage.gradient_bytes
+  assert stage.hbm_s == 2 * changing / 1e9  # float32: gradients as parameters
+  assert changing < stage.argument_bytes
   times = {k: getattr(stage, f'{k}_s') for k in ('compute', 'hbm', 'network')}
   assert stage.bound_step_s == max(times.values()) == times[stage.bound_by]
   assert stage.mfu_ceiling == pytest.approx(
@@ -117,12 +119,15 @@ def test_model_flops_are_of_nothing_twice(cfg):
 def test_the_time_of_the_network_by_hand():
   """Two hosts of four; data lies over the hosts, the others within."""
   there, mesh = eight(), toy_run.mesh(2, 2, 2)
-  spread = lambda *axes: plan.spread(axes, mesh, there.near)
+  spread = lambda *axes, group=0: plan.spread(
+    collectives.Collective('all-gather', axes, group, 1, 1), mesh, there.near
+  )
   assert spread('fsdp') == spread('tensor') == (1, 2)
   assert spread('fsdp', 'tensor') == (1, 4)
   assert spread('data') == (2, 1)
   assert spread('data', 'fsdp') == (2, 2)
-  assert spread() == (2, 4)
+  assert spread(group=8) == (2, 4)  # no axes of the mesh
+  assert spread(group=4) == (1, 4)
   of = lambda *sent: plan.network_seconds(
     [collectives.Collective(*c) for c in sent], mesh, there
   )
@@ -135,6 +140,12 @@ def test_the_time_of_the_network_by_hand():
   # Four devices on two hosts: half comes from outside, through two cards.
   both = ('all-gather', ('data', 'fsdp'), 4, 1000, 1)
   assert of(both) == pytest.approx(1000 / 2 / 2 / 1e7)
+  # Each device has a quarter for each of the four: half of it goes outside,
+  # through its own card. And a ring has two that are neighbours across.
+  swap = ('all-to-all', ('data', 'fsdp'), 4, 1000, 1)
+  assert of(swap) == pytest.approx(500 / 1e7)
+  ring = ('collective-permute', ('data', 'fsdp'), 4, 1000, 1)
+  assert of(ring) == pytest.approx(1000 / 1e7)
   # What a TPU gives its host for the other slices leaves whole.
   assert of(('send', ('data',), 2, 1000, 3)) == pytest.approx(3000 / 1e7)
 
