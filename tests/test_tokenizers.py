@@ -244,6 +244,9 @@ def test_a_model_has_its_own_tokenizer(byte_level, word_piece, tmp_path):
   copy = save(tmp_path, core, bos_token='</s>', eos_token='</s>')
   assert tokenizers.load(copy).fingerprint != one.fingerprint
   tokenizers.check_own(one, copy, 'tokenizer')  # of the same ids
+  (tmp_path / 'broken').mkdir()
+  (tmp_path / 'broken' / 'vocab.txt').write_text('')
+  tokenizers.check_own(one, str(tmp_path / 'broken'), 'tokenizer')
   with pytest.raises(UserError, match='was trained with other ids') as e:
     tokenizers.check_own(one, word_piece, 'encoder_tokenizer')
   assert f'--config.data.encoder_tokenizer={word_piece}' in str(e.value)

@@ -92,7 +92,10 @@ def check_own(tokenizer: Tokenizer, directory: str, which: str) -> None:
   names = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
   if not any(os.path.exists(os.path.join(directory, n)) for n in names):
     return
-  own = load(directory)
+  try:
+    own = load(directory)
+  except UserError:  # it may not be readable, which is why there is another
+    return
   same = tokenizer.fingerprint == own.fingerprint or np.array_equal(
     tokenizer.encode(_PROBE)[0], own.encode(_PROBE)[0]
   )
