@@ -155,6 +155,50 @@ def test_a_signal_to_one_stops_both_at_the_same_step(processes, two, tmp_path):
   assert means(again) == means(numbers(two))  # bit for bit
 
 
+EVERY = '--config.stages=lm,reconstruct,cpt,mixed,grpo'
+
+
+def signalled_from(workdir):
+  """Waits until a run that was just started honours signals."""
+  log, deadline = pathlib.Path(f'{workdir}.0.log'), time.monotonic() + 300
+  while ' x cpu; ' not in log.read_text():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  time.sleep(0.2)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(processes, tmp_path_factory):
+  """The numbers of a run of one process, and the seconds that it took."""
+  folder = tmp_path_factory.mktemp('undisturbed')
+  for name in ('cold', 'warm'):
+    (run,) = processes.start(folder / name, 1, 1, EVERY)
+    signalled_from(folder / name)
+    start = time.monotonic()
+    assert run.wait(timeout=1200) == 0
+  return numbers(folder / name), time.monotonic() - start
+
+
+@pytest.mark.parametrize('trial', range(20))
+def test_a_signal_at_any_time(processes, undisturbed, tmp_path, trial):
+  """In compilation, training, rollouts, measures, saves and evals."""
+  want, seconds = undisturbed
+  workdir = tmp_path / 'run'
+  (run,) = processes.start(workdir, 1, 1, EVERY)
+  signalled_from(workdir)
+  # One in each twentieth of the run.
+  time.sleep(
+    seconds * np.random.default_rng(trial).uniform(trial, trial + 1) / 20
+  )
+  run.terminate()
+  code = run.wait(timeout=300)
+  if not (workdir / 'results.json').exists():  # else it was done by then
+    assert code == 75
+    said = pathlib.Path(f'{workdir}.0.log').read_text()
+    assert 'run the same command' in said or 'starts them again' in said
+  assert means(processes.run(workdir, 1, 1, EVERY)) == means(want)
+
+
 def test_when_one_dies_the_other_ends(processes, two, tmp_path):
   first, second = started(processes, tmp_path / 'run')
   second.kill()
