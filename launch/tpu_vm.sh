@@ -22,7 +22,7 @@ case ${1:-} in
       esac
       sleep 30
     done
-    # The images have Python 3.10.
+    # Ubuntu 22.04, as on these images, comes with Python 3.10.
     everywhere "sudo apt-get -qq update; \
       sudo apt-get -qq install -y python3.11 python3.11-venv; \
       git clone '$REPOSITORY' refrag_jax"

@@ -24,13 +24,6 @@ from refrag_jax.errors import UserError
 from refrag_jax.progress import say
 from refrag_jax.state import TrainState
 
-# Of a tokenizer's directory.
-TOKENIZER_FILES = (
-  'tokenizer.json', 'tokenizer.model', 'sentencepiece.bpe.model',
-  'tokenizer_config.json', 'vocab.json', 'merges.txt', 'vocab.txt',
-  'special_tokens_map.json', 'added_tokens.json',
-)  # fmt: skip
-
 
 def run_import(config: Config, workdir: str, source: str, target: str) -> int:
   """Hugging Face models to a checkpoint that a stage can start from.
@@ -133,7 +126,7 @@ def _write(opened, params, groups, stage: str, target: str) -> None:
           'pooling_mode_mean_tokens': model.encoder.pooling == 'mean',
         },
       )
-    for name in TOKENIZER_FILES if tokenizer != 'bytes' else ():
+    for name in tokenizers.FILES if tokenizer != 'bytes' else ():
       path = os.path.join(hub.resolve(tokenizer, weights=False), name)
       if os.path.exists(path):
         shutil.copyfile(path, os.path.join(directory, name))

@@ -167,15 +167,10 @@ def pooling(directory: str) -> str:
     return 'cls'
   values = results.read_json(path)
   # One name, or a switch for each kind; several are joined end to end.
-  found = (
-    [values['pooling_mode']]
-    if values.get('pooling_mode')
-    else [
-      key
-      for key, on in values.items()
-      if key.startswith('pooling_mode_') and on
-    ]
-  )
+  found = [
+    key for key, on in values.items() if key.startswith('pooling_mode_') and on
+  ]
+  found += [values['pooling_mode']] if values.get('pooling_mode') else []
   kinds = {
     'cls': 'cls', 'pooling_mode_cls_token': 'cls',
     'mean': 'mean', 'pooling_mode_mean_tokens': 'mean',

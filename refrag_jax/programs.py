@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from refrag_jax import flops, sharding
+from refrag_jax.config import ModelConfig
 from refrag_jax.data import pipeline
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.session import Session, abstract_params, with_shardings
@@ -52,7 +53,13 @@ def compile_stage(
     compiled = dict(
       zip(lowered, pool.map(lambda low: low.compile(), lowered.values()))
     )
-  cost = {key: model_flops(session, name, state, key) for key in traced}
+  plain = plain_model(session.config.model) == session.config.model
+  cost = {
+    key: flops.count(t.jaxpr)
+    if plain
+    else model_flops(session, name, state, key)
+    for key, t in traced.items()
+  }
   return Programs(
     compiled,
     key_of_step,
@@ -90,14 +97,18 @@ def trace_step(
   return step.trace(state, batch, key, rate)
 
 
+def plain_model(model: ModelConfig) -> ModelConfig:
+  """The same model, which computes nothing twice."""
+  return dataclasses.replace(
+    model, remat='none', attention='dense', loss_block=0
+  )
+
+
 def model_flops(
   session: Session, name: str, state: TrainState, key: tuple[int, Any]
 ) -> int:
   """FLOPs of a step that recomputes nothing: what MFU is of."""
-  model = dataclasses.replace(
-    session.config.model, remat='none', attention='dense', loss_block=0
-  )
-  plain = session._replace(model=Refrag(model))
+  plain = session._replace(model=Refrag(plain_model(session.config.model)))
   batch = abstract_batch(session, name, key[0])
   with jax.set_mesh(session.mesh):
     return flops.count(trace_step(plain, name, state, batch, key[1]).jaxpr)

@@ -143,12 +143,14 @@ def trained_groups(session: Session, directory: str, why: str) -> list[str]:
     pretrained.check(
       source, session.config.model, session.identity['tokenizers'], why
     )
-    for group, path in source.paths.items():
-      if not source.exported:
-        which = {'decoder': 'tokenizer', 'encoder': 'encoder_tokenizer'}[group]
-        name = getattr(session.config.data, which)
-        tokenizers.check_own(tokenizers.load(name), path, which)
-    return list(source.paths)
+    data, paths = session.config.data, source.paths
+    for group, which, name in (
+      ('decoder', 'tokenizer', data.tokenizer),
+      ('encoder', 'encoder_tokenizer', data.encoder_tokenizer),
+    ):
+      if group in paths and not source.exported:
+        tokenizers.check_own(tokenizers.load(name), paths[group], which)
+    return list(paths)
   groups = checkpoint.require(directory, {}, why)['trained']
   identity = {part: dict(of) for part, of in session.identity.items()}
   if 'projection' not in groups:  # the first that knows chunks
@@ -202,19 +204,8 @@ def to_device(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict:
   Args:
     batch: the rows of `sharding.local_rows`, in that order.
   """
-  layout = sharding.batch_sharding(mesh)
-  ways = sharding.axis_size('batch', mesh)
-  mine = sharding.local_rows(mesh, ways)  # the parts of a batch that are here
-
-  def whole(values: np.ndarray) -> jax.Array:
-    size = len(values) // len(mine)  # rows of a part
-    shape = (ways * size, *values.shape[1:])
-
-    def part(index):
-      first, last, _ = index[0].indices(shape[0])
-      at = size * int(np.searchsorted(mine, first // size))
-      return values[at : at + last - first]
-
-    return jax.make_array_from_callback(shape, layout, part)
-
-  return {name: whole(values) for name, values in batch.items()}
+  rows = sharding.batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(rows, values)
+    for name, values in batch.items()
+  }

@@ -290,16 +290,15 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
   @jax.jit
   def measure(params, pieces):
     def of_piece(args):
-      piece, key = args
       return sum(
-        stage.evaluate(session.model, params, piece, key, variant, cfg)
+        stage.evaluate(session.model, params, *args, variant, cfg)
         for variant in variants
       ) / len(variants)
 
     return map_pieces(of_piece, (pieces, keys)).reshape(-1)
 
   pieces = sharding.replicate(
-    {key: value[index] for key, value in batch.items()}, session.mesh
+    {field: values[index] for field, values in batch.items()}, session.mesh
   )
   return Heldout(
     batch, lambda params: sharding.fetch(measure(params, pieces))[:rows]

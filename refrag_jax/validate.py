@@ -395,8 +395,7 @@ def _longest(name: str, config: Config) -> int:
     context = 0
   regenerated = name in ('reconstruct', 'cepe_warmup')
   output = stage.context_length if regenerated else stage.output_length
-  bos = 1
-  return bos + context + output - 1
+  return context + output  # BOS stands before, the last output is not read
 
 
 def _validate_stage(name: str, config: Config) -> None:

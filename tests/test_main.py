@@ -8,6 +8,7 @@ import time
 import types
 
 import pytest
+import two_processes
 
 from configs import xla_flags
 from refrag_jax import environment, main
@@ -263,28 +264,8 @@ def test_two_processes_find_each_other(tmp_path):
     'import jax\n'
     'print(first, jax.process_index(), jax.process_count())\n'
   )
-  import socket
-
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
-  common = os.environ | {
-    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
-    'REFRAG_NUM_PROCESSES': '2',
-    'JAX_PLATFORMS': 'cpu',
-  }
-  processes = [
-    subprocess.Popen(
-      [sys.executable, '-c', script],
-      env=common | {'REFRAG_PROCESS_ID': str(rank)},
-      cwd=environment.ROOT,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    for rank in range(2)
-  ]
-  outputs = [p.communicate(timeout=120)[0].strip() for p in processes]
-  assert outputs == ['True 0 2', 'False 1 2']
+  lines = two_processes.last_lines(script)
+  assert lines == ['True 0 2', 'False 1 2']
 
 
 def test_a_process_that_waits_in_vain_says_so():

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import toy_config
+import two_processes
 
 from refrag_jax.environment import ROOT
 
@@ -27,9 +27,7 @@ class Processes:
     self.cache = tmp_path_factory.mktemp('xla')
 
   def start(self, workdir, processes, devices, *arguments):
-    with socket.socket() as s:
-      s.bind(('127.0.0.1', 0))
-      address = f'127.0.0.1:{s.getsockname()[1]}'
+    address = f'127.0.0.1:{two_processes.free_port()}'
     env = os.environ | {
       'JAX_PLATFORMS': 'cpu',
       'JAX_COMPILATION_CACHE_DIR': str(self.cache),

@@ -5,23 +5,19 @@ Dimension key: B batch, O output slots, D width, V vocabulary.
 
 import dataclasses
 import functools
-import os
 import pathlib
 import re
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+import two_processes
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import llama2_7b, repro, tiny
 from refrag_jax import config, losses, sharding
-from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import init_params
 from refrag_jax.session import with_shardings
@@ -282,28 +278,9 @@ print('found', *out)
 
 def test_rows_and_votes_of_two_processes():
   """Tensor and sequence may lie across them: then both hold the same rows."""
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
-  common = os.environ | {
-    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
-    'REFRAG_NUM_PROCESSES': '2',
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_NUM_CPU_DEVICES': '2',
-  }
-  both = [
-    subprocess.Popen(
-      [sys.executable, '-c', OF_TWO],
-      env=common | {'REFRAG_PROCESS_ID': str(rank)},
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    for rank in range(2)
-  ]
-  outputs = [p.communicate(timeout=300)[0].splitlines()[-1] for p in both]
   # What each was asked is heard of by both, one call later.
-  assert outputs == ['found 4 4 4 8 8 0 0 1 0 0 1 0 0'] * 2
+  found = 'found 4 4 4 8 8 0 0 1 0 0 1 0 0'
+  assert two_processes.last_lines(OF_TWO, devices=2) == [found] * 2
 
 
 def test_checksums_see_a_bit_and_no_layout():

@@ -26,6 +26,12 @@ import numpy as np
 from refrag_jax import hub
 from refrag_jax.errors import UserError
 
+# What a tokenizer's directory may hold of it.
+FILES = (
+  'tokenizer.json', 'tokenizer.model', 'sentencepiece.bpe.model',
+  'tokenizer_config.json', 'vocab.json', 'merges.txt', 'vocab.txt',
+  'special_tokens_map.json', 'added_tokens.json',
+)  # fmt: skip
 # ids and starts, both int32[n].
 Encoded = tuple[np.ndarray, np.ndarray]
 
@@ -89,8 +95,7 @@ def check_own(tokenizer: Tokenizer, directory: str, which: str) -> None:
     directory: of the model; if it has no tokenizer, anything may be its own.
     which: the config's name for `tokenizer`.
   """
-  names = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
-  if not any(os.path.exists(os.path.join(directory, n)) for n in names):
+  if not any(os.path.exists(os.path.join(directory, name)) for name in FILES):
     return
   try:
     own = load(directory)
@@ -151,23 +156,25 @@ def _hugging_face(path: str) -> Tokenizer:
   from refrag_jax.data import vocabularies
 
   try:
-    bare = None
     there = lambda name: os.path.exists(os.path.join(path, name))
-    # Not AutoTokenizer where there is a tokenizer.json: the classes that a
-    # tokenizer_config.json names make a tokenizer of their own from its words,
-    # with other spaces and digits (transformers 5).
-    kind = transformers.PreTrainedTokenizerFast
-    if not there('tokenizer.json'):
+    fast = transformers.PreTrainedTokenizerFast
+    if there('tokenizer.json'):
+      # Not AutoTokenizer: the classes that a tokenizer_config.json names make
+      # a tokenizer of their own from its words, with other spaces and digits
+      # (transformers 5).
+      hf = fast.from_pretrained(path, local_files_only=True)
+    else:
       found = vocabularies.sentencepiece(path)
       if found is not None:
         return _sentencepiece(path, *found)
+      bare = None
       if not there('tokenizer_config.json'):  # which may say more
         bare = vocabularies.fast(path)
-      kind = transformers.AutoTokenizer
-    if bare is None:
-      hf = kind.from_pretrained(path, local_files_only=True)
-    else:
-      hf = transformers.PreTrainedTokenizerFast(tokenizer_object=bare)
+      if bare is None:
+        auto = transformers.AutoTokenizer
+        hf = auto.from_pretrained(path, local_files_only=True)
+      else:
+        hf = fast(tokenizer_object=bare)
     if not (hf.bos_token or hf.cls_token or hf.eos_token):
       # No tokenizer_config.json says which they are: their names do.
       hf.add_special_tokens(vocabularies.special_tokens(hf.get_vocab()))
@@ -213,9 +220,10 @@ def _hugging_face(path: str) -> Tokenizer:
     that its normaliser makes into these. Cut behind their first character
     they are others; one that is a single character is left out.
     """
-    tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
-    if reserved.isdisjoint(encoding.ids):
-      return encoding.ids, encoding.offsets
+    ids, offsets = encoding.ids, encoding.offsets  # each makes a new list
+    if reserved.isdisjoint(ids):
+      return ids, offsets
+    tokens = list(zip(ids, offsets, strict=True))
     cuts = {a + 1 for i, (a, b) in tokens if i in reserved and b - a > 1}
     if not cuts:
       left = [token for token in tokens if token[0] not in reserved]
