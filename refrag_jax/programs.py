@@ -7,6 +7,7 @@ apart, and a shape that nobody planned is an error instead of a recompilation.
 import concurrent.futures
 import dataclasses
 import functools
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def compile_stage(
     batch = abstract_batch(session, name, key[0])
     traced[key] = trace_step(session, name, state, batch, key[1])
     tokens[key] = text_tokens(batch)
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     # XLA compiles outside the interpreter lock; tracing must stay in here.
     lowered = {key: t.lower() for key, t in traced.items()}
     compiled = dict(

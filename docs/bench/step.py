@@ -1,17 +1,25 @@
 r"""A real `cpt` step beside what the planner says of it: memory, time, MFU.
 
-  PYTHONPATH=. .venv/bin/python docs/bench/step.py \
-    [--attention=cudnn,blockwise,dense] [--small]
+  PYTHONPATH=. .venv/bin/python docs/bench/step.py [VARIANT ...] \
+    [--topology=h100:1x1 | --planned=FILE] [--out=FILE] [--small]
 
 On the devices that there are, with random parameters and ids: a decoder of the
-size of Llama-3.2-1B and RoBERTa-Large, s = 2048, o = 2048, k = 16. For each way
-of attending: the loss of the first step (which should agree), the bytes that
-the planner predicts and those that the device has had at most, the step's time
-(compilation apart, after two steps), its MFU and the planner's ceiling. Exit
-code 1 where a peak is off by more than 15 %. --small is a model of toys, to see
-that the script runs; a CPU keeps no count of its memory.
+size of Llama-3.2-1B and RoBERTa-Large, s = 2048, o = 2048, k = 16. A variant is
+attention,remat,rows of a device. For each, in a process of its own: the loss of
+the first step, the bytes that the planner predicts and those that the device
+has had at most, the step's time (compilation apart, after two steps), its MFU
+and the planner's ceiling. Exit code 1 where a peak is off by more than 15 % or
+a variant failed.
+
+--topology predicts instead, with no device, and --out keeps that; --planned
+reads it where the devices are. Without it the prediction is that of the program
+compiled there. --small is a model of toys, to see that the script runs; a CPU
+keeps no count of its memory.
 """
 
+import dataclasses
+import json
+import subprocess
 import sys
 import time
 
@@ -22,25 +30,35 @@ from rich.table import Table
 
 from configs import common, llama2_7b
 from refrag_jax import config, plan, programs, topologies
+from refrag_jax.errors import UserError
 from refrag_jax.session import abstract_params, fresh_params, to_device
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state
 
 STAGE, STEPS, WARM_UP, NEAR = 'cpt', 10, 2, 0.15
+VARIANTS = (
+  'cudnn,full,16',
+  'cudnn,dots,12',
+  'blockwise,full,16',
+  'blockwise,dots,8',
+  'dense,full,8',
+)
 
 
-def one_billion(attention: str, small: bool) -> config.Config:
+def one_billion(variant: str, devices: int, small: bool) -> config.Config:
+  attention, remat, rows = variant.split(',')
   c = llama2_7b.get_config()
   c.stages = (STAGE,)
   c.mesh.update(data=1, fsdp=-1, tensor=1, sequence=1)
-  c.model.attention = attention
+  c.cluster.xla_flags = ()  # of several cards
+  c.model.update(attention=attention, remat=remat)
   c.model.decoder.update(
     num_layers=16, width=2048, mlp_width=8192, num_heads=32, num_kv_heads=8,
     head_dim=64,
   )  # fmt: skip
   cfg = c.stage[STAGE]
-  cfg.update(batch_size=16 * jax.device_count(), num_train_steps=100)
+  cfg.update(batch_size=int(rows) * devices, num_train_steps=100)
   cfg.update(context_length=2048, output_length=2048, factors=())
   if small:
     c.model.decoder.update(
@@ -81,14 +99,20 @@ def chip_of(device) -> topologies.Chip:
   return topologies.CHIPS[names[0] if names else 'cpu']
 
 
-def measure(attention: str, small: bool) -> dict:
+def planned(
+  variant: str, there: topologies.Topology, small: bool
+) -> tuple[plan.Session, plan.StagePlan]:
+  cfg = one_billion(variant, len(there.devices), small)
+  session = plan.open_planned(cfg, there)
+  return session, plan.plan_stage(session, there, STAGE)
+
+
+def measure(variant: str, small: bool) -> dict:
   devices = jax.devices()
   here = topologies.Topology(
     'here', chip_of(devices[0]), devices, len(devices), {}
   )
-  cfg = one_billion(attention, small)
-  session = plan.open_planned(cfg, here)
-  predicted = plan.plan_stage(session, here, STAGE)
+  session, predicted = planned(variant, here, small)
   with jax.set_mesh(session.mesh):
     params = fresh_params(session, tuple(abstract_params(session)))
     laid = jax.tree.map(
@@ -114,41 +138,105 @@ def measure(attention: str, small: bool) -> dict:
     seconds = (time.perf_counter() - start) / STEPS
   stats = devices[0].memory_stats() or {}
   return {
+    'variant': variant,
+    'device': f'{len(devices)} x {devices[0].device_kind}',
+    'jax': jax.__version__,
     'loss': float(losses[0]),
-    'predicted': predicted.peak_bytes,
-    'measured': stats.get('peak_bytes_in_use'),
-    'seconds': seconds,
-    'compile': compiled.compile_s,
+    'last_loss': float(losses[-1]),
+    'compiled_bytes': predicted.peak_bytes,
+    'measured_bytes': stats.get('peak_bytes_in_use'),
+    'step_s': seconds,
+    'compile_s': compiled.compile_s,
+    'model_flops': predicted.model_flops,
     'mfu': predicted.model_flops / here.chip.flops / seconds,
     'ceiling': predicted.mfu_ceiling,
   }
 
 
-def main(argv: list[str]) -> int:
-  small = '--small' in argv
-  kinds = [a.partition('=')[2] for a in argv if a.startswith('--attention=')]
-  kinds = kinds[0].split(',') if kinds else ['blockwise', 'dense']
-  table = Table(title=f'{STAGE} on {jax.devices()[0].device_kind}')
-  for name in ('attention', 'loss', 'predicted GiB', 'measured GiB', 'off',
+def predict(topology: str, variants: list[str], small: bool) -> dict:
+  there = topologies.load(topology)
+  out = {}
+  for variant in variants:
+    try:
+      _, found = planned(variant, there, small)
+    except UserError as e:
+      print(f'{variant}: {e}')
+      continue
+    out[variant] = {
+      name: value
+      for name, value in dataclasses.asdict(found).items()
+      if isinstance(value, (int, float, str))
+    }
+    print(f'{variant}: {gib(found.peak_bytes)} GiB')
+  return {'topology': topology, 'jax': jax.__version__, 'variants': out}
+
+
+def gib(size: int | None) -> str:
+  return f'{size / 2**30:.2f}' if size else '-'
+
+
+def share(x: float, form: str) -> str:
+  return '-' if np.isnan(x) else format(x, form)
+
+
+def table_of(rows: list[dict], known: dict) -> tuple[Table, bool]:
+  """The rows beside the predictions, and whether one is far off."""
+  table = Table(title=f'{STAGE} on {rows[0]["device"]}, jax {rows[0]["jax"]}')
+  for name in ('variant', 'loss', 'planned GiB', 'compiled', 'measured', 'off',
                'step s', 'compile s', 'MFU', 'ceiling'):  # fmt: skip
     table.add_column(name, justify='right')
   far = False
-  # The device counts its peak from the start of the process on, so the way
-  # that needs least memory has to come first for both to be right.
-  for kind in kinds:
-    found = measure(kind, small)
-    known = found['measured']
-    off = known / found['predicted'] - 1 if known else np.nan
+  for row in rows:
+    foreseen = known.get(row['variant'], {}).get('peak_bytes')
+    expected = foreseen or row['compiled_bytes']
+    off = row['measured_bytes'] or np.nan
+    off = off / expected - 1
     far |= abs(off) > NEAR
-    share = lambda x, form: '-' if np.isnan(x) else format(x, form)
-    gib = lambda size: f'{size / 2**30:.2f}' if size else 'not counted'
     table.add_row(
-      kind, f'{found["loss"]:.5f}', gib(found['predicted']), gib(known),
-      share(off, '+.1%'), f'{found["seconds"]:.4f}', f'{found["compile"]:.1f}',
-      share(found['mfu'], '.1%'), share(found['ceiling'], '.1%'),
+      row['variant'], f'{row["loss"]:.5f}', gib(foreseen),
+      gib(row['compiled_bytes']), gib(row['measured_bytes']),
+      share(off, '+.1%'), f'{row["step_s"]:.4f}', f'{row["compile_s"]:.1f}',
+      share(row['mfu'], '.1%'), share(row['ceiling'], '.1%'),
     )  # fmt: skip
-  Console(width=110).print(table)
-  return int(far)
+  return table, far
+
+
+def main(argv: list[str]) -> int:
+  variants = [a for a in argv if not a.startswith('--')] or list(VARIANTS)
+  given = dict(a[2:].split('=', 1) for a in argv if '=' in a)
+  small = '--small' in argv
+  if '--one' in argv:  # of a process of its own
+    print(json.dumps(measure(variants[0], small)))
+    return 0
+  if 'topology' in given:
+    out, failed = predict(given['topology'], variants, small), False
+  else:
+    # A device counts its peak from the start of a process on.
+    rows, failed = [], False
+    for variant in variants:
+      run = subprocess.run(
+        [sys.executable, __file__, variant, '--one', *['--small'] * small],
+        stdout=subprocess.PIPE,
+        text=True,
+      )
+      failed |= run.returncode != 0
+      if not run.returncode:
+        rows.append(json.loads(run.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    known = {}
+    if 'planned' in given:
+      with open(given['planned'], encoding='utf-8') as f:
+        known = json.load(f)['variants']
+    if rows:
+      table, far = table_of(rows, known)
+      Console(width=120).print(table)
+      failed |= far
+    out = {'rows': rows}
+  if 'out' in given:
+    with open(given['out'], 'w', encoding='utf-8') as f:
+      json.dump(out, f, indent=1)
+      f.write('\n')
+  return int(failed)
 
 
 if __name__ == '__main__':
