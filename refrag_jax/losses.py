@@ -7,6 +7,7 @@ output slots, G rollouts of a context, R draws.
 import jax
 import jax.numpy as jnp
 
+from refrag_jax.models.layers import einsum32
 from refrag_jax.sharding import axis_size
 
 
@@ -23,12 +24,8 @@ def token_nll(hidden_BOD, head_DV, target_BO, block: int) -> jax.Array:
   """
 
   def piece(hidden_BOD, target_BO):
-    logits_BOV = jax.lax.dot_general(
-      hidden_BOD,
-      head_DV.astype(hidden_BOD.dtype),
-      (((2,), (0,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
+    head = head_DV.astype(hidden_BOD.dtype)
+    logits_BOV = einsum32('BOD,DV->BOV', hidden_BOD, head)
     picked_BO = jnp.take_along_axis(logits_BOV, target_BO[..., None], 2)[..., 0]
     return jax.nn.logsumexp(logits_BOV, axis=-1) - picked_BO
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from refrag_jax import flops, sharding, validate
-from refrag_jax.models import attention
+from refrag_jax.models import attention, layers
 from refrag_jax.models.attention import Places
 
 
@@ -202,3 +202,59 @@ def test_fused_kernels_leave_what_they_do_not_know_to_blocks(
 def test_the_config_knows_the_same_kinds():
   assert attention.KINDS == validate.ATTENTION
   assert tuple(attention.FUSED) == validate.FUSED
+
+
+# --- Float32 products of bfloat16 arrays --------------------------------------
+
+PRODUCTS = [
+  ('BMGTH,BSMH->BMGTS', (2, 3, 2, 5, 4), (2, 7, 3, 4)),
+  ('BOD,DV->BOV', (2, 5, 4), (4, 9)),
+]
+
+
+def gradients(einsum, spec, a, b):
+  loss = lambda a, b: jnp.sin(einsum(spec, a, b)).sum()
+  return jax.grad(loss, (0, 1))(a, b)
+
+
+@pytest.mark.parametrize(('spec', 'of_a', 'of_b'), PRODUCTS)
+def test_gradients_of_a_float32_product_are_products_of_bfloat16(
+  spec, of_a, of_b
+):
+  a, b = (
+    jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16)
+    for i, shape in enumerate((of_a, of_b))
+  )
+  assert layers.einsum32(spec, a, b).dtype == jnp.float32
+  exact = [x.astype(jnp.float32) for x in (a, b)]
+  np.testing.assert_allclose(
+    layers.einsum32(spec, a, b), jnp.einsum(spec, *exact), rtol=1e-5, atol=1e-6
+  )
+  for got, want in zip(
+    gradients(layers.einsum32, spec, a, b),
+    gradients(jnp.einsum, spec, *exact),
+    strict=True,
+  ):
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+      got.astype(jnp.float32), want, atol=2**-6 * np.abs(want).max()
+    )
+
+  jaxpr = jax.make_jaxpr(lambda a, b: gradients(layers.einsum32, spec, a, b))
+  dtypes = {
+    v.aval.dtype
+    for eqn in jaxpr(a, b).eqns
+    if eqn.primitive.name == 'dot_general'
+    for v in eqn.invars
+  }
+  assert dtypes == {jnp.dtype('bfloat16')}
+
+
+def test_float32_products_are_jax_s_own():
+  spec, of_a, of_b = PRODUCTS[0]
+  a, b = jnp.ones(of_a), jnp.ones(of_b)
+  traced = [
+    str(jax.make_jaxpr(lambda a, b: gradients(einsum, spec, a, b))(a, b))
+    for einsum in (layers.einsum32, jnp.einsum)
+  ]
+  assert traced[0] == traced[1]

@@ -6,6 +6,7 @@ heads, M key/value heads, H head dimension, F MLP width.
 No architecture number has a default here: each comes from the config.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -133,6 +134,39 @@ def apply_rope(x_BTNH: jax.Array, angles) -> jax.Array:
   )
 
 
+def einsum32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns the einsum of two arrays, float32 whatever they are.
+
+  Its gradients are products in the arrays' own dtype, as a fused kernel takes
+  them: JAX would multiply the float32 gradient of the result, at half the speed
+  of the matrix units and twice the bytes.
+  """
+  if a.dtype == jnp.float32:
+    return jnp.einsum(spec, a, b)
+  return _einsum32(spec, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum32(spec, a, b):
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _einsum32_forward(spec, a, b):
+  return _einsum32(spec, a, b), (a, b)
+
+
+def _einsum32_backward(spec, operands, d_out):
+  a, b = operands
+  of_a, of_b, of_out = spec.replace('->', ',').split(',')
+  d_out = d_out.astype(a.dtype)
+  d_a = jnp.einsum(f'{of_out},{of_b}->{of_a}', d_out, b)
+  d_b = jnp.einsum(f'{of_out},{of_a}->{of_b}', d_out, a)
+  return d_a, d_b
+
+
+_einsum32.defvjp(_einsum32_forward, _einsum32_backward)
+
+
 def attention(q_BTNH, k_BSMH, v_BSMH, mask_BTS) -> jax.Array:
   """Softmax attention, grouped-query where N > M; softmax in float32.
 
@@ -142,9 +176,7 @@ def attention(q_BTNH, k_BSMH, v_BSMH, mask_BTS) -> jax.Array:
   B, T, N, H = q_BTNH.shape
   M = k_BSMH.shape[2]
   q_BMGTH = q_BTNH.reshape(B, T, M, N // M, H).transpose(0, 2, 3, 1, 4)
-  logits = jnp.einsum(
-    'BMGTH,BSMH->BMGTS', q_BMGTH, k_BSMH, preferred_element_type=jnp.float32
-  )
+  logits = einsum32('BMGTH,BSMH->BMGTS', q_BMGTH, k_BSMH)
   logits = jnp.where(mask_BTS[:, None, None], logits * H**-0.5, -1e30)
   weights = jax.nn.softmax(logits, axis=-1).astype(v_BSMH.dtype)
   out = jnp.einsum('BMGTS,BSMH->BTMGH', weights, v_BSMH)
