@@ -28,7 +28,10 @@ def pairs(name='pairs'):
     return np.asarray(ids, np.int32), np.asarray(starts, np.int32)
 
   return dataclasses.replace(
-    BYTES, name=name, encode_batch=lambda texts: [encode(t) for t in texts]
+    BYTES,
+    name=name,
+    encode_batch=lambda texts: [encode(t) for t in texts],
+    ids_batch=lambda texts: [encode(t)[0] for t in texts],
   )
 
 

@@ -137,11 +137,15 @@ def test_special_tokens_in_text_are_encoded_like_any_text(byte_level):
 
 
 def test_batches_encode_as_one_at_a_time(tokenizer):
-  for text, (ids, starts) in zip(
-    TEXTS, tokenizer.encode_batch(TEXTS), strict=True
+  for text, (ids, starts), same in zip(
+    TEXTS,
+    tokenizer.encode_batch(TEXTS),
+    tokenizer.ids_batch(TEXTS),
+    strict=True,
   ):
     alone = tokenizer.encode(text)
     np.testing.assert_array_equal(ids, alone[0])
+    np.testing.assert_array_equal(ids, same)
     np.testing.assert_array_equal(starts, alone[1])
 
 

@@ -121,7 +121,10 @@ def test_spans_partition_any_text_and_no_reserved_id_comes_out(name, request):
     tokenizer.sep_id,
   }  # fmt: skip
   texts = [*HARD, *random_texts(0), *WORDS]
-  for text, (ids_N, starts_N) in zip(texts, tokenizer.encode_batch(texts)):
+  for text, (ids_N, starts_N), same_N in zip(
+    texts, tokenizer.encode_batch(texts), tokenizer.ids_batch(texts)
+  ):
+    np.testing.assert_array_equal(ids_N, same_N)
     assert ids_N.dtype == starts_N.dtype == np.int32
     assert len(ids_N) == len(starts_N)
     if not len(ids_N):

@@ -87,7 +87,7 @@ def encode_spans(
   ids_NM = np.full((len(texts), max_tokens), tokenizer.pad_id, np.int32)
   len_N = np.zeros(len(texts), np.int32)
   truncated_N = np.zeros(len(texts), bool)
-  for n, (ids, _) in enumerate(tokenizer.encode_batch(texts)):
+  for n, ids in enumerate(tokenizer.ids_batch(texts)):
     truncated_N[n] = len(ids) > max_tokens - 2
     ids = ids[: max_tokens - 2]
     len_N[n] = len(ids) + 2
@@ -138,9 +138,9 @@ def chunk_windows(
       corpus.text, *spans, encoder_tokenizer, max_encoder_tokens
     )
   else:
+    text = np.asarray(corpus.text)  # slices of a memmap are dear
     texts = [
-      corpus.text[a:b].tobytes().decode('utf-8')
-      for a, b in zip(*spans, strict=True)
+      text[a:b].tobytes().decode('utf-8') for a, b in zip(*spans, strict=True)
     ]
     encoder_NM, encoder_len_N, truncated_N = encode_spans(
       texts, encoder_tokenizer, max_encoder_tokens

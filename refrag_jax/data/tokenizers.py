@@ -54,6 +54,7 @@ class Tokenizer:
   mask_id: int  # what `mlm` hides a token behind
   fingerprint: str
   encode_batch: Callable[[Sequence[str]], list[Encoded]]
+  ids_batch: Callable[[Sequence[str]], list[Sequence[int]]]  # those ids alone
   decode: Callable[[Sequence[int]], str]
 
   def encode(self, text: str) -> Encoded:
@@ -132,6 +133,7 @@ def _bytes() -> Tokenizer:
     mask_id=259,
     fingerprint=hashlib.sha256(b'refrag_jax bytes 1').hexdigest(),
     encode_batch=lambda texts: [_encode_bytes(text) for text in texts],
+    ids_batch=lambda texts: [_encode_bytes(text)[0] for text in texts],
     decode=_decode_bytes,
   )
 
@@ -248,6 +250,15 @@ def _hugging_face(path: str) -> Tokenizer:
       for ids, offsets in map(unreserved, texts, encodings)
     ]
 
+  def ids_batch(texts: Sequence[str]) -> list[Sequence[int]]:
+    texts = [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
+    found = backend.encode_batch_fast(texts, add_special_tokens=False)
+    found = [encoding.ids for encoding in found]
+    spelt = [n for n, ids in enumerate(found) if not reserved.isdisjoint(ids)]
+    for n, (ids, _) in zip(spelt, encode_batch([texts[n] for n in spelt])):
+      found[n] = ids
+    return found
+
   def decode(ids: Sequence[int]) -> str:
     return hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -258,12 +269,13 @@ def _hugging_face(path: str) -> Tokenizer:
     mask_id=first('mask', 'unk', 'pad', 'eos', 'sep', 'cls', 'bos'),
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
     encode_batch=encode_batch,
+    ids_batch=ids_batch,
     decode=decode,
     **special,
   )
 
 
-def _sentencepiece(path, ids, encode, decode, data) -> Tokenizer:
+def _sentencepiece(path, ids, encode, ids_of, decode, data) -> Tokenizer:
   """A bare sentencepiece model; control symbols in text are text to it."""
   first = lambda *names: next(
     (ids[name] for name in names if ids[name] >= 0), 0
@@ -284,5 +296,8 @@ def _sentencepiece(path, ids, encode, decode, data) -> Tokenizer:
     mask_id=first('unk', 'pad', 'eos'),
     fingerprint=hashlib.sha256(data).hexdigest(),
     encode_batch=encode_batch,
+    ids_batch=lambda texts: ids_of(
+      [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
+    ),
     decode=lambda ids: decode([int(i) for i in ids]),
   )

@@ -136,12 +136,13 @@ def _byte_letters() -> list[str]:
 
 def sentencepiece(
   directory: str,
-) -> tuple[dict[str, int], Callable, Callable, bytes] | None:
+) -> tuple[dict[str, int], Callable, Callable, Callable, bytes] | None:
   """A bare sentencepiece model; None where there is none.
 
   Returns:
     Its special ids by role, what encodes a batch of texts to (ids, offsets),
-    offsets being int32 (n, 2) characters, what decodes ids, and the file.
+    offsets being int32 (n, 2) characters, what gives the ids alone, what
+    decodes ids, and the file.
   """
   path = os.path.join(directory, 'tokenizer.model')
   if not os.path.exists(path) or is_tiktoken(path):
@@ -166,7 +167,8 @@ def sentencepiece(
     return [_one_offset(of, is_byte_V) for of in found]
 
   decode = lambda ids: model.decode([i for i in ids if not model.is_control(i)])
-  return ids, encode, decode, data
+  ids_of = lambda texts: model.encode(list(texts), out_type=int)
+  return ids, encode, ids_of, decode, data
 
 
 def _one_offset(of, is_byte_V) -> tuple[np.ndarray, np.ndarray]:
