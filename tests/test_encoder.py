@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import toy
 
+from refrag_jax.models import layers
+
 CFG = toy.MODEL.encoder
 POOLINGS = ('cls', 'mean')
 
@@ -139,3 +141,20 @@ def test_an_absent_chunk_is_finite_in_value_and_gradient(pooling):
     jax.value_and_grad(lambda params: run(params, ids_11M, zero_11).sum())
   )(toy.params())
   assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((value, grads)))
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'near'), [('float32', 2e-6), ('bfloat16', 2e-2)]
+)
+def test_gelu_is_the_exact_one(dtype, near):
+  x_N = np.linspace(-8, 8, 4001).astype(dtype)
+  exact_N = x_N.astype(np.float64)
+  below_N = np.vectorize(math.erfc)(-exact_N / math.sqrt(2)) / 2
+  density_N = np.exp(-(exact_N**2) / 2) / math.sqrt(2 * math.pi)
+  got_N, back = jax.vjp(layers.gelu, jnp.asarray(x_N))
+  (slope_N,) = back(jnp.ones_like(got_N))
+  assert got_N.dtype == slope_N.dtype == x_N.dtype
+  np.testing.assert_allclose(got_N.astype(float), exact_N * below_N, atol=near)
+  np.testing.assert_allclose(
+    slope_N.astype(float), below_N + exact_N * density_N, atol=near
+  )

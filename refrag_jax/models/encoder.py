@@ -36,7 +36,7 @@ class EncoderBlock(nn.Module):
     h_XME = dense((N, H, E), 2, True, name='o_proj')(out_XMNH)
     x_XME = layers.LayerNorm(c.norm_eps, name='attention_norm')(x_XME + h_XME)
     h_XMF = dense((E, c.mlp_width), 1, True, name='up_proj')(x_XME)
-    h_XMF = constrain(nn.gelu(h_XMF, approximate=False), 'chunks', None, 'mlp')
+    h_XMF = constrain(layers.gelu(h_XMF), 'chunks', None, 'mlp')
     h_XME = dense((c.mlp_width, E), 1, True, name='down_proj')(h_XMF)
     x_XME = layers.LayerNorm(c.norm_eps, name='output_norm')(x_XME + h_XME)
     return constrain(x_XME, 'chunks', None, None), None

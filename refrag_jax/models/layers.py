@@ -134,6 +134,35 @@ def apply_rope(x_BTNH: jax.Array, angles) -> jax.Array:
   )
 
 
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact GELU, x Phi(x), computed in float32 whatever x is.
+
+  By erf: with jax.nn.gelu's erfc, forward and backward take three to four times
+  as long on a CPU. What is kept for the backward is x.
+  """
+  x32 = x.astype(jnp.float32)
+  return (x32 * _normal_cdf(x32)).astype(x.dtype)
+
+
+def _normal_cdf(x):
+  return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+
+
+def _gelu_forward(x):
+  return gelu(x), x
+
+
+def _gelu_backward(x, d_out):
+  x32 = x.astype(jnp.float32)
+  density = jnp.exp(-0.5 * x32**2) / (2 * math.pi) ** 0.5
+  slope = _normal_cdf(x32) + x32 * density
+  return ((d_out.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
 def einsum32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """Returns the einsum of two arrays, float32 whatever they are.
 

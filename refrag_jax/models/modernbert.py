@@ -49,7 +49,7 @@ class ModernBertBlock(nn.Module):
     h_XME = norm('mlp_norm')(x_XME)
     gate_XMF = dense((E, c.mlp_width), 1, False, name='gate_proj')(h_XME)
     up_XMF = dense((E, c.mlp_width), 1, False, name='up_proj')(h_XME)
-    h_XMF = nn.gelu(gate_XMF, approximate=False) * up_XMF
+    h_XMF = layers.gelu(gate_XMF) * up_XMF
     h_XMF = constrain(h_XMF, 'chunks', None, 'mlp')
     x_XME += dense((c.mlp_width, E), 1, False, name='down_proj')(h_XMF)
     return constrain(x_XME, 'chunks', None, None), None

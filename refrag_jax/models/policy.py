@@ -38,10 +38,8 @@ class PolicyBlock(nn.Module):
     out_BCNH = layers.attention(q_BCNH, k_BCNH, v_BCNH, mask_BCC)
     x_BCE += dense((N, H, E), 2, True, name='o_proj')(out_BCNH)
     h_BCE = layers.LayerNorm(c.norm_eps, name='mlp_norm')(x_BCE)
-    h_BCF = nn.gelu(
-      dense((E, c.mlp_width), 1, True, name='up_proj')(h_BCE),
-      approximate=False,
-    )
+    h_BCF = dense((E, c.mlp_width), 1, True, name='up_proj')(h_BCE)
+    h_BCF = layers.gelu(h_BCF)
     return x_BCE + dense((c.mlp_width, E), 1, True, name='down_proj')(h_BCF)
 
 

@@ -20,7 +20,7 @@ class ChunkProjection(nn.Module):
   def __call__(self, c_XE: jax.Array) -> jax.Array:
     D = self.width
     h_XD = layers.Projection((c_XE.shape[-1], D), 1, True, name='up_proj')(c_XE)
-    h_XD = nn.gelu(h_XD, approximate=False)
+    h_XD = layers.gelu(h_XD)
     return layers.Projection((D, D), 1, True, name='down_proj')(h_XD)
 
 
