@@ -278,8 +278,7 @@ def _changes(section, values):
 def _gpu(c):
   """Sub-words and larger windows, for one H200.
 
-  By its step times there (launch/repro_gpu.sh) all arms of a seed are some 28
-  minutes of steps; compiling and measuring come on top.
+  No arm has been run whole; docs/bench/h200.md has the steps' times there.
   """
   tokenizer = 'data/tokenizers/llama2'
   c.data.tokenizer = c.data.encoder_tokenizer = tokenizer
@@ -291,8 +290,8 @@ def _gpu(c):
   c.data.max_encoder_tokens = K + 8
   c.model.compute_dtype = 'bfloat16'
   c.model.remat = 'none'
-  # Dense attention: packed rows know no kernel, and over 640 places blocks take
-  # 75 ms a step of `lm` on an H200, all pairs 50 ms.
+  # `model.attention` stays dense: no kernel knows the packed rows of `lm`, and
+  # blocks take half as long again there (docs/bench/h200.md).
   c.mesh.update(data=-1)
   steps = dict(
     lm=4000, reconstruct=1500, cpt=1200, mixed=400, grpo=200, mlm=1500

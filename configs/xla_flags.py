@@ -4,8 +4,8 @@ Set `c.cluster.xla_flags` (NVIDIA) and `c.cluster.libtpu_flags` (TPU); what the
 environment variables XLA_FLAGS and LIBTPU_INIT_ARGS hold comes after it, and so
 wins. Taken over from those who measured them on such machines; not measured
 here. XLA ends a program that names a flag it does not know, and `--mode=plan`,
-which compiles with them, says which. jaxlib 0.10.2 and 0.11.2 know all of those
-below, and libtpu 0.0.42; the list's xla_gpu_enable_pipelined_* went with 0.11.
+which compiles with them, says which. jaxlib 0.10.2 and 0.11.2 know H100's, and
+libtpu 0.0.42 TPU's; xla_gpu_enable_pipelined_* of the list went with 0.11.
 """
 
 # NVIDIA/JAX-Toolbox, rosetta/projects/maxtext: LLaMA2-7B on DGX H100. Of its

@@ -4,9 +4,8 @@
 # files under data/ (docs/repro.md); checkpoints stay in the workdir between the
 # pieces.
 #
-# Measured on an H200 (jax 0.11.2), the longest step of each stage: `lm` 50 ms,
-# `cpt` 40, `mixed` 45, `grpo` 19; a program compiles in 7 to 20 s. From that,
-# all arms of a seed are some 28 minutes of steps; no arm has been run whole.
+# By the times of single steps there (docs/bench/h200.md) the steps alone of all
+# arms of a seed are half an hour; no arm has been run whole.
 #
 # PIECE_SECONDS: length of a piece. ARGS such as --config.repro.seeds=1.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

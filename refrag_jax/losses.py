@@ -1,4 +1,4 @@
-"""Losses over arrays; no model in here. Everything in float32, nats.
+"""Losses over arrays, float32, in nats; no model in here.
 
 Dimension key: B batch, O output slots, D width, V vocabulary, P pieces of X
 output slots, G rollouts of a context, R draws.

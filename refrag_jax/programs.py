@@ -48,8 +48,9 @@ def compile_stage(
     batch = abstract_batch(session, name, key[0])
     traced[key] = trace_step(session, name, state, batch, key[1])
     tokens[key] = text_tokens(batch)
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    # XLA compiles outside the interpreter lock; tracing must stay in here.
+  # XLA compiles outside the interpreter lock; tracing must stay in here. Large
+  # programs take gigabytes each while they are compiled.
+  with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
     lowered = {key: t.lower() for key, t in traced.items()}
     compiled = dict(
       zip(lowered, pool.map(lambda low: low.compile(), lowered.values()))

@@ -120,6 +120,10 @@ def starts_of(offsets_N2: np.ndarray) -> np.ndarray:
   return starts_N
 
 
+def _without_surrogates(texts: Sequence[str]) -> list[str]:
+  return [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
+
+
 def _bytes() -> Tokenizer:
   # 260 ids are used; 264 so that the table divides over 8 devices.
   return Tokenizer(
@@ -240,7 +244,7 @@ def _hugging_face(path: str) -> Tokenizer:
     return ids, offsets
 
   def encode_batch(texts: Sequence[str]) -> list[Encoded]:
-    texts = [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
+    texts = _without_surrogates(texts)
     encodings = backend.encode_batch(texts, add_special_tokens=False)
     return [
       (
@@ -251,7 +255,7 @@ def _hugging_face(path: str) -> Tokenizer:
     ]
 
   def ids_batch(texts: Sequence[str]) -> list[Sequence[int]]:
-    texts = [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
+    texts = _without_surrogates(texts)
     found = backend.encode_batch_fast(texts, add_special_tokens=False)
     found = [encoding.ids for encoding in found]
     spelt = [n for n, ids in enumerate(found) if not reserved.isdisjoint(ids)]
@@ -282,7 +286,7 @@ def _sentencepiece(path, ids, encode, ids_of, decode, data) -> Tokenizer:
   )
 
   def encode_batch(texts: Sequence[str]) -> list[Encoded]:
-    texts = [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
+    texts = _without_surrogates(texts)
     return [(ids_N, starts_of(of_N2)) for ids_N, of_N2 in encode(texts)]
 
   return Tokenizer(
@@ -296,8 +300,6 @@ def _sentencepiece(path, ids, encode, ids_of, decode, data) -> Tokenizer:
     mask_id=first('unk', 'pad', 'eos'),
     fingerprint=hashlib.sha256(data).hexdigest(),
     encode_batch=encode_batch,
-    ids_batch=lambda texts: ids_of(
-      [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
-    ),
+    ids_batch=lambda texts: ids_of(_without_surrogates(texts)),
     decode=lambda ids: decode([int(i) for i in ids]),
   )

@@ -167,7 +167,7 @@ def sentencepiece(
     return [_one_offset(of, is_byte_V) for of in found]
 
   decode = lambda ids: model.decode([i for i in ids if not model.is_control(i)])
-  ids_of = lambda texts: model.encode(list(texts), out_type=int)
+  ids_of = lambda texts: model.encode(list(texts), return_type=int)
   return ids, encode, ids_of, decode, data
 
 

@@ -138,8 +138,9 @@ def apply_rope(x_BTNH: jax.Array, angles) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
   """Exact GELU, x Phi(x), computed in float32 whatever x is.
 
-  By erf: with jax.nn.gelu's erfc, forward and backward take three to four times
-  as long on a CPU. What is kept for the backward is x.
+  By erf: with jax.nn.gelu's erfc, forward and backward took three to four times
+  as long (x of (2048, 11, 256) on 2 CPU cores, jax 0.10.2). What is kept for
+  the backward is x.
   """
   x32 = x.astype(jnp.float32)
   return (x32 * _normal_cdf(x32)).astype(x.dtype)
@@ -164,14 +165,19 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def einsum32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Returns the einsum of two arrays, float32 whatever they are.
+  """Returns the einsum of two arrays of one dtype, in float32.
 
-  Its gradients are products in the arrays' own dtype, as a fused kernel takes
-  them: JAX would multiply the float32 gradient of the result, at half the speed
-  of the matrix units and twice the bytes.
+  Its gradients are products in that dtype, as a fused kernel takes them and as
+  those of `Projection` are, sums over devices included: JAX would multiply the
+  float32 gradient of the result, at half the speed of the matrix units and
+  twice the bytes.
+
+  Args:
+    spec: such as 'BOD,DV->BOV'; every index stands in two of the three.
   """
   if a.dtype == jnp.float32:
     return jnp.einsum(spec, a, b)
+  assert a.dtype == b.dtype, (a.dtype, b.dtype)
   return _einsum32(spec, a, b)
 
 
