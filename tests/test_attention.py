@@ -5,6 +5,7 @@ head dimension.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -258,3 +259,12 @@ def test_float32_products_are_jax_s_own():
     for einsum in (layers.einsum32, jnp.einsum)
   ]
   assert traced[0] == traced[1]
+
+
+def test_a_frozen_operand_of_a_product_costs_no_gradient():
+  spec, of_a, of_b = PRODUCTS[1]
+  a, b = jnp.ones(of_a, jnp.bfloat16), jnp.ones(of_b, jnp.bfloat16)
+  loss = lambda a, b: layers.einsum32(spec, a, b).sum()
+  count = lambda which: flops.count(jax.make_jaxpr(jax.grad(loss, which))(a, b))
+  product = 2 * math.prod(of_a) * of_b[-1]
+  assert (count(0), count((0, 1))) == (2 * product, 3 * product)

@@ -187,19 +187,24 @@ def _einsum32(spec, a, b):
 
 
 def _einsum32_forward(spec, a, b):
-  return _einsum32(spec, a, b), (a, b)
+  # Each is kept for the other's gradient; a frozen one has none.
+  kept = (a.value if b.perturbed else None, b.value if a.perturbed else None)
+  return _einsum32(spec, a.value, b.value), kept
 
 
-def _einsum32_backward(spec, operands, d_out):
-  a, b = operands
+def _einsum32_backward(spec, kept, d_out):
+  a, b = kept
   of_a, of_b, of_out = spec.replace('->', ',').split(',')
-  d_out = d_out.astype(a.dtype)
-  d_a = jnp.einsum(f'{of_out},{of_b}->{of_a}', d_out, b)
-  d_b = jnp.einsum(f'{of_out},{of_a}->{of_b}', d_out, a)
+  d_out = d_out.astype((b if a is None else a).dtype)
+  d_a = d_b = None
+  if b is not None:
+    d_a = jnp.einsum(f'{of_out},{of_b}->{of_a}', d_out, b)
+  if a is not None:
+    d_b = jnp.einsum(f'{of_out},{of_a}->{of_b}', d_out, a)
   return d_a, d_b
 
 
-_einsum32.defvjp(_einsum32_forward, _einsum32_backward)
+_einsum32.defvjp(_einsum32_forward, _einsum32_backward, symbolic_zeros=True)
 
 
 def attention(q_BTNH, k_BSMH, v_BSMH, mask_BTS) -> jax.Array:
