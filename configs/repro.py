@@ -289,9 +289,9 @@ def _gpu(c):
   # A chunk is read alone, and its first word may then be cut otherwise.
   c.data.max_encoder_tokens = K + 8
   c.model.compute_dtype = 'bfloat16'
-  c.model.remat = 'none'
-  # `model.attention` stays dense: no kernel knows the packed rows of `lm`, and
-  # blocks take half as long again there (docs/bench/h200.md).
+  # No kernel knows the packed rows of `lm`, and blocks take half as long again
+  # there (docs/bench/h200.md).
+  c.model.update(attention='dense', remat='none')
   c.mesh.update(data=-1)
   steps = dict(
     lm=4000, reconstruct=1500, cpt=1200, mixed=400, grpo=200, mlm=1500

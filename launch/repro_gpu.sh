@@ -2,10 +2,7 @@
 # launch/repro_gpu.sh ARGS: a piece of the ablations on one H200, 9 minutes of
 # it; exit code 75: not done yet, call again. The text is 35 MB of compressed
 # files under data/ (docs/repro.md); checkpoints stay in the workdir between the
-# pieces.
-#
-# By the times of single steps there (docs/bench/h200.md) the steps alone of all
-# arms of a seed are half an hour; no arm has been run whole.
+# pieces. No arm has been run whole; docs/bench/h200.md has the times of steps.
 #
 # PIECE_SECONDS: length of a piece. ARGS such as --config.repro.seeds=1.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

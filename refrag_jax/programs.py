@@ -50,7 +50,9 @@ def compile_stage(
     tokens[key] = text_tokens(batch)
   # XLA compiles outside the interpreter lock; tracing must stay in here. Large
   # programs take gigabytes each while they are compiled.
-  with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
+  with concurrent.futures.ThreadPoolExecutor(
+    min(4, os.cpu_count() or 1)
+  ) as pool:
     lowered = {key: t.lower() for key, t in traced.items()}
     compiled = dict(
       zip(lowered, pool.map(lambda low: low.compile(), lowered.values()))

@@ -170,6 +170,12 @@ def abstract(cfg: DecoderConfig | EncoderConfig):
   )
 
 
+def read(directory: str):
+  """Through the importer: the config and the parameters in a directory."""
+  cfg = config_of(directory)
+  return cfg, convert_hf.read_params(directory, abstract(cfg))
+
+
 def gradients(model, directory: pathlib.Path, cfg):
   """A torch model's gradients as our tree: saved like weights, read as they."""
   with torch.no_grad():

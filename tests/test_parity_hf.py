@@ -92,8 +92,7 @@ def test_decoder(name, seed, tmp_path):
   ids_BT = drawn_ids(seed)
   model = hf_torch.decoder(name, seed)
   directory = hf_torch.saved(model, tmp_path / 'in')
-  cfg = hf_torch.config_of(directory)
-  params = convert_hf.read_params(directory, hf_torch.abstract(cfg))
+  cfg, params = hf_torch.read(directory)
   logits, value_and_grad, continued = decoder_functions(
     Refrag(hf_torch.model_config(cfg))
   )
@@ -118,8 +117,8 @@ def test_decoder(name, seed, tmp_path):
   convert_hf.write_params(
     str(exported), 'decoder', params, hf_families.decoder_json(cfg), np.float32
   )
-  assert hf_torch.config_of(str(exported)) == cfg
-  again = convert_hf.read_params(str(exported), hf_torch.abstract(cfg))
+  cfg_again, again = hf_torch.read(str(exported))
+  assert cfg_again == cfg
   jax.tree.map(np.testing.assert_array_equal, params, again)
   loaded = type(model).from_pretrained(exported, attn_implementation='eager')
   with torch.no_grad():
@@ -148,8 +147,7 @@ def test_encoder(name, seed, tmp_path):
   ids_BT = drawn_ids(seed)
   model = hf_torch.encoder(name, seed)
   directory = hf_torch.saved(model, tmp_path / 'in')
-  cfg = hf_torch.config_of(directory)
-  params = convert_hf.read_params(directory, hf_torch.abstract(cfg))
+  cfg, params = hf_torch.read(directory)
   states, value_and_grad = encoder_functions(Refrag(hf_torch.model_config(cfg)))
   rng = np.random.default_rng(seed)
   X, M = ids_BT.shape
@@ -175,8 +173,8 @@ def test_encoder(name, seed, tmp_path):
   convert_hf.write_params(
     str(exported), 'encoder', params, hf_families.encoder_json(cfg), np.float32
   )
-  assert hf_torch.config_of(str(exported)) == cfg
-  again = convert_hf.read_params(str(exported), hf_torch.abstract(cfg))
+  cfg_again, again = hf_torch.read(str(exported))
+  assert cfg_again == cfg
   jax.tree.map(np.testing.assert_array_equal, params, again)
   loaded = type(model).from_pretrained(exported, attn_implementation='eager')
   with torch.no_grad():
@@ -201,8 +199,7 @@ def test_a_number_that_is_not_read_would_be_seen(change, tmp_path):
   name = 'llama3' if change == 'rope_factor' else 'mistral'
   model = hf_torch.decoder(name, 1)
   directory = hf_torch.saved(model, tmp_path / 'in')
-  cfg = hf_torch.config_of(directory)
-  params = convert_hf.read_params(directory, hf_torch.abstract(cfg))
+  cfg, params = hf_torch.read(directory)
   other = {'rope_theta': 70.0, 'norm_eps': 0.1, 'sliding_window': 3,
            'rope_factor': 2.0}  # fmt: skip
   ids_BT = np.random.default_rng(0).integers(2, 40, (2, 30))

@@ -1,6 +1,7 @@
 """Each module of a block against its twin in transformers, on the same input.
 
-Dimension key: B batch, T positions, X chunks, M encoder tokens, D, E widths.
+Dimension key: B batch or chunks, T positions, D width; X, M and E are an
+encoder's.
 """
 
 import jax
@@ -11,7 +12,6 @@ import pytest
 torch = pytest.importorskip('torch')
 hf_torch = pytest.importorskip('hf_torch')
 
-from refrag_jax import convert_hf  # noqa: E402
 from refrag_jax.models import attention, encoder, layers, modernbert  # noqa: E402
 from refrag_jax.models.decoder import Block  # noqa: E402
 
@@ -38,6 +38,7 @@ MODERNBERT = {
   'down_proj': 'mlp',
 }
 B, T = 2, 13
+IDS_BT = np.random.default_rng(0).integers(2, 40, (B, T))
 
 
 def recorded(model, blocks, names, **given):
@@ -83,62 +84,60 @@ def assert_modules(block, params, layer, args, wanted):
     assert apart <= 1e-5, (layer, name, apart)
 
 
-@pytest.mark.parametrize('name', hf_torch.DECODERS)
-def test_modules_of_a_decoder(name, tmp_path):
+def decoder(name, tmp_path):
+  """A decoder in torch, what its modules gave, and the same model here."""
   model = hf_torch.decoder(name, seed=3)
-  directory = hf_torch.saved(model, tmp_path)
-  cfg = hf_torch.config_of(directory)
-  params = convert_hf.read_params(directory, hf_torch.abstract(cfg))
-  ids_BT = np.random.default_rng(0).integers(2, 40, (B, T))
+  cfg, params = hf_torch.read(hf_torch.saved(model, tmp_path))
   inputs, wanted = recorded(
-    model, model.model.layers, DECODER, input_ids=torch.tensor(ids_BT)
+    model, model.model.layers, DECODER, input_ids=torch.tensor(IDS_BT)
   )
-  positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
   scaling = layers.RopeScaling(
     cfg.rope_factor,
     cfg.rope_low_freq_factor,
     cfg.rope_high_freq_factor,
     cfg.rope_original_length,
   )
+  positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
   angles = layers.rope_angles(
     positions_BT, cfg.head_dim, cfg.rope_theta, scaling
   )
-  cos, sin = model.model.rotary_emb(
-    torch.tensor(inputs[0]), torch.tensor(np.asarray(positions_BT))
-  )
+  places = attention.Places(jnp.arange(T)[None])
+  args = [(x_BTD, None, angles, places, places, None) for x_BTD in inputs]
+  assert len(args) == cfg.num_layers
+  return model, cfg, params, args, wanted
+
+
+@pytest.mark.parametrize('name', hf_torch.DECODERS)
+def test_modules_of_a_decoder(name, tmp_path):
+  model, cfg, params, args, wanted = decoder(name, tmp_path)
+  x_BTD, _, angles, *_ = args[0]
+  positions_BT = torch.arange(T).expand(B, T)
+  cos, sin = model.model.rotary_emb(torch.tensor(x_BTD), positions_BT)
   for ours, theirs in zip(angles, (sin, cos)):
     # Theirs is written twice, once for each half of a head.
     theirs = theirs.numpy()[..., : cfg.head_dim // 2]
     np.testing.assert_allclose(ours[:, :, 0], theirs, atol=1e-5)
-
-  places = attention.Places(jnp.arange(T)[None])
   block = Block(cfg, 'dense', None)
-  assert len(inputs) == cfg.num_layers
-  for layer, x_BTD in enumerate(inputs):
-    args = (jnp.asarray(x_BTD), None, angles, places, places, None)
-    assert_modules(block, params, layer, args, wanted[layer])
+  for layer in range(cfg.num_layers):
+    assert_modules(block, params, layer, args[layer], wanted[layer])
 
 
 @pytest.mark.parametrize('name', hf_torch.ENCODERS)
 def test_modules_of_an_encoder(name, tmp_path):
   model = hf_torch.encoder(name, seed=3)
-  directory = hf_torch.saved(model, tmp_path)
-  cfg = hf_torch.config_of(directory)
-  params = convert_hf.read_params(directory, hf_torch.abstract(cfg))
-  ids_XM = np.random.default_rng(0).integers(2, 40, (B, T))
+  cfg, params = hf_torch.read(hf_torch.saved(model, tmp_path))
   modern = name == 'modernbert'
   blocks = model.layers if modern else model.encoder.layer
   inputs, wanted = recorded(
     model,
     blocks,
     MODERNBERT if modern else BERT,
-    input_ids=torch.tensor(ids_XM),
+    input_ids=torch.tensor(IDS_BT),
     attention_mask=torch.ones(B, T, dtype=torch.long),
   )
   real_XMM = jnp.ones((B, T, T), bool)
   assert len(inputs) == cfg.num_layers
   for layer, x_XME in enumerate(inputs):
-    x_XME = jnp.asarray(x_XME)
     if not modern:
       block, args = encoder.EncoderBlock(cfg), (x_XME, real_XMM)
     else:
@@ -157,22 +156,8 @@ def test_modules_of_an_encoder(name, tmp_path):
 
 
 def test_another_module_would_be_seen(tmp_path):
-  model = hf_torch.decoder('llama', seed=3)
-  directory = hf_torch.saved(model, tmp_path)
-  cfg = hf_torch.config_of(directory)
-  params = convert_hf.read_params(directory, hf_torch.abstract(cfg))
-  scale_YD = params['layers']['post_attention_layernorm']['scale']
-  params['layers']['post_attention_layernorm']['scale'] = scale_YD + 1e-3
-  inputs, wanted = recorded(
-    model,
-    model.model.layers,
-    DECODER,
-    input_ids=torch.tensor(np.random.default_rng(0).integers(2, 40, (B, T))),
-  )
-  angles = layers.rope_angles(
-    jnp.broadcast_to(jnp.arange(T), (B, T)), cfg.head_dim, cfg.rope_theta
-  )
-  places = attention.Places(jnp.arange(T)[None])
-  args = (jnp.asarray(inputs[0]), None, angles, places, places, None)
+  _, cfg, params, args, wanted = decoder('llama', tmp_path)
+  norm = params['layers']['post_attention_layernorm']
+  norm['scale'] += 1e-3
   with pytest.raises(AssertionError, match='post_attention_layernorm'):
-    assert_modules(Block(cfg, 'dense', None), params, 0, args, wanted[0])
+    assert_modules(Block(cfg, 'dense', None), params, 0, args[0], wanted[0])

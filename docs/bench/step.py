@@ -1,7 +1,8 @@
 r"""A real step beside what the planner says of it: memory, time, MFU.
 
   PYTHONPATH=. .venv/bin/python docs/bench/step.py [VARIANT ...] \
-    [--topology=h100:1x1 | --planned=FILE] [--out=FILE] [--config=repro:gpu]
+    [--topology=h100:1x1 | --planned=FILE] [--out=FILE] [--config=repro:gpu] \
+    [--config.model.loss_block=128]
 
 On the devices that there are, with random parameters and ids: a `cpt` step of a
 decoder of the size of Llama-3.2-1B with RoBERTa-Large, s = 2048, o = 2048, k =
@@ -76,8 +77,9 @@ def toys():
   return c
 
 
-def config_of(variant: str, devices: int, name: str) -> tuple[str, Config]:
+def config_of(variant: str, devices: int, given: dict) -> tuple[str, Config]:
   """The stage of a variant, and its config."""
+  name = given.get('config', '')
   attention, remat, rows, *stage = variant.split(',')
   stage = stage[0] if stage else 'cpt'
   own = {'': one_billion, 'small': toys}
@@ -90,7 +92,12 @@ def config_of(variant: str, devices: int, name: str) -> tuple[str, Config]:
   c.model.update(attention=attention, remat=remat)
   if int(rows):
     c.stage[stage].batch_size = int(rows) * devices
-  return stage, config.build(c)
+  changes = [
+    f'{key.removeprefix("config.")}={value}'
+    for key, value in given.items()
+    if key.startswith('config.')
+  ]
+  return stage, config.changed(config.build(c), changes)
 
 
 def random_batch(session: Session, stage: str, chunks: int) -> dict:
@@ -129,19 +136,19 @@ def chip_of(device) -> topologies.Chip:
 
 
 def planned(
-  variant: str, there: topologies.Topology, name: str
+  variant: str, there: topologies.Topology, given: dict
 ) -> tuple[Session, str, plan.StagePlan]:
-  stage, cfg = config_of(variant, len(there.devices), name)
+  stage, cfg = config_of(variant, len(there.devices), given)
   session = plan.open_planned(cfg, there)
   return session, stage, plan.plan_stage(session, there, stage)
 
 
-def measure(variant: str, name: str) -> dict:
+def measure(variant: str, given: dict) -> dict:
   devices = jax.devices()
   here = topologies.Topology(
     'here', chip_of(devices[0]), devices, len(devices), {}
   )
-  session, stage, predicted = planned(variant, here, name)
+  session, stage, predicted = planned(variant, here, given)
   with jax.set_mesh(session.mesh):
     abstract = programs.abstract_state(session, stage)
     params = fresh_params(session, tuple(abstract_params(session)))
@@ -199,12 +206,12 @@ def unseen_flops(session: Session, stage: str, chunks: int) -> float:
   return 12 * pairs * c.num_heads * c.head_dim * c.num_layers
 
 
-def predict(topology: str, variants: list[str], name: str) -> dict:
-  there = topologies.load(topology)
+def predict(variants: list[str], given: dict) -> dict:
+  there = topologies.load(given['topology'])
   out = {}
   for variant in variants:
     try:
-      _, _, found = planned(variant, there, name)
+      _, _, found = planned(variant, there, given)
     except UserError as e:
       print(f'{variant}: {e}')
       continue
@@ -214,7 +221,7 @@ def predict(topology: str, variants: list[str], name: str) -> dict:
       if isinstance(value, (int, float, str))
     }
     print(f'{variant}: {gib(found.peak_bytes)} GiB')
-  return {'topology': topology, 'jax': jax.__version__, 'variants': out}
+  return {'topology': there.name, 'jax': jax.__version__, 'variants': out}
 
 
 def gib(size: int | None) -> str:
@@ -250,20 +257,20 @@ def table_of(rows: list[dict], known: dict) -> tuple[Table, bool]:
 def main(argv: list[str]) -> int:
   variants = [a for a in argv if not a.startswith('--')] or list(VARIANTS)
   given = dict(a[2:].split('=', 1) for a in argv if '=' in a)
-  name = given.get('config', '')
   if '--one' in argv:  # of a process of its own
-    print(json.dumps(measure(variants[0], name)))
+    print(json.dumps(measure(variants[0], given)))
     return 0
   if 'topology' in given:
-    out, failed = predict(given['topology'], variants, name), False
+    out, failed = predict(variants, given), False
   else:
     # A device counts its peak from the start of a process on; it may use as
     # much as launch/run.sh lets it.
     rows, failed = [], False
     env = {'XLA_PYTHON_CLIENT_MEM_FRACTION': str(plan.USABLE)} | os.environ
+    own = [a for a in argv if a.startswith('--config')]
     for variant in variants:
       run = subprocess.run(
-        [sys.executable, __file__, variant, '--one', f'--config={name}'],
+        [sys.executable, __file__, variant, '--one', *own],
         stdout=subprocess.PIPE,
         text=True,
         env=env,
