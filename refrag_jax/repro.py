@@ -51,9 +51,9 @@ def run(config: Config, workdir: str) -> int:
   for seed, arm, cfg in chosen:
     say(f'-- arm {arm}, seed {seed}')
     folder = os.path.join(workdir, f'seed{seed}', arm)
-    save_config(config, arm, cfg, folder)
     try:
-      if not evaluate.is_complete(cfg, folder):
+      if not evaluate.is_complete(cfg, folder):  # else it says what made it
+        save_config(config, arm, cfg, folder)
         train_sources_again(config, cfg, seed, workdir)
       train.run(cfg, folder)
     except (UserError, NonFinite) as e:

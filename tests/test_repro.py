@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import sys
 import tomllib
 
 import jax
@@ -200,7 +201,9 @@ def test_what_a_checkpoint_has_trained_must_fit(folder, runs):
       )
 
 
-def test_an_arm_that_fails_lets_the_others_run(folder, tmp_path, capsys):
+def test_an_arm_that_fails_lets_the_others_run(
+  folder, tmp_path, capsys, monkeypatch
+):
   """Missing predecessor and one that does not fit; the good arm is judged."""
   (tmp_path / 'claims.toml').write_text(EMPTY_CLAIMS)
   cfg = toy_run.config(folder, evals=('copying',))
@@ -239,11 +242,20 @@ def test_an_arm_that_fails_lets_the_others_run(folder, tmp_path, capsys):
       stat = results.stat(np.array(values))
       for key in ('mean', 'se', 'n'):
         np.testing.assert_allclose(stat[key], rows[row][column][key], rtol=1e-4)
-  # The second call trains nothing again.
-  before = os.path.getmtime(f'{workdir}/seed0/main/results.json')
+  # The second call trains nothing again, and says so of no other command.
+  before = [
+    os.path.getmtime(f'{workdir}/seed0/main/{name}.json')
+    for name in ('results', 'config')
+  ]
+  monkeypatch.setattr(sys, 'argv', ['main', '--second'])
   with pytest.raises(UserError, match='2 of 3 arms failed'):
     repro.run(cfg, workdir)
-  assert os.path.getmtime(f'{workdir}/seed0/main/results.json') == before
+  assert before == [
+    os.path.getmtime(f'{workdir}/seed0/main/{name}.json')
+    for name in ('results', 'config')
+  ]
+  lost = results.read_json(f'{workdir}/seed0/lost/config.json')
+  assert lost['command_line'][-1] == '--second'
 
 
 @pytest.mark.slow
