@@ -47,7 +47,7 @@ def run(config: Config, workdir: str) -> int:
   the other roles; or an exported directory. Empty, or where it names the models
   that this workdir's run started from: the checkpoints of this workdir.
   """
-  session = open_session(config, workdir)
+  session = open_session(config, workdir, HELDOUT in _measured(config))
   directory, given = os.path.join(workdir, 'checkpoints'), config.init_from
   exported = pretrained.is_source(given) if given else False
   if given:
@@ -165,7 +165,7 @@ def head(session: Session) -> dict[str, Any]:
     'versions': environment.versions(),
     'git': environment.git_commit(),
     'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-    'corpus': session.corpus.hash,
+    **({'corpus': session.corpus.hash} if session.corpus else {}),
     'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
   }
 
@@ -226,7 +226,7 @@ def _datasets(session: Session) -> dict[str, Any]:
   cache = config.data.cache_dir or os.path.join(session.workdir, 'data')
   tokenizer = tokenizers.load(config.data.tokenizer)
   corpora = []
-  for source in config.eval.data or (HELDOUT,):
+  for source in _measured(config):
     if source == HELDOUT:
       parts = map(session.corpus.part, range(len(config.data.text)))
       corpora += zip(config.data.text, parts, strict=True)
@@ -240,6 +240,10 @@ def _datasets(session: Session) -> dict[str, Any]:
     source if names.count(name) > 1 else name: corpus
     for name, (source, corpus) in zip(names, corpora, strict=True)
   }
+
+
+def _measured(config: Config) -> tuple[str, ...]:
+  return config.eval.data or (HELDOUT,)
 
 
 def _dataset_name(source: str) -> str:

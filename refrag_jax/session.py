@@ -21,7 +21,7 @@ class Session(NamedTuple):
   mesh: jax.sharding.Mesh
   model: Refrag
   tokenizer: Any
-  corpus: Any  # None where only the model is needed
+  corpus: Any  # the run's own text; None where that is not needed
   identity: dict[str, Any]  # what a checkpoint must agree with
 
   def checkpoint_dir(self, stage: str) -> str:
@@ -31,8 +31,13 @@ class Session(NamedTuple):
     return os.path.join(self.workdir, 'stages', f'{stage}.json')
 
 
-def open_session(config: Config, workdir: str) -> Session:
+def open_session(
+  config: Config, workdir: str, with_text: bool = True
+) -> Session:
   """Checks what no config check can, then opens the data.
+
+  Args:
+    with_text: whether the run's own text is needed.
 
   Raises:
     UserError: the mesh, the vocabulary or the text does not fit.
@@ -40,6 +45,8 @@ def open_session(config: Config, workdir: str) -> Session:
   session = open_model(config, workdir)
   check_batches(session)
   check_attention(session)
+  if not with_text:
+    return session
   corpus = pipeline.prepare_corpus(config, os.path.join(workdir, 'data'))
   return session._replace(corpus=corpus)
 

@@ -486,6 +486,33 @@ def test_pictures_of_the_policy(session, context):
     assert set(np.flatnonzero(example['expanded'])) == set(best)
 
 
+def test_text_of_ones_own_needs_no_training_text(
+  mixed_text, monkeypatch, tmp_path
+):
+  """Who has a checkpoint seldom has what it was trained on."""
+  seen = {}
+  monkeypatch.setattr(evaluate, '_stages_beside', lambda _: {'lm': 'there'})
+  monkeypatch.setattr(evaluate.report, 'write', lambda _: None)
+
+  def run_evals(opened, paths, stop):
+    seen.update(evaluate._datasets(opened))
+    return {}
+
+  monkeypatch.setattr(evaluate, 'run_evals', run_evals)
+  cfg = toy_run.config(
+    toy_config.write_data(mixed_text[0]),
+    data__text=('gone.jsonl',),
+    eval__data=(str(mixed_text[0] / 'c.jsonl'),),
+  )
+  assert evaluate.run(cfg, str(tmp_path)) == 0
+  assert list(seen) == ['c'] and len(seen['c'].documents('heldout')) == 30
+  asked = toy_run.replaced(
+    cfg, eval=dataclasses.replace(cfg.eval, data=('heldout',))
+  )
+  with pytest.raises(UserError, match=r"'gone\.jsonl' does not exist"):
+    evaluate.run(asked, str(tmp_path))
+
+
 def test_an_eval_of_nothing_is_refused(session, tmp_path):
   cfg = session.config
   with pytest.raises(UserError, match='train first'):
