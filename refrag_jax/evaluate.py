@@ -247,4 +247,6 @@ def _measured(config: Config) -> tuple[str, ...]:
 
 
 def _dataset_name(source: str) -> str:
+  if source.startswith('tfds:'):  # its last part is a version, or a config
+    return source
   return os.path.basename(source.rstrip('/')).split('.')[0] or source

@@ -585,6 +585,9 @@ def test_texts_of_one_name_go_by_their_paths(mixed_text):
   same.write_text('\n'.join(json.dumps({'text': t}) for t in texts['c']))
   _, datasets = open_mixed(mixed_text, 'heldout', str(same))
   assert list(datasets) == [str(folder / 'a.jsonl'), 'b', str(same)]
+  # What tfds ends in is a version.
+  name = 'tfds:/data/texts/1.0.0'
+  assert evaluate._dataset_name(name) == name
 
 
 def test_complete_means_of_this_config(session, tmp_path):
