@@ -60,6 +60,7 @@ def get_config(pair: str = ''):
     context_length=64,
     factors=(1, 2, 4, 8),
   )
+  c.stage.reconstruct_unfrozen = common.control(c.stage.reconstruct)
   c.stage.cpt = common.stage(
     num_train_steps=100,
     peak_learning_rate=2e-4,

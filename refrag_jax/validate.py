@@ -31,6 +31,7 @@ STAGES = (
   'mixed_trained',
   'sft_full',
   'sft_none',
+  'reconstruct_unfrozen',
   'cpt_frozen',
   'cepe_warmup',
   'cepe',
@@ -60,11 +61,13 @@ WINDOWS = (
   'grpo',
   'cpt_trained',
   'mixed_trained',
+  'reconstruct_unfrozen',
   'cpt_frozen',
   'cepe_warmup',
   'cepe',
   'cepe_unfrozen',
 )
+REGENERATES = ('reconstruct', 'reconstruct_unfrozen', 'cepe_warmup')
 EXPANDS = ('mixed', 'grpo')
 CONTROLS = ('cpt_trained', 'mixed_trained', 'sft_full', 'sft_none')
 QUESTIONS = ('sft', 'sft_full', 'sft_none')
@@ -393,8 +396,8 @@ def _longest(name: str, config: Config) -> int:
     context = stage.context_length
   if name in PIECES:
     context = 0
-  regenerated = name in ('reconstruct', 'cepe_warmup')
-  output = stage.context_length if regenerated else stage.output_length
+  regenerates = name in REGENERATES
+  output = stage.context_length if regenerates else stage.output_length
   return context + output  # BOS stands before, the last output is not read
 
 
@@ -424,7 +427,7 @@ def _validate_stage(name: str, config: Config) -> None:
   if name in WINDOWS:
     _validate_context(stage, prefix, config.model.chunk_size)
     # The others predict their context itself.
-    if name not in ('mlm', 'reconstruct', 'cepe_warmup'):
+    if name not in ('mlm', *REGENERATES):
       _positive(stage, prefix, 'output_length')
   if name in EXPANDS:
     _validate_fractions(stage, prefix, config.model.chunk_size)
@@ -585,13 +588,14 @@ def _validate_eval(config: Config) -> None:
       f'config.eval.{name} {values} must all be greater than 0',
     )
   reconstructs = {'reconstruction', 'details'} & set(config.evals)
-  if reconstructs and 'reconstruct' in config.stage:
-    longest = config.stage['reconstruct'].context_length
-    _refuse(
-      max(section.reconstruct_lengths) > longest,
-      f'config.eval.reconstruct_lengths {section.reconstruct_lengths}: '
-      f'config.stage.reconstruct.context_length has only {longest} tokens',
-    )
+  for name in ('reconstruct', 'reconstruct_unfrozen') if reconstructs else ():
+    if name in config.stage:
+      longest = config.stage[name].context_length
+      _refuse(
+        max(section.reconstruct_lengths) > longest,
+        f'config.eval.reconstruct_lengths {section.reconstruct_lengths}: '
+        f'config.stage.{name}.context_length has only {longest} tokens',
+      )
   k = config.model.chunk_size
   for name, reads in (
     ('reconstruct_lengths', bool(reconstructs)),

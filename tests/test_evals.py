@@ -431,7 +431,9 @@ def test_chunk_perplexity_is_the_mean_over_the_chunks_tokens(
 
 def test_reconstruction_rows(session, params, tables):
   rows = tables['reconstruction']['toy']
-  assert rows.keys() == {'refrag_k4', 'refrag_k4_shuffled', 'no_context'}
+  frozen = {'refrag_k4', 'refrag_k4_shuffled', 'no_context'}
+  unfrozen = ('refrag_k4_unfrozen', 'refrag_k4_unfrozen_shuffled')
+  assert rows.keys() == {*frozen, *unfrozen, 'no_context_unfrozen'}
   for row in rows.values():
     assert {'P4', 'P16'} <= row.keys()
     assert_stats(row)
@@ -439,9 +441,12 @@ def test_reconstruction_rows(session, params, tables):
     session.config, session.corpus, 16, session.config.eval.num_windows
   )
   compressed = jax.jit(functools.partial(forward.compressed_nll, session.model))
-  nll_WO = compressed(params['reconstruct'], batch)
-  mean = results.by_document(np.asarray(nll_WO).mean(1), batch['doc_B']).mean()
-  np.testing.assert_allclose(rows['refrag_k4']['P16']['mean'], mean, rtol=1e-5)
+  for ending in ('', '_unfrozen'):
+    nll_WO = compressed(params[f'reconstruct{ending}'], batch)
+    nll_W = np.asarray(nll_WO).mean(1)
+    mean = results.by_document(nll_W, batch['doc_B']).mean()
+    row = rows[f'refrag_k4{ending}']
+    np.testing.assert_allclose(row['P16']['mean'], mean, rtol=1e-5)
 
 
 def test_qa_rows(session, params, tables):

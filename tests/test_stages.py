@@ -31,6 +31,7 @@ TRAINS = {
   'mixed_trained': ('decoder',),
   'sft_full': ('decoder',),
   'sft_none': ('decoder',),
+  'reconstruct_unfrozen': REFRAG,
   'cpt_frozen': ('encoder', 'projection'),
   'cepe_warmup': ('encoder', 'cross'),
   'cepe': ('encoder', 'cross'),
@@ -82,6 +83,10 @@ GOLDEN = {
   'sft_none': (
     (5.76591, 5.61711, 5.47292),
     (2.01294, 1.96023, 1.87666),
+  ),
+  'reconstruct_unfrozen': (
+    (6.15935, 5.86367, 5.69521),
+    (19.08470, 11.07218, 5.19921),
   ),
   'cpt_frozen': (
     (6.03004, 5.65999, 5.65544),
@@ -325,6 +330,7 @@ def test_the_stage_chain():
     'mixed_trained': 'cpt_trained',
     'sft_full': 'mixed_trained',
     'sft_none': 'mixed_trained',
+    'reconstruct_unfrozen': 'lm',
     'cpt_frozen': 'reconstruct',
     'cepe_warmup': 'lm',
     'cepe': 'cepe_warmup',

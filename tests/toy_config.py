@@ -90,6 +90,7 @@ def get_config(preset: str = ''):
   contexts = ('none', 'last_k', 'full')
   c.stage.cpt_trained = common.control(c.stage.cpt, contexts=contexts)
   c.stage.mixed_trained = common.control(c.stage.mixed, contexts=contexts)
+  c.stage.reconstruct_unfrozen = common.control(c.stage.reconstruct)
   c.stage.cpt_frozen = common.control(c.stage.cpt)
   c.stage.sft_full = common.control(c.stage.sft, contexts=('full',))
   c.stage.sft_none = common.control(c.stage.sft, contexts=('none',))

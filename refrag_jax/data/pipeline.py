@@ -11,6 +11,7 @@ M encoder tokens of a chunk or piece, P pieces, O output tokens.
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 
 import grain
@@ -31,12 +32,12 @@ Batch = dict[str, np.ndarray]
 Sampler = Callable[[int, np.ndarray], Batch]
 # CEPE's stages: the stage of REFRAG whose windows each one reads.
 CEPE = {'cepe_warmup': 'reconstruct', 'cepe': 'cpt', 'cepe_unfrozen': 'cpt'}
+CONTROL = re.compile('_(trained|frozen|unfrozen)$')
 
 
 def base_stage(stage_name: str) -> str:
   """Returns the stage that a control arm repeats: itself for the others."""
-  name = stage_name.removesuffix('_trained').removesuffix('_frozen')
-  return CEPE.get(name, name)
+  return CEPE.get(stage_name) or CONTROL.sub('', stage_name)
 
 
 def prepare_corpus(config: Config, cache_dir: str) -> corpus_lib.Corpus:

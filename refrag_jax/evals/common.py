@@ -22,6 +22,7 @@ ROLES = {
   'trained': 'mixed_trained',  # the same continued training, uncompressed
   'cpt_trained': 'cpt_trained',
   'reconstruct': 'reconstruct',
+  'reconstruct_unfrozen': 'reconstruct_unfrozen',
   'cpt': 'cpt',
   'cpt_frozen': 'cpt_frozen',
   'mixed': 'mixed',

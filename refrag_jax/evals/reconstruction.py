@@ -1,8 +1,8 @@
 """Reconstruction: text regenerated from its own chunk embeddings (Table 11).
 
 P<n>: n tokens from the n / k embeddings of those tokens, teacher-forced,
-through the frozen decoder. The rows beside it: another document's embeddings,
-and none at all.
+through the frozen decoder, or one that was trained along. The rows beside it:
+another document's embeddings, and none at all.
 """
 
 import jax
@@ -11,14 +11,41 @@ from refrag_jax import forward
 from refrag_jax.data import pipeline
 from refrag_jax.evals import common
 
+# role: ending of its rows' names
+REFRAG = {'reconstruct': '', 'reconstruct_unfrozen': '_unfrozen'}
+
 
 def run(context: common.Context) -> dict:
   """The `reconstruction` table of results.json."""
-  if not context.available('reconstruct'):
-    return {}
+  config = context.session.config
+  roles = [role for role in REFRAG if context.available(role)]
+  out = {}
+  for name, corpus in context.datasets.items() if roles else ():
+    # The same windows for every n, cut to their first n tokens.
+    windows = pipeline.reconstruction_windows(
+      config,
+      corpus,
+      max(config.eval.reconstruct_lengths),
+      config.eval.num_windows,
+    )
+    rows = {}
+    for role in roles:
+      rows |= regenerate(context, role, windows)
+    out[name] = common.table(
+      rows,
+      windows['doc_B'],
+      [row for row in rows if 'shuffled' in row or 'no_context' in row],
+      context.documents_of('reconstruction', name),
+      common.bits_per_nat(corpus),
+    )
+  return out
+
+
+def regenerate(context: common.Context, role: str, windows: dict) -> dict:
+  """NLL per window of one role's three rows, by row and column."""
   config, model = context.session.config, context.session.model
-  k, params = config.model.chunk_size, context.params('reconstruct')
-  row = f'refrag_k{k}'
+  k, params = config.model.chunk_size, context.params(role)
+  row, nothing_row = f'refrag_k{k}{REFRAG[role]}', f'no_context{REFRAG[role]}'
 
   @jax.jit
   def compressed(batch):
@@ -28,35 +55,21 @@ def run(context: common.Context) -> dict:
   def nothing(batch):
     return forward.plain_nll(model, params, batch, 'none')
 
-  out = {}
-  for name, corpus in context.datasets.items():
-    rows = {row: {}, f'{row}_shuffled': {}, 'no_context': {}}
-    # The same windows for every n, cut to their first n tokens.
-    longest = max(config.eval.reconstruct_lengths)
-    windows = pipeline.reconstruction_windows(
-      config, corpus, longest, config.eval.num_windows
-    )
-    other_W = common.other_document(windows['doc_B'])
-    for n in config.eval.reconstruct_lengths:
-      cut = _first(windows, n, k)
-      others = {
-        key: cut[key][other_W] for key in ('encoder_BCM', 'encoder_len_BC')
-      }
-      for label, function, data in (
-        (row, compressed, cut),
-        (f'{row}_shuffled', compressed, cut | others),
-        ('no_context', nothing, cut),
-      ):
-        nll_WO = common.map_batches(context, function, data)
-        rows[label][f'P{n}'] = nll_WO.mean(1)
-    out[name] = common.table(
-      rows,
-      windows['doc_B'],
-      (f'{row}_shuffled', 'no_context'),
-      context.documents_of('reconstruction', name),
-      common.bits_per_nat(corpus),
-    )
-  return out
+  rows = {row: {}, f'{row}_shuffled': {}, nothing_row: {}}
+  other_W = common.other_document(windows['doc_B'])
+  for n in config.eval.reconstruct_lengths:
+    cut = _first(windows, n, k)
+    others = {
+      key: cut[key][other_W] for key in ('encoder_BCM', 'encoder_len_BC')
+    }
+    for label, function, data in (
+      (row, compressed, cut),
+      (f'{row}_shuffled', compressed, cut | others),
+      (nothing_row, nothing, cut),
+    ):
+      nll_WO = common.map_batches(context, function, data)
+      rows[label][f'P{n}'] = nll_WO.mean(1)
+  return rows
 
 
 def _first(windows: dict, n: int, k: int) -> dict:

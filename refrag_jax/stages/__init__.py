@@ -16,6 +16,7 @@ STAGES: dict[str, Stage] = {
   'mixed_trained': control.control('cpt_trained'),
   'sft_full': control.control('mixed_trained'),
   'sft_none': control.control('mixed_trained'),
+  'reconstruct_unfrozen': compressed.RECONSTRUCT_UNFROZEN,
   'cpt_frozen': compressed.CPT_FROZEN,
   # The paper's strongest baseline.
   'cepe_warmup': cepe.WARMUP,

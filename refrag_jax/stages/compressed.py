@@ -66,6 +66,8 @@ RECONSTRUCT = Stage(
   loss=loss,
   evaluate=evaluate,
 )
+# A decoder that is too small to write what it has only read as vectors.
+RECONSTRUCT_UNFROZEN = RECONSTRUCT._replace(trainable=ALL_BUT_POLICY)
 CPT = Stage(
   predecessor='reconstruct',
   trainable=ALL_BUT_POLICY,
