@@ -29,7 +29,7 @@ def get_config(pair: str = ''):
   c = common.base()
   c.name = 'pair'
   c.stages = ('reconstruct', 'cpt', 'cpt_trained')
-  c.evals = ('log_perplexity', 'reconstruction')
+  c.evals = ('log_perplexity', 'reconstruction', 'regeneration')
   if pair:
     decoder, encoder = pair.split(',')
     c.model.decoder = common.decoder(decoder)

@@ -52,6 +52,10 @@ def write(workdir: str) -> str:
       report_tables.comparison(evals.get('reconstruction', {})),
     ),
     (
+      'What is written from chunks alone',
+      report_tables.regeneration(evals.get('regeneration', {})),
+    ),
+    (
       'Which chunks to expand',
       report_tables.selection(evals.get('selection', {})),
     ),

@@ -26,7 +26,7 @@ CONTROLS = {
   r'.*shuffled': 'shuffled',
 }
 # Higher is better only for these.
-SCORES = ('em', 'f1')
+SCORES = ('em', 'f1', 'share', 'same_place')
 
 
 def stage_table(stages: Mapping[str, Any]) -> str:
@@ -181,6 +181,42 @@ def _selection_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
   return page.table(['selector', 'p', 'rate', NLL, *names, 'n'], body, note)
 
 
+def regeneration(datasets: Mapping[str, Any]) -> str:
+  """How much of its source was written, then the first few texts."""
+  parts = []
+  for dataset, value in datasets.items():
+    rows = list(rows_of(value))
+    body = [
+      [
+        page.name(name),
+        page.measured(row.get('share')),
+        page.measured(row.get('same_place')),
+        _count([row.get('share')]),
+      ]
+      for name, row in rows
+    ]
+    note = (
+      "Shares of the source's tokens that were written greedily from its chunk "
+      'embeddings, wherever they stand and where they stand; shuffled: from '
+      "another document's, against the same source. ± standard error."
+    )
+    head = ['row', 'written', 'in its place', 'n']
+    texts = [
+      [
+        page.name(text['row']),
+        *map(page.text, (text['source'], text['written'])),
+      ]
+      for text in value.get('texts', ())
+    ]
+    parts += [
+      f'<h3>{page.text(dataset)}</h3>',
+      page.table(head, body, note),
+      page.table(['row', 'source', 'written'], texts, css_class='text'),
+      page.details('All paired differences', _all_differences(rows)),
+    ]
+  return '\n'.join(part for part in parts if part)
+
+
 def questions(datasets: Mapping[str, Any]) -> str:
   parts = []
   for dataset, value in datasets.items():
@@ -188,7 +224,7 @@ def questions(datasets: Mapping[str, Any]) -> str:
     parts.append(_notes(value))
     rows = list(rows_of(value))
     measures = [
-      m for m in ('gold_nll', *SCORES) if any(m in row for _, row in rows)
+      m for m in ('gold_nll', 'em', 'f1') if any(m in row for _, row in rows)
     ]
     body = [
       [

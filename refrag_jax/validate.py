@@ -40,6 +40,7 @@ STAGES = (
 EVALS = (
   'log_perplexity',
   'reconstruction',
+  'regeneration',
   'selection',
   'qa',
   'copying',
@@ -47,6 +48,7 @@ EVALS = (
   'passages',
   'details',
 )
+RECONSTRUCTIONS = ('reconstruction', 'regeneration', 'details')
 SELECTORS = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
 CONTEXTS = ('none', 'last_k', 'full')
 FUSED = ('cudnn', 'splash')
@@ -570,7 +572,7 @@ def _validate_eval(config: Config) -> None:
       'output_lengths',
       ('log_perplexity', 'selection', 'context_length', 'passages', 'details'),
     ),
-    ('reconstruct_lengths', ('reconstruction', 'details')),
+    ('reconstruct_lengths', RECONSTRUCTIONS),
     ('expand_fractions', ('selection', 'passages')),
     ('selectors', ('selection', 'passages')),
     ('copy_lengths', ('copying',)),
@@ -587,7 +589,7 @@ def _validate_eval(config: Config) -> None:
       name.endswith('lengths') and any(value <= 0 for value in values),
       f'config.eval.{name} {values} must all be greater than 0',
     )
-  reconstructs = {'reconstruction', 'details'} & set(config.evals)
+  reconstructs = set(RECONSTRUCTIONS) & set(config.evals)
   for name in ('reconstruct', 'reconstruct_unfrozen') if reconstructs else ():
     if name in config.stage:
       longest = config.stage[name].context_length

@@ -25,6 +25,7 @@ from refrag_jax.evals import (
   perplexity,
   qa,
   reconstruction,
+  regeneration,
   replug,
   selection,
 )
@@ -89,7 +90,9 @@ def score(context, windows):
 @pytest.fixture(scope='module')
 def tables(context):
   """Each eval of this file, run once; test_evidence.py has the others."""
-  names = ('log_perplexity', 'reconstruction', 'selection', 'qa')
+  names = (
+    'log_perplexity', 'reconstruction', 'regeneration', 'selection', 'qa',
+  )  # fmt: skip
   return {name: EVALS[name](context) for name in names}
 
 
@@ -447,6 +450,43 @@ def test_reconstruction_rows(session, params, tables):
     mean = results.by_document(nll_W, batch['doc_B']).mean()
     row = rows[f'refrag_k4{ending}']
     np.testing.assert_allclose(row['P16']['mean'], mean, rtol=1e-5)
+
+
+def test_regeneration_rows(session, params, context, tables):
+  """What `greedy` writes; the source's own embeddings and another's."""
+  rows = tables['regeneration']['toy']
+  names = ('refrag_k4', 'refrag_k4_unfrozen')
+  assert rows.keys() - {'texts'} == {
+    *names, *(f'{name}_shuffled' for name in names),
+  }  # fmt: skip
+  batch = pipeline.reconstruction_windows(
+    session.config, session.corpus, 16, session.config.eval.num_windows
+  )
+  write = regeneration.writer(context, 'reconstruct_unfrozen', 16)
+  ids_WN, source_WN = np.asarray(write(batch)), batch['output_BO']
+  assert ids_WN.shape == source_WN.shape
+  # Each token is the most probable one after those before it.
+  nll = jax.jit(functools.partial(forward.compressed_nll, session.model))
+  weights = params['reconstruct_unfrozen']
+  best_WN = nll(weights, batch | {'output_BO': ids_WN})
+  for n in (0, 5):
+    for change in (1, 7, 50):
+      other_WN = ids_WN.copy()
+      other_WN[:, n] = (other_WN[:, n] + change) % 256
+      nll_WN = nll(weights, batch | {'output_BO': other_WN})
+      assert np.all(nll_WN[:, n] >= best_WN[:, n])
+  row = rows['refrag_k4_unfrozen']
+  assert_stats(row)
+  for column, values_W in (
+    ('share', regeneration.shared(ids_WN, source_WN)),
+    ('same_place', (ids_WN == source_WN).mean(1)),
+  ):
+    mean = results.by_document(values_W, batch['doc_B']).mean()
+    np.testing.assert_allclose(row[column]['mean'], mean, rtol=1e-5)
+  text = rows['texts'][-1]
+  assert text['row'] == 'refrag_k4_unfrozen' and len(text['source']) == 16
+  shares = regeneration.shared(np.array([[1, 1, 2]]), np.array([[3, 2, 1]]))
+  np.testing.assert_allclose(shares, [2 / 3])
 
 
 def test_qa_rows(session, params, tables):

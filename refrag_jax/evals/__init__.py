@@ -8,12 +8,14 @@ from refrag_jax.evals import (
   perplexity,
   qa,
   reconstruction,
+  regeneration,
   selection,
 )
 
 EVALS = {
   'log_perplexity': perplexity.run,
   'reconstruction': reconstruction.run,
+  'regeneration': regeneration.run,
   'selection': selection.run,
   'qa': qa.run,
   'copying': copying.run,
