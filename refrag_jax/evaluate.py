@@ -72,7 +72,8 @@ def run(config: Config, workdir: str) -> int:
   old = results.read_json(path) if os.path.exists(path) else {}
   if jax.process_index() == 0:
     new = head(session)
-    if old.get('fingerprint') == new['fingerprint']:
+    if old.get('fingerprint') == _fingerprint_of_run(config, workdir):
+      new['fingerprint'] = old['fingerprint']
       evals = old.get('evals', {}) | evals
     else:
       new['fingerprint'] = ''  # the stages in there are not of this config
@@ -182,6 +183,15 @@ def fingerprint(config: Config) -> str:
     del values['model'][name]
   text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fingerprint_of_run(config: Config, workdir: str) -> str:
+  """As if the evals asked for were the training's: they change no number."""
+  path = os.path.join(workdir, 'config.json')
+  if os.path.exists(path):
+    asked = tuple(results.read_json(path)['config']['evals'])
+    config = dataclasses.replace(config, evals=asked)
+  return fingerprint(config)
 
 
 def _stages_beside(directory: str) -> dict[str, str]:

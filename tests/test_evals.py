@@ -558,6 +558,36 @@ def test_text_of_ones_own_needs_no_training_text(
     evaluate.run(asked, str(tmp_path))
 
 
+def test_one_more_eval_keeps_the_others(session, monkeypatch, tmp_path):
+  """A run's numbers stay, and it stays complete; another config's go."""
+  cfg = toy_run.replaced(session.config, stages=('lm',), evals=('selection',))
+  results.write_json(
+    tmp_path / 'config.json', {'config': dataclasses.asdict(cfg)}
+  )
+  done = {
+    'fingerprint': evaluate.fingerprint(cfg),
+    'stages': {'lm': {}},
+    'evals': {'selection': {'toy': 1}},
+  }
+  results.write_json(tmp_path / 'results.json', done)
+  monkeypatch.setattr(evaluate, '_stages_beside', lambda _: {'lm': 'there'})
+  monkeypatch.setattr(evaluate.report, 'write', lambda _: None)
+  for name in ('copying', 'qa'):
+    monkeypatch.setattr(
+      evaluate, 'run_evals', lambda *_, name=name: {name: {'toy': 2}}
+    )
+    evaluate.run(toy_run.replaced(cfg, evals=(name,)), str(tmp_path))
+  now = results.read_json(tmp_path / 'results.json')
+  assert now['evals'] == {
+    'selection': {'toy': 1}, 'copying': {'toy': 2}, 'qa': {'toy': 2},
+  }  # fmt: skip
+  assert evaluate.is_complete(cfg, tmp_path)
+  evaluate.run(toy_run.replaced(cfg, evals=('qa',), seed=1), str(tmp_path))
+  now = results.read_json(tmp_path / 'results.json')
+  assert now['evals'] == {'qa': {'toy': 2}}
+  assert not evaluate.is_complete(cfg, tmp_path)
+
+
 def test_an_eval_of_nothing_is_refused(session, tmp_path):
   cfg = session.config
   with pytest.raises(UserError, match='train first'):
