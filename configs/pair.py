@@ -16,11 +16,9 @@ get there learns it in the stage `lm`:
   --config.stages=lm,reconstruct,cpt,cpt_trained
   --config.stage.cpt_trained.init_from=
 
-The smallest (260 thousand parameters, docs/pair.md) regenerates nothing while
-it is frozen, whether it copies or not; trained along it does, without `lm`:
-
-  --config.stages=reconstruct_unfrozen,cpt,cpt_trained
-  --config.stage.cpt.init_from=@pair/reconstruct_unfrozen
+The smallest, of 260 thousand parameters, regenerates hardly anything while it
+is frozen, whether it copies or not. docs/pair.md has the commands that train it
+along (`reconstruct_unfrozen`), what that gives and what it costs.
 """
 
 from configs import common

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,7 +46,9 @@ def run(config: Config, workdir: str) -> int:
 
   `config.init_from` names a stage's checkpoint directory, and its siblings play
   the other roles; or an exported directory. Empty, or where it names the models
-  that this workdir's run started from: the checkpoints of this workdir.
+  that this workdir's run started from: the checkpoints of this workdir. What a
+  run of the same config has measured in this workdir stays; `data.text` is
+  needed only where `eval.data` has 'heldout', or nothing.
   """
   session = open_session(config, workdir, HELDOUT in _measured(config))
   directory, given = os.path.join(workdir, 'checkpoints'), config.init_from
@@ -72,12 +75,15 @@ def run(config: Config, workdir: str) -> int:
   old = results.read_json(path) if os.path.exists(path) else {}
   if jax.process_index() == 0:
     new = head(session)
-    if old.get('fingerprint') == _fingerprint_of_run(config, workdir):
-      new['fingerprint'] = old['fingerprint']
-      evals = old.get('evals', {}) | evals
+    if _is_of_run(old, config, workdir):  # its head says what made the rest
+      made = {key: new[key] for key in ('git', 'device', 'date')}
+      added = old.get('added', {}) | dict.fromkeys(evals, made)
+      new = {'added': added, 'evals': old.get('evals', {}) | evals}
     else:
-      new['fingerprint'] = ''  # the stages in there are not of this config
-    results.write_json(path, old | new | {'evals': evals})
+      old.pop('corpus', None)
+      # The stages in there are not of this config.
+      new |= {'fingerprint': '', 'evals': evals}
+    results.write_json(path, old | new)
     report.write(workdir)
   say(f'done: {path}, {workdir}/report.html')
   return 0
@@ -141,9 +147,9 @@ def write_documents(context: Context) -> None:
   path = os.path.join(session.workdir, 'documents.json')
   old = results.read_json(path) if os.path.exists(path) else {}
   new = head(session)
+  if _is_of_run(old, session.config, session.workdir):
+    documents, new = old['evals'] | documents, old
   new['datasets'] = {name: of.hash for name, of in context.datasets.items()}
-  if old.get('fingerprint') == new['fingerprint']:
-    documents = old['evals'] | documents
   text = results.json_line(new | {'evals': _rounded(documents)})
   results.write_text(path, text)
 
@@ -185,13 +191,18 @@ def fingerprint(config: Config) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _fingerprint_of_run(config: Config, workdir: str) -> str:
-  """As if the evals asked for were the training's: they change no number."""
+def _is_of_run(
+  numbers: Mapping[str, Any], config: Config, workdir: str
+) -> bool:
+  """Whether a file of a workdir is of this config, whatever evals it asks for.
+
+  Which evals run changes no number; config.json has those of the training.
+  """
   path = os.path.join(workdir, 'config.json')
   if os.path.exists(path):
     asked = tuple(results.read_json(path)['config']['evals'])
     config = dataclasses.replace(config, evals=asked)
-  return fingerprint(config)
+  return numbers.get('fingerprint') == fingerprint(config)
 
 
 def _stages_beside(directory: str) -> dict[str, str]:

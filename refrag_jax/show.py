@@ -117,7 +117,7 @@ def _stage(console: Console, config: Config, name: str, corpus: Corpus) -> None:
     console.print(text, soft_wrap=True)
     console.print(_masks(row), style='dim', soft_wrap=True)
   # The same for every stage, but that passages end in short chunks.
-  if name in ('reconstruct', 'reconstruct_unfrozen', 'sft'):
+  if name in (*validate.RECONSTRUCTS, 'sft'):
     row = {key: values[0] for key, values in batch.items()}
     encoder_tokenizer = tokenizers.load(config.data.encoder_tokenizer)
     first = 0

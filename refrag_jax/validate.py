@@ -69,7 +69,8 @@ WINDOWS = (
   'cepe',
   'cepe_unfrozen',
 )
-REGENERATES = ('reconstruct', 'reconstruct_unfrozen', 'cepe_warmup')
+RECONSTRUCTS = ('reconstruct', 'reconstruct_unfrozen')
+REGENERATES = (*RECONSTRUCTS, 'cepe_warmup')
 EXPANDS = ('mixed', 'grpo')
 CONTROLS = ('cpt_trained', 'mixed_trained', 'sft_full', 'sft_none')
 QUESTIONS = ('sft', 'sft_full', 'sft_none')
@@ -151,13 +152,14 @@ def _validate_run(config: Config) -> None:
       f'config.stages names {name!r}, but config.stage.{name} is missing: add '
       'it to the config file',
     )
-  before = config.stages[: _index(config.stages, 'reconstruct')]
-  _refuse(
-    'mlm' in before and not config.stage['reconstruct'].init_from,
-    'config.stages has mlm before reconstruct, which would start from lm all '
-    'the same: set config.stage.reconstruct.init_from to @RUN/mlm, RUN being '
-    "the workdir's last name, or to WORKDIR/checkpoints/mlm",
-  )
+  for name in RECONSTRUCTS:
+    before = config.stages[: _index(config.stages, name)]
+    _refuse(
+      'mlm' in before and not config.stage[name].init_from,
+      f'config.stages has mlm before {name}, which would start from lm all '
+      f'the same: set config.stage.{name}.init_from to @RUN/mlm, RUN being '
+      "the workdir's last name, or to WORKDIR/checkpoints/mlm",
+    )
   _not_negative(config, '', 'seed')
   _positive(config, '', 'log_every_steps')
   _not_negative(
@@ -590,7 +592,7 @@ def _validate_eval(config: Config) -> None:
       f'config.eval.{name} {values} must all be greater than 0',
     )
   reconstructs = set(RECONSTRUCTIONS) & set(config.evals)
-  for name in ('reconstruct', 'reconstruct_unfrozen') if reconstructs else ():
+  for name in RECONSTRUCTS if reconstructs else ():
     if name in config.stage:
       longest = config.stage[name].context_length
       _refuse(

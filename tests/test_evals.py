@@ -566,25 +566,41 @@ def test_one_more_eval_keeps_the_others(session, monkeypatch, tmp_path):
   )
   done = {
     'fingerprint': evaluate.fingerprint(cfg),
+    'git': 'then',
+    'corpus': 'text',
     'stages': {'lm': {}},
-    'evals': {'selection': {'toy': 1}},
   }
-  results.write_json(tmp_path / 'results.json', done)
+  names = ('results.json', 'documents.json')
+  for name, value in zip(names, ({'toy': 1}, {'toy': [1.0]}), strict=True):
+    results.write_json(tmp_path / name, done | {'evals': {'selection': value}})
   monkeypatch.setattr(evaluate, '_stages_beside', lambda _: {'lm': 'there'})
   monkeypatch.setattr(evaluate.report, 'write', lambda _: None)
-  for name in ('copying', 'qa'):
-    monkeypatch.setattr(
-      evaluate, 'run_evals', lambda *_, name=name: {name: {'toy': 2}}
-    )
-    evaluate.run(toy_run.replaced(cfg, evals=(name,)), str(tmp_path))
-  now = results.read_json(tmp_path / 'results.json')
-  assert now['evals'] == {
-    'selection': {'toy': 1}, 'copying': {'toy': 2}, 'qa': {'toy': 2},
-  }  # fmt: skip
+
+  def evals_of(config):
+    def run_evals(opened, paths, stop):
+      (name,) = opened.config.evals
+      context = surroundings(opened, {})
+      context.documents[name] = {'toy': [2.0]}
+      evaluate.write_documents(context)
+      return {name: {'toy': 2}}
+
+    monkeypatch.setattr(evaluate, 'run_evals', run_evals)
+    evaluate.run(config, str(tmp_path))
+    return [results.read_json(tmp_path / name) for name in names]
+
+  evals_of(toy_run.replaced(cfg, evals=('copying',)))
+  numbers, documents = evals_of(toy_run.replaced(cfg, evals=('qa',)))
+  expected = {'selection': 1, 'copying': 2, 'qa': 2}
+  assert numbers['evals'] == {e: {'toy': v} for e, v in expected.items()}
+  assert documents['evals'] == {e: {'toy': [v]} for e, v in expected.items()}
+  for key in ('fingerprint', 'git', 'corpus'):
+    assert numbers[key] == documents[key] == done[key]
+  assert list(numbers['added']) == ['copying', 'qa']
   assert evaluate.is_complete(cfg, tmp_path)
-  evaluate.run(toy_run.replaced(cfg, evals=('qa',), seed=1), str(tmp_path))
-  now = results.read_json(tmp_path / 'results.json')
-  assert now['evals'] == {'qa': {'toy': 2}}
+  other = toy_run.replaced(cfg, evals=('qa',), seed=1)
+  numbers, documents = evals_of(other)
+  assert numbers['evals'] == {'qa': {'toy': 2}} and not numbers['fingerprint']
+  assert documents['fingerprint'] == evaluate.fingerprint(other)
   assert not evaluate.is_complete(cfg, tmp_path)
 
 

@@ -5,6 +5,8 @@ through the frozen decoder, or one that was trained along. The rows beside it:
 another document's embeddings, and none at all.
 """
 
+import functools
+
 import jax
 
 from refrag_jax import forward
@@ -28,16 +30,16 @@ def run(context: common.Context) -> dict:
       max(config.eval.reconstruct_lengths),
       config.eval.num_windows,
     )
-    rows = {}
+    out[name] = {}
     for role in roles:
-      rows |= regenerate(context, role, windows)
-    out[name] = common.table(
-      rows,
-      windows['doc_B'],
-      [row for row in rows if 'shuffled' in row or 'no_context' in row],
-      context.documents_of('reconstruction', name),
-      common.bits_per_nat(corpus),
-    )
+      rows = regenerate(context, role, windows)
+      out[name] |= common.table(
+        rows,
+        windows['doc_B'],
+        list(rows)[1:],
+        context.documents_of('reconstruction', name),
+        common.bits_per_nat(corpus),
+      )
   return out
 
 
@@ -48,11 +50,11 @@ def regenerate(context: common.Context, role: str, windows: dict) -> dict:
   row, nothing_row = f'refrag_k{k}{REFRAG[role]}', f'no_context{REFRAG[role]}'
 
   @jax.jit
-  def compressed(batch):
+  def compressed(params, batch):
     return forward.compressed_nll(model, params, batch)
 
   @jax.jit
-  def nothing(batch):
+  def nothing(params, batch):
     return forward.plain_nll(model, params, batch, 'none')
 
   rows = {row: {}, f'{row}_shuffled': {}, nothing_row: {}}
@@ -67,7 +69,8 @@ def regenerate(context: common.Context, role: str, windows: dict) -> dict:
       (f'{row}_shuffled', compressed, cut | others),
       (nothing_row, nothing, cut),
     ):
-      nll_WO = common.map_batches(context, function, data)
+      nll = functools.partial(function, params)
+      nll_WO = common.map_batches(context, nll, data)
       rows[label][f'P{n}'] = nll_WO.mean(1)
   return rows
 

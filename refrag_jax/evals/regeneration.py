@@ -13,6 +13,7 @@ the same source: as much comes of common words. `texts` has the first few.
 Dimension key: W windows, C chunks, N tokens of a source.
 """
 
+import functools
 from collections import Counter
 
 import jax
@@ -41,8 +42,9 @@ def run(context: common.Context) -> dict:
     others = {
       key: windows[key][other_W] for key in ('encoder_BCM', 'encoder_len_BC')
     }
-    rows, texts = {}, []
+    out[name], texts = {}, []
     for role in roles:
+      rows = {}
       row = f'refrag_k{config.model.chunk_size}{reconstruction.REFRAG[role]}'
       write = writer(context, role, length)
       for label, batch in (
@@ -65,23 +67,22 @@ def run(context: common.Context) -> dict:
               source_WN[:NUM_TEXTS], ids_WN[:NUM_TEXTS], strict=True
             )
           ]
-    out[name] = common.table(
-      rows,
-      windows['doc_B'],
-      [row for row in rows if row.endswith('_shuffled')],
-      context.documents_of('regeneration', name),
-    )
+      out[name] |= common.table(
+        rows,
+        windows['doc_B'],
+        (f'{row}_shuffled',),
+        context.documents_of('regeneration', name),
+      )
     out[name]['texts'] = texts
   return out
 
 
 def writer(context: common.Context, role: str, length: int):
-  """The jitted function from a batch to the ids written, int32 (B, length)."""
-  model, params = context.session.model, context.params(role)
-  eos_id = context.session.tokenizer.eos_id
+  """The compiled function from a batch to the ids written, (B, length)."""
+  model, eos_id = context.session.model, context.session.tokenizer.eos_id
 
   @jax.jit
-  def write(batch):
+  def write(params, batch):
     c_BCE = forward.chunk_vectors(model, params, batch)
     e_BCD = model.apply({'params': params}, c_BCE, method='project')
     nothing = batch | {
@@ -93,7 +94,7 @@ def writer(context: common.Context, role: str, length: int):
       model, params, nothing, e_BCD, expand_BC, 0, length, eos_id
     )
 
-  return write
+  return functools.partial(write, context.params(role))
 
 
 def shared(ids_WN: np.ndarray, source_WN: np.ndarray) -> np.ndarray:
