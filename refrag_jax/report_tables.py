@@ -181,68 +181,69 @@ def _selection_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
   return page.table(['selector', 'p', 'rate', NLL, *names, 'n'], body, note)
 
 
+def questions(datasets: Mapping[str, Any]) -> str:
+  names = {'gold_nll': 'gold answer NLL', 'em': 'exact match', 'f1': 'F1'}
+  note = (
+    'Gold-answer NLL in nats per token (lower is better); exact match and '
+    'F1 (higher is better). ± standard error.'
+  )
+  return '\n'.join(
+    part
+    for dataset, value in datasets.items()
+    for part in (
+      f'<h3>{page.text(dataset)}</h3>',
+      _notes(value),
+      *_measures(value, names, note),
+    )
+    if part
+  )
+
+
 def regeneration(datasets: Mapping[str, Any]) -> str:
   """How much of its source was written, then the first few texts."""
+  names = {'share': 'written', 'same_place': 'in its place'}
+  note = (
+    "Shares of the source's tokens that were written greedily from its chunk "
+    'embeddings, wherever they stand and where they stand; shuffled: from '
+    "another document's, against the same source. ± standard error."
+  )
   parts = []
   for dataset, value in datasets.items():
-    rows = list(rows_of(value))
-    body = [
-      [
-        page.name(name),
-        page.measured(row.get('share')),
-        page.measured(row.get('same_place')),
-        _count([row.get('share')]),
-      ]
-      for name, row in rows
-    ]
-    note = (
-      "Shares of the source's tokens that were written greedily from its chunk "
-      'embeddings, wherever they stand and where they stand; shuffled: from '
-      "another document's, against the same source. ± standard error."
-    )
-    head = ['row', 'written', 'in its place', 'n']
     texts = [
       [
         page.name(text['row']),
-        *map(page.text, (text['source'], text['written'])),
+        page.text(text['source']),
+        page.text(text['written']),
       ]
       for text in value.get('texts', ())
     ]
     parts += [
       f'<h3>{page.text(dataset)}</h3>',
-      page.table(head, body, note),
+      *_measures(value, names, note),
       page.table(['row', 'source', 'written'], texts, css_class='text'),
-      page.details('All paired differences', _all_differences(rows)),
     ]
-  return '\n'.join(part for part in parts if part)
+  return '\n'.join(parts)
 
 
-def questions(datasets: Mapping[str, Any]) -> str:
-  parts = []
-  for dataset, value in datasets.items():
-    parts.append(f'<h3>{page.text(dataset)}</h3>')
-    parts.append(_notes(value))
-    rows = list(rows_of(value))
-    measures = [
-      m for m in ('gold_nll', 'em', 'f1') if any(m in row for _, row in rows)
+def _measures(
+  dataset: Mapping[str, Any], names: Mapping[str, str], note: str
+) -> list[str]:
+  """A data set's rows by the named measures, and all their differences."""
+  rows = list(rows_of(dataset))
+  measures = [m for m in names if any(m in row for _, row in rows)]
+  body = [
+    [
+      page.name(name) + _uninformative(row),
+      *(page.measured(row.get(m)) for m in measures),
+      _count([row.get(m) for m in measures]),
     ]
-    body = [
-      [
-        page.name(name) + _uninformative(row),
-        *(page.measured(row.get(m)) for m in measures),
-        _count([row.get(m) for m in measures]),
-      ]
-      for name, row in rows
-    ]
-    names = {'gold_nll': 'gold answer NLL', 'em': 'exact match', 'f1': 'F1'}
-    note = (
-      'Gold-answer NLL in nats per token (lower is better); exact match and '
-      'F1 (higher is better). ± standard error.'
-    )
-    head = ['row', *(names[m] for m in measures), 'n']
-    parts.append(page.table(head, body, note))
-    parts.append(page.details('All paired differences', _all_differences(rows)))
-  return '\n'.join(part for part in parts if part)
+    for name, row in rows
+  ]
+  head = ['row', *(names[m] for m in measures), 'n']
+  return [
+    page.table(head, body, note),
+    page.details('All paired differences', _all_differences(rows)),
+  ]
 
 
 def rows_of(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Mapping]]:

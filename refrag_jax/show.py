@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from refrag_jax import config as config_lib
-from refrag_jax import validate
 from refrag_jax.config import Config
 from refrag_jax.data import curriculum, pipeline, rag, tokenizers, windows
 from refrag_jax.data.corpus import Corpus
@@ -60,7 +59,8 @@ def _corpus(console: Console, config: Config, corpus: Corpus) -> None:
     stage = config.stage[name]
     if stage.context_length and not stage.contexts:
       need = stage.context_length
-      if name not in ('mlm', *validate.REGENERATES):  # they predict it
+      # These predict their context.
+      if pipeline.base_stage(name) not in ('mlm', 'reconstruct'):
         need += stage.output_length
       short = int((length_D < need).sum())
       console.print(
@@ -117,7 +117,7 @@ def _stage(console: Console, config: Config, name: str, corpus: Corpus) -> None:
     console.print(text, soft_wrap=True)
     console.print(_masks(row), style='dim', soft_wrap=True)
   # The same for every stage, but that passages end in short chunks.
-  if name in (*validate.RECONSTRUCTS, 'sft'):
+  if name.startswith('reconstruct') or name == 'sft':
     row = {key: values[0] for key, values in batch.items()}
     encoder_tokenizer = tokenizers.load(config.data.encoder_tokenizer)
     first = 0

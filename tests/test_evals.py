@@ -462,8 +462,8 @@ def test_regeneration_rows(session, params, context, tables):
   batch = pipeline.reconstruction_windows(
     session.config, session.corpus, 16, session.config.eval.num_windows
   )
-  write = regeneration.writer(context, 'reconstruct_unfrozen', 16)
-  ids_WN, source_WN = np.asarray(write(batch)), batch['output_BO']
+  ids_WN = qa.written(context, 'reconstruct_unfrozen', batch, False, 0)
+  source_WN = batch['output_BO']
   assert ids_WN.shape == source_WN.shape
   # Each token is the most probable one after those before it.
   nll = jax.jit(functools.partial(forward.compressed_nll, session.model))
@@ -477,16 +477,22 @@ def test_regeneration_rows(session, params, context, tables):
       assert np.all(nll_WN[:, n] >= best_WN[:, n])
   row = rows['refrag_k4_unfrozen']
   assert_stats(row)
-  for column, values_W in (
-    ('share', regeneration.shared(ids_WN, source_WN)),
-    ('same_place', (ids_WN == source_WN).mean(1)),
-  ):
+  for column, values_W in regeneration.compare(ids_WN, source_WN).items():
     mean = results.by_document(values_W, batch['doc_B']).mean()
     np.testing.assert_allclose(row[column]['mean'], mean, rtol=1e-5)
   text = rows['texts'][-1]
   assert text['row'] == 'refrag_k4_unfrozen' and len(text['source']) == 16
-  shares = regeneration.shared(np.array([[1, 1, 2]]), np.array([[3, 2, 1]]))
-  np.testing.assert_allclose(shares, [2 / 3])
+  found = regeneration.compare(np.array([[1, 1, 2]]), np.array([[3, 1, 1]]))
+  np.testing.assert_allclose(found['share'], [2 / 3])
+  np.testing.assert_allclose(found['same_place'], [1 / 3])
+
+
+@pytest.mark.parametrize('name', ['reconstruction', 'regeneration'])
+def test_another_data_set_compiles_nothing(session, context, tables, name):
+  datasets = {'toy': session.corpus, 'again': session.corpus}
+  with toy_run.watch_compiles() as seen:
+    found = EVALS[name](context._replace(datasets=datasets))
+  assert seen == [] and found['again'] == tables[name]['toy']
 
 
 def test_qa_rows(session, params, tables):

@@ -4,6 +4,7 @@ Which weights answer for which rows (design.md section 4) is data, in ROLES: the
 stage whose checkpoint plays the role.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -82,6 +83,15 @@ def once(context: Context, of: Any, key: Any, function: Callable) -> Any:
   if entry is None:
     entry = context.memo[id(of), key] = (of, function())
   return entry[1]
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(function: Callable, model: Any) -> Callable:
+  """`function(model, params, batch)`, jitted, of params and batch.
+
+  Compiled once for all data sets, roles and evals that ask for the same.
+  """
+  return jax.jit(functools.partial(function, model))
 
 
 def map_batches(

@@ -38,7 +38,9 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
     if context.available(role):
       for row, kind in PLAIN.items():
         rows[row + suffix] = plain_nll(context, role, windows, kind)
-      run = functools.partial(_nll(replug.nll, model), context.params(role))
+      run = functools.partial(
+        common.compiled(replug.nll, model), context.params(role)
+      )
       rows[f'replug{suffix}'] = common.map_batches(context, run, windows)
   shuffled = common.shuffled(windows)
   W, C = windows['chunk_len_BC'].shape
@@ -65,7 +67,7 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
   for role in CEPE if config.model.piece_length else ():
     if context.available(role):
       run = functools.partial(
-        _nll(forward.cepe_nll, model), context.params(role)
+        common.compiled(forward.cepe_nll, model), context.params(role)
       )
       for which, data in (('', windows), ('_shuffled', shuffled)):
         rows[role + which] = common.map_batches(context, run, data)
@@ -87,11 +89,6 @@ def _plain(model, kind: str):
   return jax.jit(
     lambda params, batch: forward.plain_nll(model, params, batch, kind)
   )
-
-
-@functools.lru_cache(maxsize=8)
-def _nll(function, model):
-  return jax.jit(functools.partial(function, model))
 
 
 def run(context: common.Context) -> dict:

@@ -72,22 +72,28 @@ def run(context: common.Context) -> dict:
 
 def answer(context, role, batch, as_tokens: bool, prompt: int):
   """(mean NLL of the gold answer (W,), greedy answers as text)."""
-  session = context.session
-  params, eos_id = context.params(role), session.tokenizer.eos_id
-  nll_fn, generate_fn = _functions(session.model, as_tokens, prompt, eos_id)
-  run = lambda function: common.map_batches(
-    context, lambda piece: function(params, piece), batch
-  )
-  ids_WT = run(generate_fn)
+  model, tokenizer = context.session.model, context.session.tokenizer
   texts = []
-  for ids in ids_WT.tolist():
+  for ids in written(context, role, batch, as_tokens, prompt).tolist():
+    eos_id = tokenizer.eos_id
     end = ids.index(eos_id) if eos_id in ids else len(ids)
-    texts.append(session.tokenizer.decode(ids[:end]).strip())
-  return run(nll_fn), texts
+    texts.append(tokenizer.decode(ids[:end]).strip())
+  nll = functools.partial(_nll(model, as_tokens), context.params(role))
+  return common.map_batches(context, nll, batch), texts
+
+
+def written(context, role, batch, as_tokens: bool, prompt: int):
+  """Greedy ids after `prompt` forced ones, (W, O - prompt)."""
+  greedy = _greedy(
+    context.session.model, as_tokens, prompt, context.session.tokenizer.eos_id
+  )
+  return common.map_batches(
+    context, functools.partial(greedy, context.params(role)), batch
+  )
 
 
 @functools.lru_cache(maxsize=8)
-def _functions(model, as_tokens: bool, prompt: int, eos_id: int):
+def _nll(model, as_tokens: bool):
   @jax.jit
   def nll(params, batch):
     if as_tokens:
@@ -96,6 +102,11 @@ def _functions(model, as_tokens: bool, prompt: int, eos_id: int):
       nll_BO = forward.compressed_nll(model, params, batch)
     return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
 
+  return nll
+
+
+@functools.lru_cache(maxsize=8)
+def _greedy(model, as_tokens: bool, prompt: int, eos_id: int):
   @jax.jit
   def greedy(params, batch):
     B, C, _ = batch['chunks_BCK'].shape
@@ -114,4 +125,4 @@ def _functions(model, as_tokens: bool, prompt: int, eos_id: int):
         num_tokens, eos_id,
     )  # fmt: skip
 
-  return nll, greedy
+  return greedy

@@ -7,11 +7,9 @@ another document's embeddings, and none at all.
 
 import functools
 
-import jax
-
 from refrag_jax import forward
 from refrag_jax.data import pipeline
-from refrag_jax.evals import common
+from refrag_jax.evals import common, perplexity
 
 # role: ending of its rows' names
 REFRAG = {'reconstruct': '', 'reconstruct_unfrozen': '_unfrozen'}
@@ -32,7 +30,7 @@ def run(context: common.Context) -> dict:
     )
     out[name] = {}
     for role in roles:
-      rows = regenerate(context, role, windows)
+      rows = measure(context, role, windows)
       out[name] |= common.table(
         rows,
         windows['doc_B'],
@@ -43,35 +41,24 @@ def run(context: common.Context) -> dict:
   return out
 
 
-def regenerate(context: common.Context, role: str, windows: dict) -> dict:
+def measure(context: common.Context, role: str, windows: dict) -> dict:
   """NLL per window of one role's three rows, by row and column."""
-  config, model = context.session.config, context.session.model
-  k, params = config.model.chunk_size, context.params(role)
-  row, nothing_row = f'refrag_k{k}{REFRAG[role]}', f'no_context{REFRAG[role]}'
-
-  @jax.jit
-  def compressed(params, batch):
-    return forward.compressed_nll(model, params, batch)
-
-  @jax.jit
-  def nothing(params, batch):
-    return forward.plain_nll(model, params, batch, 'none')
-
-  rows = {row: {}, f'{row}_shuffled': {}, nothing_row: {}}
-  other_W = common.other_document(windows['doc_B'])
-  for n in config.eval.reconstruct_lengths:
+  k, ending = context.session.config.model.chunk_size, REFRAG[role]
+  own = f'refrag_k{k}{ending}'
+  compressed = functools.partial(
+    common.compiled(forward.compressed_nll, context.session.model),
+    context.params(role),
+  )
+  rows = {own: {}, f'{own}_shuffled': {}, f'no_context{ending}': {}}
+  for n in context.session.config.eval.reconstruct_lengths:
     cut = _first(windows, n, k)
-    others = {
-      key: cut[key][other_W] for key in ('encoder_BCM', 'encoder_len_BC')
-    }
-    for label, function, data in (
-      (row, compressed, cut),
-      (f'{row}_shuffled', compressed, cut | others),
-      (nothing_row, nothing, cut),
-    ):
-      nll = functools.partial(function, params)
-      nll_WO = common.map_batches(context, nll, data)
-      rows[label][f'P{n}'] = nll_WO.mean(1)
+    nll = (
+      common.map_batches(context, compressed, cut),
+      common.map_batches(context, compressed, common.shuffled(cut)),
+      perplexity.plain_nll(context, role, cut, 'none'),
+    )
+    for row, nll_WO in zip(rows, nll, strict=True):
+      rows[row][f'P{n}'] = nll_WO.mean(1)
   return rows
 
 
