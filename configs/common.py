@@ -244,6 +244,7 @@ def base() -> ml_collections.ConfigDict:
   c.model.compute_dtype = 'float32'
   c.model.attention = 'dense'
   c.model.remat = 'none'
+  c.model.scan_layers = True
   c.model.loss_block = 0
 
   c.data = ml_collections.ConfigDict()

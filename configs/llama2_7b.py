@@ -89,6 +89,7 @@ def get_config(preset: str = 'k16'):
   )
   c.model.chunk_size = k
   c.model.compute_dtype = 'bfloat16'  # p. 19
+  c.model.attention = 'fused'
   c.model.remat = 'full'
   c.model.loss_block = 512
 

@@ -86,8 +86,9 @@ class ModelConfig:
   chunk_size: int  # k, in decoder tokens
   piece_length: int  # what CEPE's encoder reads at once; 0: no CEPE in this run
   compute_dtype: str  # 'float32' or 'bfloat16'; parameters are always float32
-  attention: str  # of the decoder; models/attention.py says which there are
+  attention: str  # the decoder's; models/attention.py says which there are
   remat: str  # 'none', 'dots' or 'full': what a layer keeps for its backward
+  scan_layers: bool  # one compiled layer in a loop, or each on its own
   loss_block: int  # targets of a row whose logits exist at once; 0: all
 
 

@@ -185,7 +185,7 @@ def fingerprint(config: Config) -> str:
   """
   values = dataclasses.asdict(config)
   del values['mesh'], values['cluster'], values['data']['cache_dir']
-  for name in ('attention', 'remat', 'loss_block'):
+  for name in ('attention', 'remat', 'scan_layers', 'loss_block'):
     del values['model'][name]
   text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]

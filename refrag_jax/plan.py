@@ -35,8 +35,8 @@ from refrag_jax.progress import say
 from refrag_jax.session import (
   Session,
   abstract_params,
-  check_attention,
   check_batches,
+  settle_attention,
 )
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState, partition
@@ -137,8 +137,7 @@ def open_planned(config: Config, there: topologies.Topology) -> Session:
   )
   session = Session(config, '', mesh, Refrag(config.model), None, None, {})
   check_batches(session)
-  check_attention(session)
-  return session
+  return settle_attention(session)
 
 
 def plan_stage(
@@ -222,7 +221,7 @@ def _trace(session: Session, name: str, state: TrainState, key):
       raise
     raise UserError(
       'config.model.attention=cudnn cannot be planned where cuDNN is not '
-      'installed: plan with blockwise, which holds as little'
+      'installed: plan with fused, which is blockwise there and holds as little'
     ) from None
 
 

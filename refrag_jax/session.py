@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from refrag_jax import checkpoint, pretrained, sharding
-from refrag_jax.config import Config
+from refrag_jax.config import Config, changed
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag, init_params
+from refrag_jax.progress import say
 
 
 class Session(NamedTuple):
@@ -44,7 +45,7 @@ def open_session(
   """
   session = open_model(config, workdir)
   check_batches(session)
-  check_attention(session)
+  session = settle_attention(session)
   if not with_text:
     return session
   corpus = pipeline.prepare_corpus(config, os.path.join(workdir, 'data'))
@@ -74,16 +75,32 @@ def check_batches(session: Session) -> None:
       )
 
 
-def check_attention(session: Session) -> None:
-  """Refuses a kernel of another platform than the devices'."""
-  kind = session.config.model.attention
+def settle_attention(session: Session) -> Session:
+  """With the kernel that `fused` stands for; refuses another platform's.
+
+  Where the platform's kernel cannot run it stands for `blockwise`; so it does
+  for cards that are described and not there ('cuda'), without their cuDNN.
+  """
+  model = session.config.model
+  kind, head_dim = model.attention, model.decoder.head_dim
   platform = session.mesh.devices.flat[0].platform
+  if kind == 'fused':
+    kind = {'gpu': 'cudnn', 'tpu': 'splash'}.get(platform, 'blockwise')
+    cudnn = model.compute_dtype == 'bfloat16' and head_dim in range(8, 129, 8)
+    whole_rows = session.config.mesh.sequence == 1
+    if not whole_rows or (kind == 'cudnn' and not cudnn):
+      kind = 'blockwise'
+    say(f'attention: {kind}, which is fused on these devices ({platform})')
+    config = changed(session.config, [f'model.attention={kind}'])
+    return session._replace(config=config, model=Refrag(config.model))
   needed = {'cudnn': ('gpu', 'cuda'), 'splash': ('tpu',)}.get(kind, (platform,))
   if platform not in needed:
     raise UserError(
       f'config.model.attention is {kind}, a kernel for {needed[0]} devices; '
-      f'these are {platform}: use blockwise, which is for all'
+      f'these are {platform}: use fused, which is what each has, or blockwise, '
+      'which is for all'
     )
+  return session
 
 
 def open_model(config: Config, workdir: str = '') -> Session:

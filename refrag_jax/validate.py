@@ -51,8 +51,8 @@ EVALS = (
 RECONSTRUCTIONS = ('reconstruction', 'regeneration', 'details')
 SELECTORS = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
 CONTEXTS = ('none', 'last_k', 'full')
-FUSED = ('cudnn', 'splash')
-ATTENTION = ('dense', 'blockwise', *FUSED)
+KERNELS = ('cudnn', 'splash')
+ATTENTION = ('dense', 'blockwise', *KERNELS, 'fused')
 # The stages by what they use: windows of text, chunks left as tokens,
 # another context than chunks, questions, pieces in place of chunks.
 WINDOWS = (
@@ -188,18 +188,18 @@ def _validate_run(config: Config) -> None:
     )
   _positive(config.cluster, 'cluster.', 'join_seconds', 'heartbeat_seconds')
   _not_negative(config.cluster, 'cluster.', 'hang_seconds')
-  fused = config.model.attention in FUSED
+  kernel = config.model.attention in KERNELS
   _refuse(
-    fused and config.mesh.sequence != 1,
+    kernel and config.mesh.sequence != 1,
     f'config.model.attention is {config.model.attention}, whose kernel sees a '
     f'whole row, and config.mesh.sequence is {config.mesh.sequence}: use '
-    'attention=blockwise, or sequence=1',
+    'attention=fused, or sequence=1',
   )
   _refuse(
     config.model.attention == 'cudnn'
     and config.model.compute_dtype != 'bfloat16',
     'config.model.attention is cudnn, which computes in 16 bits: set '
-    'config.model.compute_dtype=bfloat16, or use attention=blockwise',
+    'config.model.compute_dtype=bfloat16, or use attention=fused',
   )
 
 

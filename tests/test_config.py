@@ -215,7 +215,7 @@ BAD = [
   ('model.encoder.pooling=max', ('pooling', 'cls')),
   ('model.compute_dtype=bf16', ('compute_dtype', 'bfloat16')),
   ('model.remat=some', ('remat', 'none')),
-  ('model.attention=flash', ('attention', 'blockwise')),
+  ('model.attention=quick', ('attention', 'blockwise', 'fused')),
   ('model.attention=cudnn', ('16 bits', 'compute_dtype=bfloat16')),
   ('cluster.join_seconds=0', ('cluster.join_seconds', 'greater than 0')),
   ('cluster.hang_seconds=-1.0', ('cluster.hang_seconds',)),

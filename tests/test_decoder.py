@@ -21,9 +21,10 @@ CFG = toy.MODEL.decoder
 
 
 @functools.cache
-def run(cfg=CFG, remat='none'):
+def run(cfg=CFG, remat='none', scan_layers=True, attention='dense'):
   """The jitted decoder: f(decoder params, embeds, positions, segments)."""
-  decoder = Decoder(cfg, jnp.dtype('float32'), remat, 'dense')
+  dtype = jnp.dtype('float32')
+  decoder = Decoder(cfg, dtype, remat, scan_layers, attention)
   return toy.jit(
     lambda params, embeds_BTD, positions_BT, segment_ids_BT=None: decoder.apply(
       {'params': params}, embeds_BTD, positions_BT, segment_ids_BT
@@ -152,7 +153,7 @@ def test_right_padding_does_not_matter():
 
 def test_prefill_and_steps_equal_one_pass():
   """Rows of unequal length: each writes its next slot over its own padding."""
-  decoder = Decoder(CFG, jnp.dtype('float32'), 'none', 'dense')
+  decoder = Decoder(CFG, jnp.dtype('float32'), 'none', True, 'dense')
   params, x_BTD = toy.params()['decoder'], embeds(2, 9)
   whole_BTD = run()(params, x_BTD, arange(2, 9))
   step = toy.jit(

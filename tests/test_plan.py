@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,10 +11,18 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import collectives, flops, plan, programs, sharding, topologies
+from refrag_jax import (
+  collectives,
+  evaluate,
+  flops,
+  plan,
+  programs,
+  sharding,
+  topologies,
+)
 from refrag_jax.data import pipeline
 from refrag_jax.errors import UserError
-from refrag_jax.session import to_device
+from refrag_jax.session import Session, settle_attention, to_device
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state
@@ -287,6 +296,34 @@ def test_a_mesh_and_a_batch_must_fit_the_topology(cfg):
     plan.changed(fused, ['mesh.sequence=2'])
   with pytest.raises(UserError, match='needs --topology='):
     plan.run(cfg, '', '', False)
+
+
+@pytest.mark.parametrize(
+  ('platform', 'changes', 'kind'),
+  [
+    ('gpu', ('model.compute_dtype=bfloat16',), 'cudnn'),
+    ('gpu', (), 'blockwise'),  # cuDNN's has no float32
+    ('tpu', (), 'splash'),
+    ('tpu', ('mesh.sequence=2',), 'blockwise'),  # sees a whole row
+    ('cuda', ('model.compute_dtype=bfloat16',), 'blockwise'),  # a described one
+    ('cpu', (), 'blockwise'),
+  ],
+)
+def test_fused_attention_is_what_the_devices_have(cfg, platform, changes, kind):
+  config = plan.changed(cfg, ['model.attention=fused', *changes])
+  devices = np.array([SimpleNamespace(platform=platform)])
+  asked = Session(
+    config, '', SimpleNamespace(devices=devices), None, None, None, {}
+  )
+  found = settle_attention(asked)
+  assert found.config.model.attention == kind == found.model.cfg.attention
+  assert evaluate.fingerprint(config) == evaluate.fingerprint(found.config)
+
+
+def test_fused_attention_is_planned(cfg):
+  fused = plan.changed(cfg, ['model.attention=fused'])
+  planned = plan.open_planned(fused, eight())
+  assert planned.model.cfg.attention == 'blockwise'
 
 
 def test_cards_are_described_in_full():

@@ -68,6 +68,7 @@ def model_config(width: int, decoder_layers: int) -> config.ModelConfig:
     compute_dtype='float32',
     attention='dense',
     remat='none',
+    scan_layers=True,
     loss_block=0,
     piece_length=0,
   )

@@ -70,6 +70,7 @@ MODEL = ModelConfig(
   compute_dtype='float32',
   attention='dense',
   remat='none',
+  scan_layers=True,
   loss_block=0,
 )
 

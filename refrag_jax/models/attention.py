@@ -9,6 +9,7 @@ dimension.
              plain JAX, so everywhere
   cudnn      NVIDIA's kernel, through jax.nn.dot_product_attention
   splash     the TPU's kernel, in JAX's Pallas library
+  fused      the one of these that the devices have (session.py)
 
 What a query may see is a rule about places, not a mask: a T x S array of them
 would be as large as the logits.
@@ -19,9 +20,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from refrag_jax import sharding
-from refrag_jax.models import layers
+from refrag_jax.models import layers, stack
 
 # Lengths of the blocks of `blockwise`, for speed alone: on a CPU their logits
 # stay in the cache, elsewhere their products fill the matrix units.
@@ -190,7 +192,9 @@ def _flash_forward(window, q, k, v, query, key):
     out_BXMGH = out_BMGXH.transpose(0, 3, 1, 2, 4).astype(q_BXMGH.dtype)
     return out_BXMGH, top_BMGX + jnp.log(norm_BMGX)
 
-  out, logsumexp = jax.lax.map(rows, (q, query))
+  out, logsumexp = checkpoint_name(
+    jax.lax.map(rows, (q, query)), stack.ATTENTION
+  )
   return out, (q, k, v, query, key, out, logsumexp)
 
 
@@ -293,6 +297,7 @@ def splash(
     ),
     head_shards=1,
     q_seq_shards=1,
+    residual_checkpoint_name=stack.ATTENTION,
     interpret=interpret,
   )
   out_BNTH = jax.vmap(attend)(

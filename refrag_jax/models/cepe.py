@@ -62,9 +62,10 @@ class Cepe(nn.Module):
   def setup(self):
     c = self.cfg
     dtype = jnp.dtype(c.compute_dtype)
-    self.encoder = ENCODERS[c.encoder.kind](c.encoder, dtype, c.remat)
+    run = (dtype, c.remat, c.scan_layers)
+    self.encoder = ENCODERS[c.encoder.kind](c.encoder, *run)
     self.cross = CrossAttention(c.decoder)
-    self.decoder = Decoder(c.decoder, dtype, c.remat, c.attention, self.cross)
+    self.decoder = Decoder(c.decoder, *run, c.attention, self.cross)
 
   def encode(self, piece_BPM, piece_len_BP) -> tuple[jax.Array, jax.Array]:
     """The states of every token of every piece, each piece encoded alone.

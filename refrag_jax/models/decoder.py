@@ -14,13 +14,8 @@ import jax.numpy as jnp
 
 from refrag_jax.config import DecoderConfig
 from refrag_jax.models import attention, layers
+from refrag_jax.models.stack import stack
 from refrag_jax.sharding import constrain
-
-REMAT = {
-  'none': jax.checkpoint_policies.everything_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  'full': jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Block(nn.Module):
@@ -71,11 +66,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Embedding, scanned blocks, final norm and head."""
+  """Embedding, blocks, final norm and head."""
 
   cfg: DecoderConfig
   dtype: jnp.dtype
   remat: str
+  scan_layers: bool
   attention: str  # of attention.KINDS
   # A layer between attention and MLP of every block, with parameters in a
   # group of its own: the baseline CEPE alone has one (models/cepe.py).
@@ -91,16 +87,14 @@ class Decoder(nn.Module):
       self.lm_head = self.param(
         'lm_head', init, (c.width, c.vocab_size), jnp.float32
       )
-    block = Block
-    if self.remat != 'none':
-      block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
-    self.layers = nn.scan(
-      block,
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
+    blocks = stack(
+      Block,
+      c.num_layers,
+      self.remat,
+      self.scan_layers,
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-      length=c.num_layers,
-    )(c, self.attention, self.cross)
+    )
+    self.layers = blocks(c, self.attention, self.cross)
     self.norm = layers.RMSNorm(c.norm_eps)
 
   def embed(self, ids_BT: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from refrag_jax.config import EncoderConfig
 from refrag_jax.models import layers
-from refrag_jax.models.decoder import REMAT
+from refrag_jax.models.stack import stack
 from refrag_jax.sharding import constrain
 
 
@@ -46,6 +46,7 @@ class Encoder(nn.Module):
   cfg: EncoderConfig
   dtype: jnp.dtype
   remat: str
+  scan_layers: bool
 
   def __call__(self, ids_XM: jax.Array, len_X: jax.Array) -> jax.Array:
     """Encodes chunks; returns c_XE float32.
@@ -85,17 +86,14 @@ class Encoder(nn.Module):
     real_XM = jnp.arange(M)[None] < len_X[:, None]
     mask_XMM = jnp.broadcast_to(real_XM[:, None], (ids_XM.shape[0], M, M))
 
-    block = EncoderBlock
-    if self.remat != 'none':
-      block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=False)
-    x_XME, _ = nn.scan(
-      block,
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
+    blocks = stack(
+      EncoderBlock,
+      c.num_layers,
+      self.remat,
+      self.scan_layers,
       in_axes=nn.broadcast,
-      length=c.num_layers,
-    )(c, name='layers')(x_XME, mask_XMM)
-    return x_XME
+    )
+    return blocks(c, name='layers')(x_XME, mask_XMM)[0]
 
 
 def pool(states_XME: jax.Array, len_X: jax.Array, pooling: str) -> jax.Array:

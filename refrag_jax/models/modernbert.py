@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from refrag_jax.config import EncoderConfig
 from refrag_jax.models import layers
-from refrag_jax.models.decoder import REMAT
 from refrag_jax.models.encoder import Encoder
+from refrag_jax.models.stack import stack
 from refrag_jax.sharding import constrain
 
 
@@ -79,16 +79,14 @@ class ModernBert(Encoder):
       layers.rope_angles(place_M[None], c.width // c.num_heads, theta)
       for theta in (c.rope_theta, c.local_rope_theta)
     )
-    block = ModernBertBlock
-    if self.remat != 'none':
-      block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=False)
-    x_XME, _ = nn.scan(
-      block,
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
+    blocks = stack(
+      ModernBertBlock,
+      c.num_layers,
+      self.remat,
+      self.scan_layers,
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-      length=c.num_layers,
-    )(
-      c, name='layers'
-    )(x_XME, jnp.arange(c.num_layers), near_XMM, real_XMM, angles, local_angles)
+    )
+    x_XME, _ = blocks(c, name='layers')(
+      x_XME, jnp.arange(c.num_layers), near_XMM, real_XMM, angles, local_angles
+    )
     return norm('final_norm')(x_XME)

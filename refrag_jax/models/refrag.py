@@ -33,9 +33,10 @@ class Refrag(nn.Module):
   def setup(self):
     c = self.cfg
     dtype = jnp.dtype(c.compute_dtype)
-    self.encoder = ENCODERS[c.encoder.kind](c.encoder, dtype, c.remat)
+    run = (dtype, c.remat, c.scan_layers)
+    self.encoder = ENCODERS[c.encoder.kind](c.encoder, *run)
     self.projection = ChunkProjection(c.decoder.width)
-    self.decoder = Decoder(c.decoder, dtype, c.remat, c.attention)
+    self.decoder = Decoder(c.decoder, *run, c.attention)
     self.policy = Policy(c.policy)
 
   def encode(self, encoder_BCM, encoder_len_BC) -> jax.Array:
