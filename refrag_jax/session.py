@@ -15,6 +15,8 @@ from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag, init_params
 from refrag_jax.progress import say
 
+PLATFORM_KERNELS = {'gpu': 'cudnn', 'tpu': 'splash'}
+
 
 class Session(NamedTuple):
   config: Config
@@ -79,27 +81,36 @@ def settle_attention(session: Session) -> Session:
   """With the kernel that `fused` stands for; refuses another platform's.
 
   Where the platform's kernel cannot run it stands for `blockwise`; so it does
-  for cards that are described and not there ('cuda'), without their cuDNN.
+  for cards that are described and not here, without their cuDNN.
   """
-  model = session.config.model
-  kind, head_dim = model.attention, model.decoder.head_dim
-  platform = session.mesh.devices.flat[0].platform
+  model, device = session.config.model, session.mesh.devices.flat[0]
+  kind, platform = model.attention, device.platform
+  described = device not in jax.devices()
   if kind == 'fused':
-    kind = {'gpu': 'cudnn', 'tpu': 'splash'}.get(platform, 'blockwise')
-    cudnn = model.compute_dtype == 'bfloat16' and head_dim in range(8, 129, 8)
-    whole_rows = session.config.mesh.sequence == 1
-    if not whole_rows or (kind == 'cudnn' and not cudnn):
-      kind = 'blockwise'
-    say(f'attention: {kind}, which is fused on these devices ({platform})')
+    able = {
+      'gpu': model.compute_dtype == 'bfloat16'
+      and model.decoder.head_dim in range(8, 129, 8)
+      and not described,
+      'tpu': True,
+    }
+    kind = 'blockwise'
+    if able.get(platform) and session.config.mesh.sequence == 1:
+      kind = PLATFORM_KERNELS[platform]
+    text = f'attention: fused is {kind} on these devices'
+    if described and platform == 'gpu':
+      text = (
+        f'attention: fused is planned as {kind}; cards themselves take cudnn'
+      )
+    say(text)
     config = changed(session.config, [f'model.attention={kind}'])
     return session._replace(config=config, model=Refrag(config.model))
-  needed = {'cudnn': ('gpu', 'cuda'), 'splash': ('tpu',)}.get(kind, (platform,))
-  if platform not in needed:
-    raise UserError(
-      f'config.model.attention is {kind}, a kernel for {needed[0]} devices; '
-      f'these are {platform}: use fused, which is what each has, or blockwise, '
-      'which is for all'
-    )
+  for needed, kernel in PLATFORM_KERNELS.items():
+    if kind == kernel and platform != needed:
+      raise UserError(
+        f'config.model.attention is {kind}, a kernel for {needed} devices; '
+        f'these are {platform}: use fused, which is what each has, or '
+        'blockwise, which is for all'
+      )
   return session
 
 

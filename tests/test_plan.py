@@ -299,22 +299,26 @@ def test_a_mesh_and_a_batch_must_fit_the_topology(cfg):
 
 
 @pytest.mark.parametrize(
-  ('platform', 'changes', 'kind'),
+  ('platform', 'here', 'changes', 'kind'),
   [
-    ('gpu', ('model.compute_dtype=bfloat16',), 'cudnn'),
-    ('gpu', (), 'blockwise'),  # cuDNN's has no float32
-    ('tpu', (), 'splash'),
-    ('tpu', ('mesh.sequence=2',), 'blockwise'),  # sees a whole row
-    ('cuda', ('model.compute_dtype=bfloat16',), 'blockwise'),  # a described one
-    ('cpu', (), 'blockwise'),
+    ('gpu', True, ('model.compute_dtype=bfloat16',), 'cudnn'),
+    ('gpu', True, (), 'blockwise'),  # cuDNN's has no float32
+    # What is described has no cuDNN to ask.
+    ('gpu', False, ('model.compute_dtype=bfloat16',), 'blockwise'),
+    ('tpu', True, (), 'splash'),
+    ('tpu', False, (), 'splash'),
+    ('tpu', True, ('mesh.sequence=2',), 'blockwise'),  # sees a whole row
+    ('cpu', True, (), 'blockwise'),
   ],
 )
-def test_fused_attention_is_what_the_devices_have(cfg, platform, changes, kind):
+def test_fused_attention_is_what_the_devices_have(
+  cfg, monkeypatch, platform, here, changes, kind
+):
   config = plan.changed(cfg, ['model.attention=fused', *changes])
-  devices = np.array([SimpleNamespace(platform=platform)])
-  asked = Session(
-    config, '', SimpleNamespace(devices=devices), None, None, None, {}
-  )
+  device = SimpleNamespace(platform=platform)
+  monkeypatch.setattr(jax, 'devices', lambda: [device] if here else [])
+  mesh = SimpleNamespace(devices=np.array([device]))
+  asked = Session(config, '', mesh, None, None, None, {})
   found = settle_attention(asked)
   assert found.config.model.attention == kind == found.model.cfg.attention
   assert evaluate.fingerprint(config) == evaluate.fingerprint(found.config)
