@@ -50,7 +50,9 @@ def run(config: Config, workdir: str) -> int:
   run of the same config has measured in this workdir stays; `data.text` is
   needed only where `eval.data` has 'heldout', or nothing.
   """
-  session = open_session(config, workdir, HELDOUT in _measured(config))
+  hang_seconds = config.cluster.hang_seconds
+  with watchdog.watch(hang_seconds):
+    session = open_session(config, workdir, HELDOUT in _measured(config))
   directory, given = os.path.join(workdir, 'checkpoints'), config.init_from
   exported = pretrained.is_source(given) if given else False
   if given:
@@ -68,7 +70,6 @@ def run(config: Config, workdir: str) -> int:
       f'evals read {directory}, but no stage has a checkpoint there: train '
       'first, or name one with --config.init_from=DIR/checkpoints/STAGE'
     )
-  hang_seconds = config.cluster.hang_seconds
   with jax.set_mesh(session.mesh), watchdog.watch(hang_seconds):
     evals = run_evals(session, paths, threading.Event())
   path = os.path.join(workdir, 'results.json')

@@ -4,11 +4,14 @@ Kept short: it parses, dispatches and turns errors into exit codes. A mode's
 module is imported when it is asked for, so that --help needs no JAX.
 """
 
+import contextlib
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
 
 from refrag_jax import cli, environment, typed
 from refrag_jax.errors import NonFinite, Stopped, UserError
@@ -113,7 +116,27 @@ def _dispatch(argv: list[str]) -> int | None:
     ):
       cli.announce(loaded, workdir)
   run = getattr(importlib.import_module(module), function)
-  return run(config, workdir, *(command.flags[flag] for flag in own))
+  with _stopping():
+    return run(config, workdir, *(command.flags[flag] for flag in own))
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[None]:
+  """SIGTERM ends at once what has nothing to save, and asks to be run again.
+
+  A training that is under way saves first (train.py). JAX, joining a cluster,
+  takes the signal for itself: this comes after it.
+  """
+
+  def stop(signum, frame):
+    del signum, frame
+    raise Stopped('SIGTERM: stopped; the same command starts this again')
+
+  old = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, old)
 
 
 def _say(message: str) -> None:

@@ -6,8 +6,8 @@ Formatting and rates are pure functions; the clock is read in `Progress` alone.
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,11 @@ import numpy as np
 import rich
 from rich import progress as rich_progress
 
+from refrag_jax import watchdog
 from refrag_jax.topologies import CHIPS
+
+T = TypeVar('T')
+SAY_EVERY = 10.0  # seconds between two lines of work that has no steps
 
 # Dense bf16 FLOP/s of one JAX device, from the makers' data sheets (without
 # sparsity). The first name that occurs in `device_kind` decides, so a longer
@@ -140,6 +144,37 @@ class Progress:
         f'/{self.num_steps}  {text}'
       )
     return rates
+
+
+def passing(
+  documents: Iterable[T], what: str, size: Callable[[T], int], total: int = 0
+) -> Iterator[T]:
+  """Yields documents, and says now and then how many have passed.
+
+  Args:
+    what: is done with them; each is a phase of its own to the watchdog.
+    size: bytes of a document.
+    total: bytes of all of them; 0: not known, nor when they end.
+  """
+  start = said = time.monotonic()
+  number = done = 0
+  for document in documents:
+    watchdog.phase(f'{what}, document {number + 1}')
+    yield document
+    number, done, now = number + 1, done + size(document), time.monotonic()
+    if now - said < SAY_EVERY:
+      continue
+    said = now
+    parts = [
+      what,
+      f'{format_count(number)} documents',
+      f'{format_count(done)}B',
+      f'{format_count(done / (now - start))}B/s',
+    ]
+    if total:
+      eta = eta_seconds(now - start, done, total - done)
+      parts.append(f'eta {format_duration(eta)}')
+    say('  '.join(parts))
 
 
 def interval_rates(

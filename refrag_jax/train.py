@@ -89,7 +89,8 @@ def run_stages(
 ) -> None:
   """Trains the stages in order, then calls `then(session, stop)`."""
   check_order(config, workdir)
-  session = open_session(config, workdir)
+  with watchdog.watch(config.cluster.hang_seconds):
+    session = open_session(config, workdir)
   say(session.corpus.summary())
   os.makedirs(workdir, exist_ok=True)
   draw_curriculum(session)

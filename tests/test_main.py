@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +112,25 @@ def test_exit_codes(error, code, text, monkeypatch, capsys):
   monkeypatch.setattr(main, '_dispatch', run)
   assert main.main([]) == code
   assert capsys.readouterr().err == text
+
+
+def test_sigterm_asks_for_another_run_whatever_is_done(monkeypatch, capsys):
+  """Where nothing is saved at the next step: as text is prepared, in evals."""
+
+  def run(config, workdir):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+  def begun(*_):
+    return types.SimpleNamespace(run=run)
+
+  before = signal.getsignal(signal.SIGTERM)
+  monkeypatch.setattr(main.importlib, 'import_module', begun)
+  assert main.main(['--mode=doctor']) == 75
+  assert capsys.readouterr().err == (
+    'refrag_jax: SIGTERM: stopped; the same command starts this again\n'
+  )
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_other_errors_are_not_swallowed(monkeypatch):

@@ -166,6 +166,22 @@ def test_the_plain_line(monkeypatch, capsys):
   assert bar.excluded_s == {'compile': 60.0}
 
 
+def test_documents_pass_with_a_line_now_and_then(monkeypatch, capsys):
+  clock, phases = Clock(monkeypatch), []
+  monkeypatch.setattr(progress.watchdog, 'phase', phases.append)
+  documents = [b'12345678'] * 5
+  passed = []
+  for document in progress.passing(documents, 'tokenising', len, total=40):
+    passed.append(document)
+    clock.sleep(4.0)
+  assert passed == documents
+  # After 12 seconds, and not again within 10.
+  assert capsys.readouterr().out == (
+    'tokenising  3 documents  24B  2B/s  eta 0:00:08\n'
+  )
+  assert phases == [f'tokenising, document {n}' for n in range(1, 6)]
+
+
 def test_evaluations_slow_the_eta_but_no_rate(monkeypatch):
   clock = Clock(monkeypatch)
   bar = progress.Progress('cpt', 20, tokens=10.0)

@@ -20,6 +20,7 @@ import numpy as np
 
 from refrag_jax.data import text as text_lib
 from refrag_jax.errors import UserError
+from refrag_jax.progress import passing
 
 # A line of at least so many characters, white space aside, that stands on both
 # sides of the split is dropped from both: shorter ones ("Returns:") carry no
@@ -50,8 +51,9 @@ def spool(sources: Sequence[str], directory: str) -> dict[str, Any]:
   with open(os.path.join(directory, 'spool'), 'wb') as f:
     for number, source in enumerate(sources):
       skipped.append(Counter())
-      for document in text_lib.documents(source, skipped[-1]):
-        data = document.text.encode('utf-8')
+      texts = (d.text for d in text_lib.documents(source, skipped[-1]))
+      data_of = (text.encode('utf-8') for text in texts)
+      for data in passing(data_of, f'reading {source}', len):
         f.write(data)
         total.update(hashlib.sha256(data).digest() + struct.pack('<q', number))
         offsets.append(offsets[-1] + len(data))
@@ -110,10 +112,13 @@ def _shared_lines(
 ) -> set[bytes]:
   """Returns the keys of the long lines that stand on both sides."""
   held, shared = set(), set()
-  for d in np.flatnonzero(heldout):
-    held.update(key for _, key in _lines(read(d)) if key)
-  for d in np.flatnonzero(~heldout) if held else ():
-    shared.update(key for _, key in _lines(read(d)) if key in held)
+  for data in passing(
+    map(read, np.flatnonzero(heldout)), 'reading held-out lines', len
+  ):
+    held.update(key for _, key in _lines(data) if key)
+  rest = np.flatnonzero(~heldout) if held else ()
+  for data in passing(map(read, rest), 'comparing lines', len):
+    shared.update(key for _, key in _lines(data) if key in held)
   return shared
 
 
@@ -155,7 +160,9 @@ def build(directory, content, sources, tokenizer, fraction) -> None:
     _Column(directory, 'starts', np.int32) as starts,
     _Column(directory, 'text', np.uint8) as texts,
   ):
-    documents = cleaned()
+    documents = passing(
+      cleaned(), 'tokenising', lambda d: len(d[1]), content['offsets'][-1]
+    )
     # In batches, because tokenizers encode those in several threads.
     while batch := list(itertools.islice(documents, BATCH)):
       encoded = tokenizer.encode_batch([t.decode('utf-8') for _, t in batch])
