@@ -95,7 +95,8 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
   there = topologies.load(topology)
   session = open_planned(config, there)
   say(f'{topology}: {len(there.devices)} devices, mesh '
-      f'{dict(session.mesh.shape)}')  # fmt: skip
+      f'{dict(session.mesh.shape)}, '
+      f'attention {session.config.model.attention}')  # fmt: skip
   stages = {}
   for name in config.stages:
     stages[name] = plan_stage(session, there, name)

@@ -48,6 +48,8 @@ def open_session(
   session = open_model(config, workdir)
   check_batches(session)
   session = settle_attention(session)
+  if config.model.attention == 'fused':
+    say(f'attention: fused is {session.config.model.attention} here')
   if not with_text:
     return session
   corpus = pipeline.prepare_corpus(config, os.path.join(workdir, 'data'))
@@ -85,23 +87,16 @@ def settle_attention(session: Session) -> Session:
   """
   model, device = session.config.model, session.mesh.devices.flat[0]
   kind, platform = model.attention, device.platform
-  described = device not in jax.devices()
   if kind == 'fused':
     able = {
       'gpu': model.compute_dtype == 'bfloat16'
       and model.decoder.head_dim in range(8, 129, 8)
-      and not described,
+      and device in jax.devices(),
       'tpu': True,
     }
     kind = 'blockwise'
     if able.get(platform) and session.config.mesh.sequence == 1:
       kind = PLATFORM_KERNELS[platform]
-    text = f'attention: fused is {kind} on these devices'
-    if described and platform == 'gpu':
-      text = (
-        f'attention: fused is planned as {kind}; cards themselves take cudnn'
-      )
-    say(text)
     config = changed(session.config, [f'model.attention={kind}'])
     return session._replace(config=config, model=Refrag(config.model))
   for needed, kernel in PLATFORM_KERNELS.items():

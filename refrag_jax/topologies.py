@@ -266,8 +266,8 @@ def flags(there: Topology, cluster: ClusterConfig) -> dict[str, Any]:
 
 
 def exhausted(message: str, chip: Chip) -> dict[str, int]:
-  """What a TPU's compiler needed, where it says that it does not fit."""
-  used = re.search(r'Used ([\d.]+)([KMG]) of', message)
+  """What a TPU's compiler needed at least, by its refusal."""
+  used = re.search(r'(?:Used |\()([\d.]+)([KMG])(?: of|\) exceeds)', message)
   size = float(used[1]) * 1024 ** ('KMG'.index(used[2]) + 1) if used else 0
   peak = max(int(size), chip.hbm + 1)
   return {'argument_bytes': 0, 'temp_bytes': 0, 'peak_bytes': peak}

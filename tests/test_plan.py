@@ -350,8 +350,15 @@ def test_a_stage_that_a_tpu_s_compiler_refuses_does_not_fit(cfg, monkeypatch):
   assert stage.peak_bytes == int(82.20 * 2**30)
 
 
-def test_a_tpu_that_is_too_small_says_how_much_was_needed():
-  message = 'RESOURCE_EXHAUSTED: ... Used 82.20G of 15.75G hbm. Exceeded'
+@pytest.mark.parametrize(
+  'message',
+  [
+    'RESOURCE_EXHAUSTED: ... Used 82.20G of 15.75G hbm. Exceeded',
+    'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
+    'for HLO temporaries (82.20G) exceeds available HBM (15.75G).',
+  ],
+)
+def test_a_tpu_that_is_too_small_says_how_much_was_needed(message):
   chip = topologies.CHIPS['v5e']
   found = topologies.exhausted(message, chip)
   assert found['peak_bytes'] == int(82.20 * 2**30)
