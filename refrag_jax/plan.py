@@ -167,7 +167,8 @@ def plan_stage(
   # the rest a stage may read a part only.
   changing = device_bytes((trainable, state.opt_state))
   hbm_s = 2 * changing / there.chip.hbm_rate
-  network_s = network_seconds(sent, session.mesh, there)
+  # Of a program that the compiler refused nobody knows what it sends.
+  network_s = network_seconds(sent, session.mesh, there) if text else math.nan
   bounds = {'compute': compute_s, 'hbm': hbm_s, 'network': network_s}
   bound_by = max(bounds, key=lambda name: np.nan_to_num(bounds[name]))
   bound = bounds[bound_by]

@@ -241,6 +241,8 @@ def network(plan: dict[str, Any]) -> str:
     if rows:
       table = page.table(head, rows, note)
       out.append(page.details(f'{name}: {gib(total)}', table))
+    elif math.isnan(stage['network_s']):
+      out.append(f'<p>{page.name(name)}: not known.</p>')
   return ''.join(out) or '<p>Nothing is sent.</p>'
 
 

@@ -347,6 +347,7 @@ def test_a_stage_that_a_tpu_s_compiler_refuses_does_not_fit(cfg, monkeypatch):
   there = eight(platform='tpu', hbm=16 << 30)
   stage = plan.plan_stage(plan.open_planned(cfg, there), there, 'cpt')
   assert not stage.fits and stage.collectives == []
+  assert math.isnan(stage.network_s) and stage.bound_by != 'network'
   assert stage.peak_bytes == int(82.20 * 2**30)
 
 
