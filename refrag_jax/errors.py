@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early on purpose, and their exit codes."""
+"""The ways in which a run ends early on purpose, and their exit codes."""
 
 
 class UserError(Exception):
@@ -10,11 +10,13 @@ class UserError(Exception):
   exit_code = 2
 
 
-class Stopped(Exception):
-  """Asked to stop (SIGTERM, SIGINT); the state is saved, the same command
-  continues it.
+class Stopped(BaseException):
+  """Asked to stop (SIGTERM, SIGINT): a training has saved its state; the same
+  command continues, or starts again what keeps none.
 
-  `main` prints the message and exits with 75 (EX_TEMPFAIL: run me again).
+  `main` prints the message and exits with 75 (EX_TEMPFAIL: run me again). Not
+  an Exception: it may come at any place, and what catches those is after the
+  faults of a file or a library.
   """
 
   exit_code = 75

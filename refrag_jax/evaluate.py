@@ -37,6 +37,7 @@ from refrag_jax.session import (
   open_session,
   trained_groups,
 )
+from refrag_jax.stopping import stop_on_signal
 
 HELDOUT = 'heldout'  # in eval.data: the held-out side of data.text
 
@@ -70,8 +71,12 @@ def run(config: Config, workdir: str) -> int:
       f'evals read {directory}, but no stage has a checkpoint there: train '
       'first, or name one with --config.init_from=DIR/checkpoints/STAGE'
     )
-  with jax.set_mesh(session.mesh), watchdog.watch(hang_seconds):
-    evals = run_evals(session, paths, threading.Event())
+  with (
+    jax.set_mesh(session.mesh),
+    stop_on_signal() as stop,
+    watchdog.watch(hang_seconds),
+  ):
+    evals = run_evals(session, paths, stop)
   path = os.path.join(workdir, 'results.json')
   old = results.read_json(path) if os.path.exists(path) else {}
   if jax.process_index() == 0:

@@ -115,17 +115,20 @@ def _dispatch(argv: list[str]) -> int | None:
       cluster.join_seconds, cluster.heartbeat_seconds
     ):
       cli.announce(loaded, workdir)
-  run = getattr(importlib.import_module(module), function)
   with _stopping():
+    run = getattr(importlib.import_module(module), function)
     return run(config, workdir, *(command.flags[flag] for flag in own))
 
 
 @contextlib.contextmanager
 def _stopping() -> Iterator[None]:
-  """SIGTERM ends at once what has nothing to save, and asks to be run again.
+  """SIGTERM ends what has nothing to save, and asks to be run again.
 
-  A training that is under way saves first (train.py). JAX, joining a cluster,
-  takes the signal for itself: this comes after it.
+  As soon as Python runs again: not within a compilation. Trainings and evals
+  take the signal for themselves, to save first and to agree with the other
+  processes (stopping.py); before those each process ends by itself, and a
+  scheduler tells all of them. JAX takes it as well, joining a cluster: this
+  comes after.
   """
 
   def stop(signum, frame):

@@ -158,10 +158,11 @@ def passing(
   """
   start = said = time.monotonic()
   number = done = 0
+  watchdog.phase(f'{what}, document 1')
   for document in documents:
-    watchdog.phase(f'{what}, document {number + 1}')
     yield document
     number, done, now = number + 1, done + size(document), time.monotonic()
+    watchdog.phase(f'{what}, document {number + 1}')
     if now - said < SAY_EVERY:
       continue
     said = now

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from refrag_jax import checkpoint, pretrained, sharding
-from refrag_jax.config import Config, changed
+from refrag_jax.config import Config, ModelConfig, changed
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag, init_params
@@ -88,15 +89,9 @@ def settle_attention(session: Session) -> Session:
   model, device = session.config.model, session.mesh.devices.flat[0]
   kind, platform = model.attention, device.platform
   if kind == 'fused':
-    able = {
-      'gpu': model.compute_dtype == 'bfloat16'
-      and model.decoder.head_dim in range(8, 129, 8)
-      and device in jax.devices(),
-      'tpu': True,
-    }
-    kind = 'blockwise'
-    if able.get(platform) and session.config.mesh.sequence == 1:
-      kind = PLATFORM_KERNELS[platform]
+    able = platform == 'tpu' or (platform == 'gpu' and _cudnn(model, device))
+    whole_rows = session.mesh.shape['sequence'] == 1
+    kind = PLATFORM_KERNELS[platform] if able and whole_rows else 'blockwise'
     config = changed(session.config, [f'model.attention={kind}'])
     return session._replace(config=config, model=Refrag(config.model))
   for needed, kernel in PLATFORM_KERNELS.items():
@@ -107,6 +102,19 @@ def settle_attention(session: Session) -> Session:
         'blockwise, which is for all'
       )
   return session
+
+
+def _cudnn(model: ModelConfig, device: jax.Device) -> bool:
+  """Whether cuDNN's kernel can run: from Ampere on, in 16 bits, here."""
+  number = re.fullmatch(r'\d+\.\d+', getattr(device, 'compute_capability', ''))
+  capability = float(number[0]) if number else 0.0
+  widest = 256 if capability >= 9 else 128
+  return (
+    device in jax.devices()
+    and capability >= 8
+    and model.compute_dtype == 'bfloat16'
+    and model.decoder.head_dim in range(8, widest + 1, 8)
+  )
 
 
 def open_model(config: Config, workdir: str = '') -> Session:

@@ -245,6 +245,11 @@ class Vote:
     )
     return tuple(map(bool, np.asarray(answer)))
 
+  def now(self, *said: bool) -> tuple[bool, ...]:
+    """The answers to these questions themselves, waited for."""
+    self(*said)
+    return self(*said)
+
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins an activation's layout by logical axes; no-op outside a mesh."""

@@ -11,10 +11,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +53,7 @@ from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES, Stage
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state, map_pieces
+from refrag_jax.stopping import stop_on_signal
 
 HELDOUT_ROWS = 256  # rows of the one fixed held-out batch of a stage
 # What of config.data the batches of `sft` and its twins depend on.
@@ -106,6 +106,9 @@ def run_stages(
       for name in config.stages:
         train_stage(session, name, writer, stop, peak)
       then(session, stop)
+      # After the last step too: with --mode=repro another arm would follow.
+      if any(sharding.Vote(session.mesh).now(stop.is_set())):
+        raise Stopped('stopped at the end of a run; the same command goes on')
     finally:
       writer.close()
 
@@ -526,26 +529,6 @@ def chunks_cut(batch: dict[str, np.ndarray]) -> tuple[int, int]:
   return int(batch['encoder_cut_B'].sum()), int(
     (batch['chunk_len_BC'] > 0).sum()
   )
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-  """SIGTERM or SIGINT asks to stop at the next step; a second SIGINT now."""
-  stop = threading.Event()
-
-  def ask(signum, frame):
-    del frame
-    if stop.is_set() and signum == signal.SIGINT:
-      raise KeyboardInterrupt  # asked twice by hand: leave at once
-    stop.set()
-    say(f'{signal.Signals(signum).name}: stopping after this step')
-
-  old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield stop
-  finally:
-    for s, handler in old.items():
-      signal.signal(s, handler)
 
 
 def _due(done: int, every: int) -> bool:

@@ -8,13 +8,13 @@ ends nothing: what looks like a hang may be a slow compilation.
 
 import contextlib
 import faulthandler
+import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import TextIO
-
-import jax
 
 # One process does one thing at a time, wherever in the code it does it.
 _now = ['start', 0.0]
@@ -55,9 +55,11 @@ def _look(seconds: float, out: TextIO, done: threading.Event) -> None:
     name, since = _now
     if since != told and time.monotonic() - since > seconds:
       told = since
+      # Not by JAX's number: to ask for it waits for JAX, which may hang.
       print(
-        f'refrag_jax: process {jax.process_index()} has been at "{name}" for '
-        f'{seconds:g} s (config.cluster.hang_seconds); all threads:',
+        f'refrag_jax: process {os.getpid()} of {socket.gethostname()} has been '
+        f'at "{name}" for {seconds:g} s (config.cluster.hang_seconds); all '
+        'threads:',
         file=out,
         flush=True,
       )

@@ -185,7 +185,7 @@ def test_what_cudnn_is_asked_equals_the_dense_product(window, monkeypatch):
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-@pytest.mark.parametrize('kind', attention.FUSED)
+@pytest.mark.parametrize('kind', attention.KERNELS)
 @pytest.mark.parametrize('case', ['packed', 'cache'])
 def test_fused_kernels_leave_what_they_do_not_know_to_blocks(
   kind, case, monkeypatch
@@ -203,7 +203,7 @@ def test_fused_kernels_leave_what_they_do_not_know_to_blocks(
 def test_the_config_knows_the_same_kinds():
   # What `fused` is follows from the devices, before the model is made.
   assert (*attention.KINDS, 'fused') == validate.ATTENTION
-  assert tuple(attention.FUSED) == validate.KERNELS
+  assert tuple(attention.KERNELS) == validate.KERNELS
 
 
 # --- Float32 products of bfloat16 arrays --------------------------------------

@@ -51,6 +51,7 @@ LEVELS = {
   'records': 2,
   'sharding': 1,
   'watchdog': 1,
+  'stopping': 1,
   'state': 1,
   'data': 1,
   'progress': 1,

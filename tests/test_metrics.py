@@ -179,7 +179,7 @@ def test_documents_pass_with_a_line_now_and_then(monkeypatch, capsys):
   assert capsys.readouterr().out == (
     'tokenising  3 documents  24B  2B/s  eta 0:00:08\n'
   )
-  assert phases == [f'tokenising, document {n}' for n in range(1, 6)]
+  assert phases == [f'tokenising, document {n}' for n in range(1, 7)]
 
 
 def test_evaluations_slow_the_eta_but_no_rate(monkeypatch):

@@ -298,26 +298,35 @@ def test_a_mesh_and_a_batch_must_fit_the_topology(cfg):
     plan.run(cfg, '', '', False)
 
 
+BFLOAT16 = 'model.compute_dtype=bfloat16'
+
+
 @pytest.mark.parametrize(
-  ('platform', 'here', 'changes', 'kind'),
+  ('platform', 'capability', 'here', 'changes', 'kind'),
   [
-    ('gpu', True, ('model.compute_dtype=bfloat16',), 'cudnn'),
-    ('gpu', True, (), 'blockwise'),  # cuDNN's has no float32
+    ('gpu', '9.0', True, (BFLOAT16,), 'cudnn'),
+    ('gpu', '9.0', True, (), 'blockwise'),  # cuDNN's has no float32
+    ('gpu', '7.5', True, (BFLOAT16,), 'blockwise'),  # a T4
+    ('gpu', 'gfx942', True, (BFLOAT16,), 'blockwise'),  # AMD's
     # What is described has no cuDNN to ask.
-    ('gpu', False, ('model.compute_dtype=bfloat16',), 'blockwise'),
-    ('tpu', True, (), 'splash'),
-    ('tpu', False, (), 'splash'),
-    ('tpu', True, ('mesh.sequence=2',), 'blockwise'),  # sees a whole row
-    ('cpu', True, (), 'blockwise'),
+    ('gpu', '9.0', False, (BFLOAT16,), 'blockwise'),
+    ('gpu', '9.0', True, (BFLOAT16, 'model.decoder.head_dim=256'), 'cudnn'),
+    ('gpu', '8.0', True, (BFLOAT16, 'model.decoder.head_dim=256'), 'blockwise'),
+    ('tpu', '', True, (), 'splash'),
+    ('tpu', '', False, (), 'splash'),
+    ('tpu', '', True, ('mesh.sequence=2',), 'blockwise'),  # sees a whole row
+    ('cpu', '', True, (), 'blockwise'),
   ],
 )
 def test_fused_attention_is_what_the_devices_have(
-  cfg, monkeypatch, platform, here, changes, kind
+  cfg, monkeypatch, platform, capability, here, changes, kind
 ):
   config = plan.changed(cfg, ['model.attention=fused', *changes])
-  device = SimpleNamespace(platform=platform)
+  device = SimpleNamespace(platform=platform, compute_capability=capability)
   monkeypatch.setattr(jax, 'devices', lambda: [device] if here else [])
-  mesh = SimpleNamespace(devices=np.array([device]))
+  mesh = SimpleNamespace(
+    devices=np.array([device]), shape={'sequence': config.mesh.sequence}
+  )
   asked = Session(config, '', mesh, None, None, None, {})
   found = settle_attention(asked)
   assert found.config.model.attention == kind == found.model.cfg.attention

@@ -4,6 +4,7 @@ Dimension key: B batch, T positions, X chunks, M encoder tokens, D width.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ import pytest
 import toy
 
 from refrag_jax import flops
+from refrag_jax.models import attention
 from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoders import ENCODERS
-from refrag_jax.models.stack import CUDNN, REMAT
+from refrag_jax.models.stack import ATTENTION, CUDNN, REMAT
 
 B, T = 2, 24
 FLOAT = jnp.dtype('float32')
@@ -100,3 +102,8 @@ def test_dots_keep_the_results_of_the_platforms_kernels():
   assert CUDNN in names
   kept = REMAT['dots'](cudnn._dot_product_attention_fwd_p_wrapper)
   assert kept and not REMAT['dots'](jax.lax.exp_p)
+
+  x_BTNH = jnp.ones((1, 128, 2, 128))
+  splash = functools.partial(attention.splash, window=0, interpret=True)
+  total = lambda q: splash(q, x_BTNH, x_BTNH, None, None).sum()
+  assert f'name={ATTENTION}' in str(jax.make_jaxpr(jax.grad(total))(x_BTNH))

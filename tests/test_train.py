@@ -560,6 +560,25 @@ def test_sigterm_then_the_same_command(session, folder, tmp_path, by_command):
   assert 'resumes' not in third.stdout and 'corpus' not in third.stdout
 
 
+def test_what_fused_is_follows_before_the_model_is_made(folder, tmp_path):
+  cfg = toy_run.config(folder, model__attention='fused')
+  opened = toy_run.open_session(cfg, tmp_path, toy_run.mesh())
+  assert opened.config.model.attention == 'blockwise'
+  assert opened.model.cfg.attention == 'blockwise'
+
+
+def test_a_signal_after_the_last_step_is_heard(folder, tmp_path):
+  """Another arm of `--mode=repro` would begin."""
+  cfg = toy_run.config(folder, stages=())
+
+  def then(session, stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.wait(10)
+
+  with pytest.raises(Stopped, match='at the end of a run'):
+    train.run_stages(cfg, str(tmp_path), then)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'point',

@@ -142,8 +142,10 @@ def build(directory, content, sources, tokenizer, fraction) -> None:
   dropped = [0] * len(sources)
 
   def cleaned() -> Iterator[tuple[int, bytes]]:
-    for d in range(len(source)):
-      lines = list(_lines(read(d))) if shared else [(read(d), None)]
+    documents = map(read, range(len(source)))
+    whole = content['offsets'][-1]
+    for d, data in enumerate(passing(documents, 'tokenising', len, whole)):
+      lines = list(_lines(data)) if shared else [(data, None)]
       rest = [line for line, key in lines if key not in shared]
       dropped[source[d]] += len(lines) - len(rest)
       text = b''.join(rest)
@@ -160,9 +162,7 @@ def build(directory, content, sources, tokenizer, fraction) -> None:
     _Column(directory, 'starts', np.int32) as starts,
     _Column(directory, 'text', np.uint8) as texts,
   ):
-    documents = passing(
-      cleaned(), 'tokenising', lambda d: len(d[1]), content['offsets'][-1]
-    )
+    documents = cleaned()
     # In batches, because tokenizers encode those in several threads.
     while batch := list(itertools.islice(documents, BATCH)):
       encoded = tokenizer.encode_batch([t.decode('utf-8') for _, t in batch])

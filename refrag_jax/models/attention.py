@@ -9,7 +9,9 @@ dimension.
              plain JAX, so everywhere
   cudnn      NVIDIA's kernel, through jax.nn.dot_product_attention
   splash     the TPU's kernel, in JAX's Pallas library
-  fused      the one of these that the devices have (session.py)
+
+A config may say `fused`: session.py makes it the kernel that the devices have,
+or `blockwise`, before a model is made.
 
 What a query may see is a rule about places, not a mask: a T x S array of them
 would be as large as the logits.
@@ -67,7 +69,7 @@ def attend(
   plain = k_BSMH.shape[1] == q_BTNH.shape[1] and query.segment_BT is None
   if q_BTNH.shape[1] == 1:
     kind = 'dense'
-  elif kind in FUSED and not plain:
+  elif kind in KERNELS and not plain:
     kind = 'blockwise'
   if kind == 'dense':  # XLA divides it by itself, in any layout
     mask_BTS = visible(query, key, window)
@@ -307,6 +309,6 @@ def splash(
 
 
 LANES = 128  # a TPU's registers: the kernel's blocks are multiples of it
-FUSED = {'cudnn': cudnn, 'splash': splash}
-ATTENTION = {'blockwise': blockwise} | FUSED
+KERNELS = {'cudnn': cudnn, 'splash': splash}
+ATTENTION = {'blockwise': blockwise} | KERNELS
 KINDS = ('dense', *ATTENTION)
