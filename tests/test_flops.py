@@ -16,7 +16,7 @@ import toy
 from jax._src.cudnn import fused_attention_stablehlo
 
 from configs import llama2_7b
-from refrag_jax import flops, sharding
+from refrag_jax import flops, programs, sharding
 from refrag_jax.config import build
 from refrag_jax.models import attention
 from refrag_jax.models.refrag import Refrag, init_params
@@ -64,7 +64,7 @@ def test_counter_on_known_functions(f, products):
 # Of the paper's run: its model, k, and lengths. Costs scale with the rows, and
 # memory is none: everything is traced on shapes.
 CONFIG = build(llama2_7b.get_config('k16'))
-MODEL = dataclasses.replace(CONFIG.model, remat='none', loss_block=0)
+MODEL = programs.plain_model(CONFIG.model)
 ROWS = 2
 K, L, O = 16, 128, 2048
 DATA = CONFIG.data
