@@ -6,8 +6,8 @@ Formatting and rates are pure functions; the clock is read in `Progress` alone.
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from rich import progress as rich_progress
 from refrag_jax import watchdog
 from refrag_jax.topologies import CHIPS
 
-T = TypeVar('T')
 SAY_EVERY = 10.0  # seconds between two lines of work that has no steps
 
 # Dense bf16 FLOP/s of one JAX device, from the makers' data sheets (without
@@ -147,13 +146,12 @@ class Progress:
 
 
 def passing(
-  documents: Iterable[T], what: str, size: Callable[[T], int], total: int = 0
-) -> Iterator[T]:
+  documents: Iterable[bytes], what: str, total: int = 0
+) -> Iterator[bytes]:
   """Yields documents, and says now and then how many have passed.
 
   Args:
     what: is done with them; each is a phase of its own to the watchdog.
-    size: bytes of a document.
     total: bytes of all of them; 0: not known, nor when they end.
   """
   start = said = time.monotonic()
@@ -161,7 +159,7 @@ def passing(
   watchdog.phase(f'{what}, document 1')
   for document in documents:
     yield document
-    number, done, now = number + 1, done + size(document), time.monotonic()
+    number, done, now = number + 1, done + len(document), time.monotonic()
     watchdog.phase(f'{what}, document {number + 1}')
     if now - said < SAY_EVERY:
       continue

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from refrag_jax import checkpoint, pretrained, sharding
-from refrag_jax.config import Config, ModelConfig, changed
+from refrag_jax.config import Config, ModelConfig
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag, init_params
@@ -92,8 +92,9 @@ def settle_attention(session: Session) -> Session:
     able = platform == 'tpu' or (platform == 'gpu' and _cudnn(model, device))
     whole_rows = session.mesh.shape['sequence'] == 1
     kind = PLATFORM_KERNELS[platform] if able and whole_rows else 'blockwise'
-    config = changed(session.config, [f'model.attention={kind}'])
-    return session._replace(config=config, model=Refrag(config.model))
+    model = dataclasses.replace(model, attention=kind)
+    config = dataclasses.replace(session.config, model=model)
+    return session._replace(config=config, model=Refrag(model))
   for needed, kernel in PLATFORM_KERNELS.items():
     if kind == kernel and platform != needed:
       raise UserError(

@@ -171,7 +171,7 @@ def test_documents_pass_with_a_line_now_and_then(monkeypatch, capsys):
   monkeypatch.setattr(progress.watchdog, 'phase', phases.append)
   documents = [b'12345678'] * 5
   passed = []
-  for document in progress.passing(documents, 'tokenising', len, total=40):
+  for document in progress.passing(documents, 'tokenising', total=40):
     passed.append(document)
     clock.sleep(4.0)
   assert passed == documents

@@ -315,6 +315,7 @@ BFLOAT16 = 'model.compute_dtype=bfloat16'
     ('tpu', '', True, (), 'splash'),
     ('tpu', '', False, (), 'splash'),
     ('tpu', '', True, ('mesh.sequence=2',), 'blockwise'),  # sees a whole row
+    ('tpu', '', True, ('mesh.sequence=-1',), 'splash'),  # what is left is 1
     ('cpu', '', True, (), 'blockwise'),
   ],
 )
@@ -325,7 +326,7 @@ def test_fused_attention_is_what_the_devices_have(
   device = SimpleNamespace(platform=platform, compute_capability=capability)
   monkeypatch.setattr(jax, 'devices', lambda: [device] if here else [])
   mesh = SimpleNamespace(
-    devices=np.array([device]), shape={'sequence': config.mesh.sequence}
+    devices=np.array([device]), shape={'sequence': abs(config.mesh.sequence)}
   )
   asked = Session(config, '', mesh, None, None, None, {})
   found = settle_attention(asked)

@@ -52,11 +52,6 @@ def traced(name, remat, scan_layers, attention='dense'):
   return grad.trace(params), params
 
 
-def grad_of(*args):
-  found, params = traced(*args)
-  return found.lower().compile()(params)
-
-
 @pytest.mark.parametrize('name', STACKS)
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_layers_one_by_one_are_those_of_the_loop(name, remat):
@@ -64,7 +59,6 @@ def test_layers_one_by_one_are_those_of_the_loop(name, remat):
   looped, same = traced(name, remat, True)
   assert jax.tree.all(jax.tree.map(np.array_equal, params, same))
   compiled = found.lower().compile()
-  # The policy's and ModernBERT's own loops are not here: none is left.
   assert ' while(' not in compiled.as_text()
   expected = looped.lower().compile()(params)
   assert toy.distance(expected, compiled(params)) < 1e-5

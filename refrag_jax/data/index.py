@@ -51,9 +51,9 @@ def spool(sources: Sequence[str], directory: str) -> dict[str, Any]:
   with open(os.path.join(directory, 'spool'), 'wb') as f:
     for number, source in enumerate(sources):
       skipped.append(Counter())
-      texts = (d.text for d in text_lib.documents(source, skipped[-1]))
-      data_of = (text.encode('utf-8') for text in texts)
-      for data in passing(data_of, f'reading {source}', len):
+      documents = text_lib.documents(source, skipped[-1])
+      texts = (document.text.encode('utf-8') for document in documents)
+      for data in passing(texts, f'reading {source}'):
         f.write(data)
         total.update(hashlib.sha256(data).digest() + struct.pack('<q', number))
         offsets.append(offsets[-1] + len(data))
@@ -112,12 +112,11 @@ def _shared_lines(
 ) -> set[bytes]:
   """Returns the keys of the long lines that stand on both sides."""
   held, shared = set(), set()
-  for data in passing(
-    map(read, np.flatnonzero(heldout)), 'reading held-out lines', len
-  ):
+  heldout_texts = map(read, np.flatnonzero(heldout))
+  for data in passing(heldout_texts, 'reading held-out lines'):
     held.update(key for _, key in _lines(data) if key)
   rest = np.flatnonzero(~heldout) if held else ()
-  for data in passing(map(read, rest), 'comparing lines', len):
+  for data in passing(map(read, rest), 'comparing lines'):
     shared.update(key for _, key in _lines(data) if key in held)
   return shared
 
@@ -144,7 +143,7 @@ def build(directory, content, sources, tokenizer, fraction) -> None:
   def cleaned() -> Iterator[tuple[int, bytes]]:
     documents = map(read, range(len(source)))
     whole = content['offsets'][-1]
-    for d, data in enumerate(passing(documents, 'tokenising', len, whole)):
+    for d, data in enumerate(passing(documents, 'tokenising', whole)):
       lines = list(_lines(data)) if shared else [(data, None)]
       rest = [line for line, key in lines if key not in shared]
       dropped[source[d]] += len(lines) - len(rest)
