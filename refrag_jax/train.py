@@ -153,8 +153,8 @@ def train_stage(
   watchdog.phase(f'{name}, start')
   clock = time.monotonic()
   heldout = fixed_heldout(session, name)
+  start, state, meta = start_state(session, name, settings, heldout)
   manager = checkpoint.open_manager(session.checkpoint_dir(name))
-  start, state, meta = start_state(session, name, manager, settings, heldout)
   writer.truncate_from(name, start + 1 if start else 0)
   if not start:
     before = {stage.measures: np.mean(meta['before_B'])}
@@ -197,6 +197,8 @@ def train_stage(
         programs.step_key(session, name, step),
         np.float32(rate),
       )
+      # A save that failed meanwhile ends the run here, not at the next save.
+      manager.check_for_errors()
       # Read one step late, so that the device always has its next step.
       check_finite(pending, name, saved)
       pending = (step, batch, metrics)
@@ -310,19 +312,20 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
 
 
 def start_state(
-  session: Session, name: str, manager, settings: dict, heldout: Heldout
+  session: Session, name: str, settings: dict, heldout: Heldout
 ) -> tuple[int, TrainState, dict[str, Any]]:
   """(first step, state, meta): resumed where there is something to resume."""
   stage = STAGES[name]
   abstract = programs.abstract_state(session, name)
-  start = manager.latest_step()
-  if start is not None:
+  directory = session.checkpoint_dir(name)
+  if checkpoint.latest_step(directory) is not None:
     meta = checkpoint.require(
-      session.checkpoint_dir(name), session.identity, f'stage {name} resumes'
+      directory, session.identity, f'stage {name} resumes'
     )
     check_settings(meta['settings'], settings, name)
+    start, state, meta = checkpoint.restore(directory, abstract)
     say(f'{name}  resumes at step {start}')
-    return start, checkpoint.restore(manager, start, abstract), meta
+    return start, state, meta
   params = initial_params(session, name)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   state = jax.jit(

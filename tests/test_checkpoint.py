@@ -2,8 +2,10 @@
 they do not fit."""
 
 import copy
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,7 +102,7 @@ def test_restores_bitwise_on_another_mesh(tmp_path, onto):
   with checkpoint.open_manager(tmp_path) as manager:
     save(manager, 3, state)
     abstract = abstract_state(toy_run.mesh(*onto))
-    restored = checkpoint.restore(manager, 3, abstract)
+    restored = checkpoint.restore(tmp_path, abstract)[1]
   assert_same(restored, state)
   for x, want in zip(
     jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True
@@ -116,7 +118,7 @@ def test_the_optimizer_state_keeps_its_structure(tmp_path):
   state = random_state(mesh, 2)
   with checkpoint.open_manager(tmp_path) as manager:
     save(manager, 2, state)
-    restored = checkpoint.restore(manager, 2, abstract_state(mesh))
+    restored = checkpoint.restore(tmp_path, abstract_state(mesh))[1]
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   names = {
     path_str(path)
@@ -133,7 +135,10 @@ def test_meta_is_read_back(tmp_path):
   with checkpoint.open_manager(tmp_path) as manager:
     save(manager, 7, small_state(7))
   meta = checkpoint.read_meta(tmp_path)
-  assert meta == META | {'format': checkpoint.FORMAT, 'step': 7}
+  digests = meta.pop('digests')
+  assert digests.keys() == {'params', 'opt_state'}
+  assert meta == META | {'format': checkpoint.FORMAT, 'step': 7, 'loss': 1.0}
+  meta['digests'] = digests
   assert checkpoint.require(tmp_path, IDENTITY, 'a test reads') == meta
 
 
@@ -186,18 +191,152 @@ def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path):
     checkpoint.require(tmp_path / 'empty', IDENTITY, 'why')
 
 
-FORMAT = checkpoint.FORMAT
-
-
 def test_another_format_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, 'FORMAT', 99)
   with checkpoint.open_manager(tmp_path) as manager:
     save(manager, 1, small_state(1))
   monkeypatch.undo()
-  with pytest.raises(
-    UserError, match=f'format 99, this version reads {FORMAT}'
-  ):
+  with pytest.raises(UserError, match='format 99, this version reads 4 and 5'):
     checkpoint.require(tmp_path, IDENTITY, 'why')
+
+
+def test_two_steps_stay_over_any_number_of_restarts(tmp_path):
+  """A manager each, as of a run that was stopped five times."""
+  for step, loss in enumerate((1.0, 0.5, 0.7, 0.6, 0.9, 0.8), start=1):
+    with checkpoint.open_manager(tmp_path) as manager:
+      save(manager, step, small_state(step), loss)
+    assert steps_on_disk(tmp_path) == [
+      str(s) for s in sorted({min(step, 2), step})
+    ]
+
+
+def test_steps_without_a_loss_are_not_kept_for_it(tmp_path):
+  """What older versions have left behind."""
+  for step in (1, 2, 3):
+    with checkpoint.open_manager(tmp_path / str(step)) as manager:
+      save(manager, step, small_state(step))
+    (tmp_path / str(step) / str(step)).rename(tmp_path / f'step{step}')
+    as_format_4(tmp_path / f'step{step}')
+    (tmp_path / str(step)).rmdir()
+    (tmp_path / f'step{step}').rename(tmp_path / str(step))
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 4, small_state(4), 5.0)
+    save(manager, 5, small_state(5), 6.0)
+  assert steps_on_disk(tmp_path) == ['4', '5']
+
+
+def as_format_4(step):
+  """The step as it was written before there were digests."""
+  path = step / 'meta' / 'metadata'
+  meta = json.loads(path.read_text())
+  for key in ('digest', 'digests', 'loss'):
+    del meta[key]
+  path.write_text(json.dumps(meta | {'format': 4}))
+
+
+def two_steps(directory):
+  with checkpoint.open_manager(directory) as manager:
+    for step in (1, 2):
+      save(manager, step, small_state(step), float(step))
+
+
+def data_file(step, item='params'):
+  """The file with an item's values."""
+  files = [path for path in step.rglob('d/*') if item in path.parts]
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+  ('damage', 'named'),
+  [
+    (lambda step: flip(data_file(step)), 'params'),
+    (lambda step: flip(data_file(step, 'opt_state')), 'opt_state'),
+    (lambda step: flip(step / 'meta' / 'metadata'), 'meta'),
+    (lambda step: os.truncate(data_file(step), 10), 'params'),
+    (lambda step: data_file(step).unlink(), 'params'),
+    (lambda step: (step / 'params' / 'manifest.ocdbt').unlink(), 'params'),
+    (lambda step: (step / 'meta' / 'metadata').unlink(), 'meta'),
+    (lambda step: shutil.rmtree(step / 'opt_state'), 'opt_state'),
+    (lambda step: os.truncate(step / 'params' / '_METADATA', 0), 'params'),
+  ],
+)
+def test_a_damaged_step_is_named_and_the_one_before_taken(
+  tmp_path, capsys, damage, named
+):
+  two_steps(tmp_path)
+  damage(tmp_path / '2')
+  step, state, meta = checkpoint.restore(tmp_path, shapes(small_state(0)))
+  assert step == meta['step'] == 1
+  assert_same(state, small_state(1))
+  said = capsys.readouterr().out
+  assert f'checkpoint {tmp_path}/2 is damaged or incomplete ({named}' in (
+    said.replace('array decoder/w in params', 'params').replace(
+      'array m in opt_state', 'opt_state'
+    )
+  )
+  assert f'reading {tmp_path}/1 instead' in said
+  assert 'Traceback' not in said
+  # The run goes on from there, and saves that step again.
+  assert steps_on_disk(tmp_path) == ['1']
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 2, small_state(2), 2.0)
+  assert checkpoint.restore(tmp_path, shapes(small_state(0)))[0] == 2
+
+
+def test_damaged_parameters_are_not_loaded(tmp_path, capsys):
+  """An eval reads the sound step, and moves nothing."""
+  two_steps(tmp_path)
+  flip(data_file(tmp_path / '2'))
+  abstract = shapes(small_state(0)).params
+  assert_same(checkpoint.load_params(tmp_path, abstract), small_state(1).params)
+  assert f'{tmp_path}/2 is damaged' in capsys.readouterr().out
+  flip(data_file(tmp_path / '1'))
+  with pytest.raises(UserError) as e:
+    checkpoint.load_params(tmp_path, abstract)
+  assert str(e.value).startswith(f'checkpoint {tmp_path}/1 is damaged')
+  assert str(e.value).endswith('copy it again, or delete it')
+  assert '\n' not in str(e.value)
+  assert steps_on_disk(tmp_path) == ['1', '2']
+
+
+def test_a_format_number_cannot_hide_damage(tmp_path):
+  """5 and 4 differ in a bit, and 4 has no digests."""
+  two_steps(tmp_path)
+  path = tmp_path / '2' / 'meta' / 'metadata'
+  path.write_text(path.read_text().replace('"format": 5', '"format": 4'))
+  assert checkpoint.read_meta(tmp_path)['step'] == 1
+
+
+def test_a_checkpoint_without_digests_is_read_and_said(tmp_path, capsys):
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 1, small_state(1))
+  as_format_4(tmp_path / '1')
+  checkpoint.require(tmp_path, IDENTITY, 'why')
+  params = checkpoint.load_params(tmp_path, shapes(small_state(0)).params)
+  assert_same(params, small_state(1).params)
+  assert 'no digests' in capsys.readouterr().out
+
+
+def test_digests_are_those_of_any_mesh(tmp_path):
+  state = random_state(toy_run.mesh(4, 2), 3)
+  alone = jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x)), state.params)
+  assert checkpoint._digests(state.params) == checkpoint._digests(alone)
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+  left = tmp_path / '2.orbax-checkpoint-tmp-7'
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 1, small_state(1))
+  os.makedirs(left / 'params')
+  with checkpoint.open_manager(tmp_path) as manager:
+    save(manager, 2, small_state(2))
+  assert not left.exists()
 
 
 def test_a_half_written_step_is_not_seen(tmp_path):
@@ -241,7 +380,7 @@ def test_killed_while_saving(tmp_path, delay):
   step = checkpoint.latest_step(tmp_path)
   assert step in (1, 2)
   with checkpoint.open_manager(tmp_path) as manager:
-    restored = checkpoint.restore(manager, step, shapes(small_state(0)))
+    restored = checkpoint.restore(tmp_path, shapes(small_state(0)))[1]
     assert_same(restored, small_state(step))
     save(manager, 3, small_state(3), 3.0)
   assert checkpoint.latest_step(tmp_path) == 3
@@ -315,7 +454,7 @@ def test_a_disk_that_takes_no_more_keeps_the_checkpoint_of_before(tmp_path):
   assert steps_on_disk(tmp_path) == ['1']
   assert checkpoint.latest_step(tmp_path) == 1
   with checkpoint.open_manager(tmp_path) as manager:
-    restored = checkpoint.restore(manager, 1, shapes(small_state(0)))
+    restored = checkpoint.restore(tmp_path, shapes(small_state(0)))[1]
     assert_same(restored, small_state(1))
     save(manager, 2, big)  # once there is room again
   assert checkpoint.latest_step(tmp_path) == 2

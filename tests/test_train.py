@@ -79,8 +79,7 @@ def last_state(session, workdir, name) -> TrainState:
   """The newest checkpoint, moments included."""
   abstract = programs.abstract_state(session, name)
   directory = os.path.join(workdir, 'checkpoints', name)
-  with checkpoint.open_manager(directory) as manager:
-    state = checkpoint.restore(manager, manager.latest_step(), abstract)
+  _, state, _ = checkpoint.restore(directory, abstract)
   return jax.tree.map(np.asarray, state)
 
 
@@ -387,8 +386,8 @@ def test_non_finite_later_names_the_batch_and_keeps_the_checkpoint(
   restore = checkpoint.restore
 
   def restore_poisoned(*args):
-    state = restore(*args)
-    return state.replace(params=poisoned(state.params))
+    step, state, meta = restore(*args)
+    return step, state.replace(params=poisoned(state.params)), meta
 
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint, 'restore', restore_poisoned)
