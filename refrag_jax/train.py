@@ -52,7 +52,7 @@ from refrag_jax.session import (
 from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES, Stage
 from refrag_jax.state import TrainState
-from refrag_jax.step import init_opt_state, map_pieces
+from refrag_jax.step import init_opt_state, map_pieces, row_keys
 from refrag_jax.stopping import stop_on_signal
 
 HELDOUT_ROWS = 256  # rows of the one fixed held-out batch of a stage
@@ -288,8 +288,6 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
   index = np.minimum(np.arange(number * size), rows - 1).reshape(number, size)
   chunks = batch['chunks_BCK'].shape[1] if 'chunks_BCK' in batch else 0
   variants = stage.variants(cfg, chunks)
-  key = jax.random.key(session.config.seed)
-  keys = jax.random.split(key, number) if number > 1 else key[None]
 
   @jax.jit
   def measure(params, pieces):
@@ -299,7 +297,8 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
         for variant in variants
       ) / len(variants)
 
-    return map_pieces(of_piece, (pieces, keys)).reshape(-1)
+    keys_B = row_keys(jax.random.key(session.config.seed), rows)
+    return map_pieces(of_piece, (pieces, keys_B[index])).reshape(-1)
 
   pieces = sharding.replicate(
     {field: values[index] for field, values in batch.items()}, session.mesh

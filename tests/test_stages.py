@@ -15,7 +15,7 @@ from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES
 from refrag_jax.stages.stage import expansion_variants
 from refrag_jax.state import TrainState
-from refrag_jax.step import init_opt_state, train_step
+from refrag_jax.step import init_opt_state, row_keys, train_step
 
 REFRAG = ('encoder', 'projection', 'decoder')
 # stage: the parameter groups that it trains (design.md section 2)
@@ -269,7 +269,7 @@ def test_mixed_decodes_the_chunks_that_it_draws(session, params):
   stage, cfg = STAGES['mixed'], session.config.stage['mixed']
   batch = pipeline.heldout_batch(session.config, 'mixed', session.corpus, 8)
   draw = lambda seed: stage.prepare(
-    session.model, params, batch, jax.random.key(seed), 1, cfg
+    session.model, params, batch, row_keys(jax.random.key(seed), 8), 1, cfg
   )
   total = jax.jit(
     lambda batch: stage.loss(session.model, params, batch, 1, cfg)[0]
