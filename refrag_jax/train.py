@@ -43,6 +43,7 @@ from refrag_jax.progress import Progress, machine_peak, say
 from refrag_jax.session import (
   Session,
   abstract_params,
+  checkpoint_beside,
   fresh_params,
   load_params,
   open_session,
@@ -381,10 +382,8 @@ def init_from(session: Session, name: str, check: bool = True) -> str | None:
   """The checkpoint directory that a stage starts from; None for scratch."""
   predecessor = STAGES[name].predecessor
   explicit = init_from_config(session.config, name)
-  if explicit.startswith('@'):  # a stage of a run beside this one
-    run, stage = explicit[1:].split('/')
-    beside = os.path.dirname(os.path.abspath(session.workdir))
-    return os.path.join(beside, run, 'checkpoints', stage)
+  if explicit.startswith('@'):
+    return checkpoint_beside(session.workdir, explicit)
   if explicit or predecessor is None:
     return explicit or None
   if check and not os.path.exists(session.record_path(predecessor)):

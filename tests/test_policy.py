@@ -62,7 +62,9 @@ def test_samples_follow_those_probabilities():
   """Chi-square over the 12 ordered pairs of 4 chunks, 100,000 draws."""
   N = 100_000
   scores_NC = jnp.tile(jnp.array(SCORES), (N, 1))
-  picks_NR = np.asarray(policy.sample(row_keys(jax.random.key(0), N), scores_NC, 2))
+  picks_NR = np.asarray(
+    policy.sample(row_keys(jax.random.key(0), N), scores_NC, 2)
+  )
   chi_square = 0.0
   for pair in itertools.permutations(range(4), 2):
     expected = N * math.exp(sum(step_by_step(SCORES, pair)))

@@ -193,9 +193,9 @@ def test_mixed_expands_t_prime_chunks_uniformly():
   chunk_len_BC = np.tile([[3, 3, 0, 3, 1, 3]], (N, 1))
   batch = {'chunk_len_BC': chunk_len_BC}
   expand_BC = np.asarray(
-    compressed.expand_random(
-      None, None, batch, row_keys(KEY, N), R, None
-    )['expand_BC']
+    compressed.expand_random(None, None, batch, row_keys(KEY, N), R, None)[
+      'expand_BC'
+    ]
   )
   assert (expand_BC.sum(1) == R).all()
   seen_C = expand_BC.sum(0)

@@ -83,7 +83,8 @@ def evaluate(model, params, batch, keys_B, variant, cfg):
   Sampled, not greedy: before training the policy is uniform, and the greedy
   choice of equal logits would be "always the first chunks".
   """
-  return rollout(model, params, batch, keys_B, variant, cfg)['reward_BG'].mean(1)
+  rolled = rollout(model, params, batch, keys_B, variant, cfg)
+  return rolled['reward_BG'].mean(1)
 
 
 STAGE = Stage(
