@@ -33,6 +33,7 @@ from refrag_jax.evals.common import ROLES, Context
 from refrag_jax.progress import say
 from refrag_jax.session import (
   Session,
+  checkpoint_beside,
   load_params,
   open_session,
   trained_groups,
@@ -55,6 +56,8 @@ def run(config: Config, workdir: str) -> int:
   with watchdog.watch(hang_seconds):
     session = open_session(config, workdir, HELDOUT in _measured(config))
   directory, given = os.path.join(workdir, 'checkpoints'), config.init_from
+  if given.startswith('@'):
+    given = checkpoint_beside(workdir, given)
   exported = pretrained.is_source(given) if given else False
   if given:
     trained_groups(session, given, f'evals read {given}')

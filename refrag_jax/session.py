@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from refrag_jax import checkpoint, pretrained, sharding
+from refrag_jax import checkpoint, pretrained, sharding, validate
 from refrag_jax.config import Config, ModelConfig
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
@@ -144,6 +144,13 @@ def open_model(config: Config, workdir: str = '') -> Session:
   return Session(
     config, workdir, mesh, Refrag(config.model), tokenizer, None, identity
   )
+
+
+def checkpoint_beside(workdir: str, source: str) -> str:
+  """The checkpoint directory that '@RUN/STAGE' means in a run's config."""
+  run, stage = validate.stage_beside(source, 'init_from')
+  beside = os.path.dirname(os.path.abspath(workdir))
+  return os.path.join(beside, run, 'checkpoints', stage)
 
 
 def load_params(

@@ -48,14 +48,14 @@ def train_step(
   tx = optimizer.make_tx()
   trainable, frozen = partition(state.params, stage.trainable)
   opt_state = state.opt_state
-  A = cfg.accumulation_steps
+  A, B = cfg.accumulation_steps, jax.tree.leaves(batch)[0].shape[0]
   pieces = jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), batch)
   prepared = jax.lax.stop_gradient(
     map_pieces(
       lambda args: stage.prepare(
         model, state.params, args[0], args[1], variant, cfg
       ),
-      (pieces, jax.random.split(key, A)),
+      (pieces, row_keys(key, B).reshape(A, -1)),
     )
   )
 
@@ -93,6 +93,11 @@ def train_step(
     'finite': finite,
   }
   return new_state, metrics
+
+
+def row_keys(key: jax.Array, rows: int) -> jax.Array:
+  """A key for each row of a batch, whatever pieces it is computed in."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def map_pieces(f, xs):

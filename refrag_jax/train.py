@@ -43,6 +43,7 @@ from refrag_jax.progress import Progress, machine_peak, say
 from refrag_jax.session import (
   Session,
   abstract_params,
+  checkpoint_beside,
   fresh_params,
   load_params,
   open_session,
@@ -52,7 +53,7 @@ from refrag_jax.session import (
 from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES, Stage
 from refrag_jax.state import TrainState
-from refrag_jax.step import init_opt_state, map_pieces
+from refrag_jax.step import init_opt_state, map_pieces, row_keys
 from refrag_jax.stopping import stop_on_signal
 
 HELDOUT_ROWS = 256  # rows of the one fixed held-out batch of a stage
@@ -290,8 +291,6 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
   index = np.minimum(np.arange(number * size), rows - 1).reshape(number, size)
   chunks = batch['chunks_BCK'].shape[1] if 'chunks_BCK' in batch else 0
   variants = stage.variants(cfg, chunks)
-  key = jax.random.key(session.config.seed)
-  keys = jax.random.split(key, number) if number > 1 else key[None]
 
   @jax.jit
   def measure(params, pieces):
@@ -301,7 +300,8 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
         for variant in variants
       ) / len(variants)
 
-    return map_pieces(of_piece, (pieces, keys)).reshape(-1)
+    keys_B = row_keys(jax.random.key(session.config.seed), rows)
+    return map_pieces(of_piece, (pieces, keys_B[index])).reshape(-1)
 
   pieces = sharding.replicate(
     {field: values[index] for field, values in batch.items()}, session.mesh
@@ -385,10 +385,8 @@ def init_from(session: Session, name: str, check: bool = True) -> str | None:
   """The checkpoint directory that a stage starts from; None for scratch."""
   predecessor = STAGES[name].predecessor
   explicit = init_from_config(session.config, name)
-  if explicit.startswith('@'):  # a stage of a run beside this one
-    run, stage = explicit[1:].split('/')
-    beside = os.path.dirname(os.path.abspath(session.workdir))
-    return os.path.join(beside, run, 'checkpoints', stage)
+  if explicit.startswith('@'):
+    return checkpoint_beside(session.workdir, explicit)
   if explicit or predecessor is None:
     return explicit or None
   if check and not os.path.exists(session.record_path(predecessor)):

@@ -75,6 +75,7 @@ EXPANDS = ('mixed', 'grpo')
 CONTROLS = ('cpt_trained', 'mixed_trained', 'sft_full', 'sft_none')
 QUESTIONS = ('sft', 'sft_full', 'sft_none')
 ENCODER_INIT = 'decoder_embeddings'
+IMPORTED = 'imported'  # what --mode=import writes, beside the stages
 PIECES = ('cepe_warmup', 'cepe', 'cepe_unfrozen')
 # Numbers of config.model that may be 0; all others are above it.
 MAY_BE_ZERO = {
@@ -104,6 +105,23 @@ def check(config: Config) -> None:
     _validate_stage(name, config)
     _validate_positions(name, config)
   _validate_eval(config)
+
+
+def stage_beside(source: str, key: str) -> tuple[str, str]:
+  """(run, stage) of '@RUN/STAGE': a stage of the workdir RUN beside this one.
+
+  Args:
+    source: what the config says.
+    key: where it says it, for the message.
+  """
+  run, _, stage = source.removeprefix('@').partition('/')
+  _refuse(
+    run in ('', '.', '..') or not stage or '/' in stage,
+    f'config.{key} is {source!r}: write @RUN/STAGE, such as @main/lm, for a '
+    'stage of the workdir RUN beside this one; other checkpoints by their path',
+  )
+  _known((stage,), (*STAGES, IMPORTED), key)
+  return run, stage
 
 
 def _refuse(problem: bool, message: str) -> None:
@@ -160,6 +178,13 @@ def _validate_run(config: Config) -> None:
       f'the same: set config.stage.{name}.init_from to @RUN/mlm, RUN being '
       "the workdir's last name, or to WORKDIR/checkpoints/mlm",
     )
+  starts = {'init_from': config.init_from} | {
+    f'stage.{name}.init_from': config.stage[name].init_from
+    for name in config.stages
+  }
+  for key, source in starts.items():
+    if source.startswith('@'):
+      stage_beside(source, key)
   _not_negative(config, '', 'seed')
   _positive(config, '', 'log_every_steps')
   _not_negative(
@@ -438,6 +463,11 @@ def _validate_stage(name: str, config: Config) -> None:
   _validate_encoder_init(stage, prefix, config)
   if name in CONTROLS:
     _validate_control(name, stage, prefix)
+  _refuse(
+    name != 'grpo' and stage.updates_per_rollout > 1,
+    f'config.{prefix}updates_per_rollout is {stage.updates_per_rollout}: '
+    f'rollouts are of grpo alone, and {name} makes one update a step; use 0',
+  )
   _refuse(
     name in PIECES and bool(stage.factors),
     f'config.{prefix}factors is {stage.factors}: CEPE has no curriculum and '

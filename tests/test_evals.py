@@ -610,6 +610,13 @@ def test_one_more_eval_keeps_the_others(session, monkeypatch, tmp_path):
   assert not evaluate.is_complete(cfg, tmp_path)
 
 
+def test_an_eval_reads_a_run_beside_its_workdir(session, tmp_path):
+  cfg = toy_run.replaced(session.config, init_from='@main/mixed')
+  where = tmp_path / 'main' / 'checkpoints' / 'mixed'
+  with pytest.raises(UserError, match=f'no checkpoint in {where}'):
+    evaluate.run(cfg, str(tmp_path / 'measured'))
+
+
 def test_an_eval_of_nothing_is_refused(session, tmp_path):
   cfg = session.config
   with pytest.raises(UserError, match='train first'):

@@ -14,6 +14,7 @@ import pytest
 import toy
 
 from refrag_jax.models import policy
+from refrag_jax.step import row_keys
 
 SCORES = (0.5, -1.0, 1.5, 0.0)
 
@@ -61,7 +62,9 @@ def test_samples_follow_those_probabilities():
   """Chi-square over the 12 ordered pairs of 4 chunks, 100,000 draws."""
   N = 100_000
   scores_NC = jnp.tile(jnp.array(SCORES), (N, 1))
-  picks_NR = np.asarray(policy.sample(jax.random.key(0), scores_NC, 2))
+  picks_NR = np.asarray(
+    policy.sample(row_keys(jax.random.key(0), N), scores_NC, 2)
+  )
   chi_square = 0.0
   for pair in itertools.permutations(range(4), 2):
     expected = N * math.exp(sum(step_by_step(SCORES, pair)))
@@ -75,7 +78,7 @@ def test_absent_chunks_are_never_drawn():
   valid_BC = rng.random((300, 6)).argsort(1) < 3
   score_BC = score(vectors(300, 6), valid_BC)
   for picks_BR in (
-    policy.sample(jax.random.key(1), score_BC, 3),
+    policy.sample(row_keys(jax.random.key(1), 300), score_BC, 3),
     policy.greedy(score_BC, 3),
   ):
     mask_BC = policy.to_mask(picks_BR, 6)
@@ -86,7 +89,7 @@ def test_absent_chunks_are_never_drawn():
 def test_more_draws_than_chunks_cost_no_gradient():
   """What is drawn of nothing has probability 1: no ratio, no NaN."""
   score_BC = jnp.array([[0.3, policy.NEG, 0.7, policy.NEG]])
-  picks_BR = policy.sample(jax.random.key(0), score_BC, 4)
+  picks_BR = policy.sample(row_keys(jax.random.key(0), 1), score_BC, 4)
   logp_BR = policy.log_probs(score_BC, picks_BR)
   assert sorted(picks_BR[0, :2].tolist()) == [0, 2]
   np.testing.assert_array_equal(logp_BR[0, 2:], 0)

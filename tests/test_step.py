@@ -19,7 +19,7 @@ from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES, compressed, grpo
 from refrag_jax.stages.stage import Stage
 from refrag_jax.state import TrainState, merge, partition
-from refrag_jax.step import init_opt_state, train_step
+from refrag_jax.step import init_opt_state, row_keys, train_step
 
 KEY = jax.random.key(0)
 
@@ -110,6 +110,26 @@ def test_accumulation_changes_memory_and_not_the_result(name):
   assert toy.distance(drop(whole.params), drop(pieces.params)) < 1e-5
 
 
+@pytest.mark.parametrize('name', ['mixed', 'grpo'])
+@pytest.mark.parametrize('pieces', [2, 4])
+def test_draws_belong_to_the_row_and_not_to_its_piece(name, pieces):
+  """What is drawn within a step is the same in however many pieces."""
+  batch = toy.step_batch(name)
+  whole, metrics = toy.step(name)(toy.state(name), batch)
+  parts, of_parts = toy.step(name, pieces)(toy.state(name), batch)
+  for key in metrics:  # of grpo rewards, entropy and what was chosen as well
+    np.testing.assert_allclose(
+      of_parts[key], metrics[key], rtol=1e-5, atol=1e-6, err_msg=key
+    )
+  # Their true gradient is 0, and Adam blows up the rounding: a bias of all keys,
+  # and one of all scores.
+  zero = re.compile('k_proj/bias|policy/norm/bias')
+  drop = lambda params: {
+    path: x for path, x in named(params).items() if not zero.search(path)
+  }
+  assert toy.distance(drop(whole.params), drop(parts.params)) < 1e-5
+
+
 def scalar_step(loss, value, updates=1):
   """A step on one parameter w; `loss` is a function of w alone."""
   stage = Stage(
@@ -173,7 +193,9 @@ def test_mixed_expands_t_prime_chunks_uniformly():
   chunk_len_BC = np.tile([[3, 3, 0, 3, 1, 3]], (N, 1))
   batch = {'chunk_len_BC': chunk_len_BC}
   expand_BC = np.asarray(
-    compressed.expand_random(None, None, batch, KEY, R, None)['expand_BC']
+    compressed.expand_random(None, None, batch, row_keys(KEY, N), R, None)[
+      'expand_BC'
+    ]
   )
   assert (expand_BC.sum(1) == R).all()
   seen_C = expand_BC.sum(0)
@@ -187,7 +209,9 @@ def rollout(batch, G=4):
   """grpo's prepare, jitted: picks, rewards, advantages."""
   cfg = toy.stage(num_generations=G)
   run = toy.jit(
-    lambda batch: grpo.rollout(toy.model(), toy.params(), batch, KEY, 2, cfg)
+    lambda batch: grpo.rollout(
+      toy.model(), toy.params(), batch, row_keys(KEY, 3), 2, cfg
+    )
   )
   return run(batch)
 
@@ -231,7 +255,8 @@ def test_rollouts_share_one_encoding():
   def rollouts(G):
     cfg = toy.stage(num_generations=G)
     return cost(
-      lambda p: grpo.rollout(toy.model(), p, batch, KEY, 2, cfg), params
+      lambda p: grpo.rollout(toy.model(), p, batch, row_keys(KEY, 3), 2, cfg),
+      params,
     )
 
   encoded = cost(lambda p: forward.chunk_vectors(toy.model(), p, batch), params)

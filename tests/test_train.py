@@ -26,6 +26,7 @@ from refrag_jax.environment import ROOT
 from refrag_jax.errors import NonFinite, Stopped, UserError
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
+from refrag_jax.step import row_keys
 
 # Of a log line: what a clock says, and so differs in every run.
 CLOCK = ('step_s', 'tokens_per_s', 'mfu')
@@ -130,35 +131,51 @@ def test_a_stopped_stage_ends_where_the_whole_one_ends(
   assert_same_run(session, tmp_path, reference, name, stops)
 
 
+@pytest.mark.parametrize('name', ['cpt', 'mixed', 'grpo'])
 @pytest.mark.parametrize('accumulation_steps', [1, 4])
 def test_the_held_out_measure_is_in_pieces_of_a_step(
-  session, monkeypatch, accumulation_steps
+  session, monkeypatch, accumulation_steps, name
 ):
-  """So a step that fits into memory comes with a measure that does."""
-  cfg = session.config.stage['cpt']
+  """So a step that fits into memory comes with a measure that does.
+
+  What it draws belongs to a row, not to the piece that the row is in.
+  """
+  cfg = session.config.stage[name]
   size = cfg.batch_size // accumulation_steps
   stage = dataclasses.replace(cfg, accumulation_steps=accumulation_steps)
   config = toy_run.replaced(
-    session.config, stage=session.config.stage | {'cpt': stage}
+    session.config, stage=session.config.stage | {name: stage}
   )
-  evaluate, seen = STAGES['cpt'].evaluate, []
+  evaluate, seen = STAGES[name].evaluate, []
 
   def watched(model, params, batch, *rest):
     seen.append(len(batch['doc_B']))
     return evaluate(model, params, batch, *rest)
 
-  watched_stage = STAGES['cpt']._replace(evaluate=watched)
-  monkeypatch.setitem(train.STAGES, 'cpt', watched_stage)
+  watched_stage = STAGES[name]._replace(evaluate=watched)
+  monkeypatch.setitem(train.STAGES, name, watched_stage)
   monkeypatch.setattr(train, 'HELDOUT_ROWS', 2 * size + 3)
   params = toy_run.fresh_params(session)
   with jax.set_mesh(session.mesh):
-    heldout = train.fixed_heldout(session._replace(config=config), 'cpt')
+    heldout = train.fixed_heldout(session._replace(config=config), name)
     found_B = heldout.measure(params)
-    whole_B = jax.jit(
-      lambda batch: evaluate(session.model, params, batch, None, None, cfg)
-    )(heldout.batch)
-  rows = len(heldout.batch['doc_B'])
-  assert seen == [size] and rows % size and found_B.shape == (rows,)
+    rows = len(heldout.batch['doc_B'])
+    keys_B = row_keys(jax.random.key(config.seed), rows)
+    chunks = heldout.batch['chunks_BCK'].shape[1]
+    variants = STAGES[name].variants(cfg, chunks)
+    whole_B = np.mean(
+      [
+        jax.jit(
+          lambda batch, v=v: evaluate(
+            session.model, params, batch, keys_B, v, cfg
+          )
+        )(heldout.batch)
+        for v in variants
+      ],
+      axis=0,
+    )
+  assert seen == [size] * len(variants)
+  assert rows % size and found_B.shape == (rows,)
   np.testing.assert_allclose(found_B, whole_B, rtol=2e-6)
   assert len(set(found_B.tolist())) == rows
 

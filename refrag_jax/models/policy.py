@@ -64,13 +64,19 @@ class Policy(nn.Module):
     return jnp.where(valid_BC, score_BC1[..., 0], NEG)
 
 
-def sample(key: jax.Array, score_BC: jax.Array, draws: int) -> jax.Array:
+def sample(keys_B: jax.Array, score_BC: jax.Array, draws: int) -> jax.Array:
   """T' chunks without replacement, in the order drawn: int32 picks_BR.
+
+  Each row draws by its own key, so what it draws does not depend on which rows
+  are computed with it.
 
   Gumbel top-T' is exactly the paper's sequential masked softmax: the largest
   perturbed logit is a softmax draw, the next largest a draw from what remains.
   """
-  gumbel_BC = jax.random.gumbel(key, score_BC.shape, jnp.float32)
+  C = score_BC.shape[1]
+  gumbel_BC = jax.vmap(lambda key: jax.random.gumbel(key, (C,), jnp.float32))(
+    keys_B
+  )
   return jax.lax.top_k(score_BC + gumbel_BC, draws)[1]
 
 

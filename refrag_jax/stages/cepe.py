@@ -19,8 +19,8 @@ def loss(model, params, batch, variant, cfg):
   return *losses.masked_sum(nll_BO, batch['loss_mask_BO']), {}
 
 
-def evaluate(model, params, batch, key, variant, cfg):
-  del key, variant, cfg
+def evaluate(model, params, batch, keys_B, variant, cfg):
+  del keys_B, variant, cfg
   nll_BO = forward.cepe_nll(model, params, batch)
   return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
 

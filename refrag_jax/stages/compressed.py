@@ -26,17 +26,17 @@ def loss(model, params, batch, variant, cfg):
   return *losses.masked_sum(nll_BO, batch['loss_mask_BO']), {}
 
 
-def evaluate(model, params, batch, key, variant, cfg):
-  del key, variant, cfg
+def evaluate(model, params, batch, keys_B, variant, cfg):
+  del keys_B, variant, cfg
   nll_BO = forward.compressed_nll(model, params, batch)
   return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
 
 
-def expand_random(model, params, batch, key, variant, cfg):
+def expand_random(model, params, batch, keys_B, variant, cfg):
   """Marks `variant` chunks of each row, uniformly without replacement."""
   del model, params, cfg
   uniform_BC = jnp.where(batch['chunk_len_BC'] > 0, 0.0, policy.NEG)
-  picks_BR = policy.sample(key, uniform_BC, variant)
+  picks_BR = policy.sample(keys_B, uniform_BC, variant)
   expand_BC = policy.to_mask(picks_BR, uniform_BC.shape[1])
   return batch | {'expand_BC': expand_BC}
 
@@ -54,8 +54,8 @@ def mixed_loss(model, params, batch, variant, cfg):
   return *losses.masked_sum(nll_BO, batch['loss_mask_BO']), {}
 
 
-def mixed_evaluate(model, params, batch, key, variant, cfg):
-  batch = expand_random(model, params, batch, key, variant, cfg)
+def mixed_evaluate(model, params, batch, keys_B, variant, cfg):
+  batch = expand_random(model, params, batch, keys_B, variant, cfg)
   nll_BO = mixed_nll(model, params, batch, variant)
   return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
 

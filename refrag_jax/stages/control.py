@@ -17,8 +17,8 @@ def loss(model, params, batch, variant, cfg):
   return *losses.masked_sum(nll_BO, batch['loss_mask_BO']), {}
 
 
-def evaluate(model, params, batch, key, variant, cfg):
-  del key, cfg
+def evaluate(model, params, batch, keys_B, variant, cfg):
+  del keys_B, cfg
   nll_BO = forward.plain_nll(model, params, batch, variant)
   return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
 

@@ -26,17 +26,17 @@ def reward(model, params, batch, c_BCE, picks_BR) -> jax.Array:
   return -losses.masked_mean(nll_BO, batch['loss_mask_BO'])
 
 
-def rollout(model, params, batch, key, variant, cfg):
+def rollout(model, params, batch, keys_B, variant, cfg):
   """Draws and rewards G expansions a context; no gradient passes here."""
   c_BCE = forward.chunk_vectors(model, params, batch)
   score_BC = forward.policy_scores(model, params, batch, c_BCE)
 
-  def one(key):
-    picks_BR = policy.sample(key, score_BC, variant)
+  def one(keys_B):
+    picks_BR = policy.sample(keys_B, score_BC, variant)
     return picks_BR, reward(model, params, batch, c_BCE, picks_BR)
 
-  keys_G = jax.random.split(key, cfg.num_generations)
-  picks_GBR, reward_GB = jax.lax.map(one, keys_G)
+  keys_BG = jax.vmap(jax.random.split, (0, None))(keys_B, cfg.num_generations)
+  picks_GBR, reward_GB = jax.lax.map(one, keys_BG.T)
   old_logp_GBR = jax.vmap(policy.log_probs, (None, 0))(score_BC, picks_GBR)
   return batch | {
     'c_BCE': c_BCE,
@@ -77,13 +77,14 @@ def loss(model, params, batch, variant, cfg):
   return loss_X.reshape(B, G).mean(1).sum(), jnp.float32(B), metrics
 
 
-def evaluate(model, params, batch, key, variant, cfg):
+def evaluate(model, params, batch, keys_B, variant, cfg):
   """Mean reward of G sampled rollouts a context, (B,).
 
   Sampled, not greedy: before training the policy is uniform, and the greedy
   choice of equal logits would be "always the first chunks".
   """
-  return rollout(model, params, batch, key, variant, cfg)['reward_BG'].mean(1)
+  rolled = rollout(model, params, batch, keys_B, variant, cfg)
+  return rolled['reward_BG'].mean(1)
 
 
 STAGE = Stage(

@@ -51,8 +51,8 @@ def loss(model, params, batch, variant, cfg):
   return *losses.masked_sum(*nll(model, params, batch)), {}
 
 
-def evaluate(model, params, batch, key, variant, cfg):
-  del key, variant, cfg
+def evaluate(model, params, batch, keys_B, variant, cfg):
+  del keys_B, variant, cfg
   return losses.masked_mean(*nll(model, params, batch))
 
 

@@ -1,4 +1,4 @@
-"""What a stage is: data, and pure functions of (params, batch, key)."""
+"""What a stage is: data, and pure functions of (params, batch, keys)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,9 +6,9 @@ from typing import NamedTuple
 from refrag_jax.config import StageConfig, expanded_chunks
 
 
-def as_is(model, params, batch, key, variant, cfg):
+def as_is(model, params, batch, keys_B, variant, cfg):
   """The `prepare` of stages whose batch is what the host made."""
-  del model, params, key, variant, cfg
+  del model, params, keys_B, variant, cfg
   return batch
 
 
@@ -23,15 +23,16 @@ class Stage(NamedTuple):
 
   A `variant` is what a step may do differently at a static shape (how many
   chunks stay tokens, which context a control arm sees); the step number picks
-  it, and each variant compiles once per batch shape.
+  it, and each variant compiles once per batch shape. Whatever is drawn belongs
+  to a row and its key: pieces of a batch draw what the whole of it would.
   """
 
   predecessor: str | None  # the stage whose checkpoint it starts from
   trainable: str  # regex on parameter paths; the rest is frozen
   loss: Callable  # (model, params, batch, variant, cfg) -> sum, weight, metrics
-  evaluate: Callable  # (model, params, batch, key, variant, cfg) -> value_B
+  evaluate: Callable  # (model, params, batch, keys_B, variant, cfg) -> value_B
   prepare: Callable = (
-    as_is  # (model, params, batch, key, variant, cfg) -> batch
+    as_is  # (model, params, batch, keys_B, variant, cfg) -> batch
   )
   variants: Callable = (
     one_variant  # (cfg, num_chunks) -> tuple of static values
