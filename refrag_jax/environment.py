@@ -218,15 +218,15 @@ def set_platform(environ: dict[str, str], hardware: str) -> None:
   """Tells JAX of a machine without accelerators, before it looks for one.
 
   Else it loads every plug-in that is installed, the planner's compilers too,
-  and each complains at length. Variables of JAX that are empty are left out:
-  it takes some of them for wrong values.
+  and each complains at length. Variables that are empty are left out: JAX
+  takes some of them for wrong values.
 
   Args:
     environ: `os.environ`, which JAX reads at its import.
     hardware: `accelerator()`.
   """
-  for name in [name for name in environ if name.startswith('JAX_')]:
-    if not environ[name].strip():
+  for name in list(environ):
+    if name.startswith(('JAX_', 'XLA_')) and not environ[name].strip():
       del environ[name]
   if _nothing_else(hardware):
     environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -279,8 +279,8 @@ def _import_jax() -> Any:
     if name not in os.environ:
       raise
     raise UserError(
-      f'{name}={os.environ[name]} is no value that JAX takes: set it otherwise, '
-      'or unset it'
+      f'{name}={os.environ[name]} is no value that JAX takes: set another, or '
+      'unset it'
     ) from None
 
 

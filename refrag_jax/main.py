@@ -63,28 +63,34 @@ FLAGS = {
 }
 # The machine's fault, not the program's: one line says more than a traceback.
 # Each with what to do, where that is not plain.
-_DISK = dict.fromkeys(
-  (
-    'EACCES', 'EBUSY', 'EHOSTDOWN', 'EISDIR', 'ENOSPC', 'ENOTDIR', 'EPERM',
-    'EROFS',
-  ),
-  '',
-) | {
-  'EDQUOT': 'make room in your quota',
-  'EFBIG': 'raise the limit of a file\'s size (ulimit -f)',
-  'EIO': 'the disk, or the way to it, fails: see dmesg',
-  'ELOOP': 'a symbolic link leads back to itself',
-  'EMFILE': 'raise the limit of open files (ulimit -n)',
-  'ENAMETOOLONG': 'choose a shorter path',
-  'ENFILE': 'the machine has too many files open',
-  'ENODEV': 'the disk is gone: mount it again',
-  'ENOLCK': 'the network disk gives no locks',
-  'ENOTCONN': 'the network disk is gone: mount it again',
-  'ENXIO': 'the disk is gone: mount it again',
-  'EREMOTEIO': 'the network disk fails',
-  'ESTALE': 'the network disk is gone, or was changed: mount it again',
-  'ETIMEDOUT': 'the network disk does not answer',
-}  # fmt: skip
+_DISK = {
+  getattr(errno, name): advice
+  for name, advice in {
+    'EACCES': '',
+    'EBUSY': '',
+    'EDQUOT': '',
+    'EFBIG': "raise the limit of a file's size (ulimit -f)",
+    'EHOSTDOWN': '',
+    'EIO': 'the disk, or the way to it, fails: see dmesg',
+    'EISDIR': '',
+    'ELOOP': 'a symbolic link leads back to itself',
+    'EMFILE': 'raise the limit of open files (ulimit -n)',
+    'ENAMETOOLONG': 'choose a shorter path',
+    'ENFILE': 'the whole machine has too many files open',
+    'ENODEV': 'mount the disk again',
+    'ENOLCK': 'the network disk gives no locks',
+    'ENOSPC': '',
+    'ENOTCONN': 'mount the network disk again',
+    'ENOTDIR': '',
+    'ENXIO': '',
+    'EPERM': '',
+    'EREMOTEIO': 'the network disk fails',
+    'EROFS': '',
+    'ESTALE': 'the network disk was changed under this run: mount it again',
+    'ETIMEDOUT': 'the network disk does not answer',
+  }.items()
+  if hasattr(errno, name)  # not all systems have all
+}
 
 
 def main(argv: list[str]) -> int:
@@ -127,24 +133,21 @@ def _take_any_text() -> None:
 def _of_disk(error: BaseException | None) -> str:
   """The line that a disk's failure is told in; '' for any other error.
 
-  Libraries pass it on as an error of theirs, caused by it or with its text in
-  the message.
+  Libraries pass it on as an error of theirs, caused by it or, from TensorStore,
+  with its number and file in the text.
   """
-  codes = {getattr(errno, n): n for n in _DISK if hasattr(errno, n)}
-  seen = set()
-  while error is not None and id(error) not in seen:
-    seen.add(id(error))
-    number, file = getattr(error, 'errno', None), ''
-    if isinstance(error, OSError) and number is not None:
-      file = os.fsdecode(error.filename) if error.filename else ''
-    elif found := re.search(r'\[OS error (\d+): ', str(error)):
+  while error is not None:
+    number, file, text = getattr(error, 'errno', None), '', str(error)
+    if isinstance(error, OSError):
+      file = os.fsdecode(error.filename or '')
+    elif found := re.search(r"(?:OS error |os_error_code=')(\d+)", text):
       number = int(found[1])
-      found = re.search(r'[Ff]ile:? "([^"]+)"', str(error))
-      file = found[1] if found else ''
-    if number in codes:
-      advice = _DISK[codes[number]]
-      return f'cannot write or read {file or "a file"}: ' + '; '.join(
-        filter(None, [os.strerror(number), advice])
+      file = (re.findall(r'"(/[^"]+)"', text) or [''])[-1]
+    if number in _DISK:
+      advice = _DISK[number] and f'; {_DISK[number]}'
+      return (
+        f'cannot write or read {file or "a file"}: {os.strerror(number)}'
+        f'{advice}'
       )
     error = error.__cause__ or error.__context__
   return ''
