@@ -9,7 +9,6 @@ imported, and `launch/setup.sh` before anything is installed:
 import contextlib
 import functools
 import glob
-import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -272,7 +271,7 @@ def _import_jax() -> Any:
         initialize=lambda: None
       )
   try:
-    return importlib.import_module('jax')
+    import jax
   except ValueError as e:  # of a variable, which it names in small letters too
     found = re.search(r'jax_\w+', str(e), re.IGNORECASE)
     name = found[0].upper() if found else ''
@@ -282,6 +281,7 @@ def _import_jax() -> Any:
       f'{name}={os.environ[name]} is no value that JAX takes: set another, or '
       'unset it'
     ) from None
+  return jax
 
 
 def cluster(environ: Mapping[str, str], hardware: str) -> dict[str, Any] | None:

@@ -154,6 +154,13 @@ def _of_disk(error: BaseException | None) -> str:
 
 
 def _dispatch(argv: list[str]) -> int | None:
+  for text in argv:
+    shown = text.encode(errors='replace').decode()
+    if shown != text:  # bytes that are no text: no library can name such a file
+      raise UserError(
+        f'{shown} is not in UTF-8: rename it, or set PYTHONUTF8=1 where the '
+        'locale is another'
+      )
   command = cli.parse(argv)
   if command.help:
     print(cli.usage(MODES, LATER))
