@@ -217,8 +217,10 @@ def _stopping() -> Iterator[None]:
   def stop(signum, frame):
     del frame
     name = signal.Signals(signum).name
+    stopping.heard.set()
     raise Stopped(f'{name}: stopped; the same command starts this again')
 
+  stopping.heard.clear()
   with stopping.handling(stopping.SIGNALS, stop):
     yield
 

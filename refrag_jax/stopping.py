@@ -17,6 +17,8 @@ SIGNALS = tuple(
   for name in ('SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2')
   if hasattr(signal, name)
 )
+# A stop that was asked for by an exception: libraries swallow some.
+heard = threading.Event()
 
 
 @contextlib.contextmanager
@@ -41,10 +43,15 @@ def handling(
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-  """A signal asks to stop at the next step; a second SIGINT stops now."""
+  """A signal asks to stop at the next step; a second SIGINT stops now.
+
+  So does one that `main` heard before, and that went on all the same.
+  """
   from refrag_jax.progress import say  # here: it imports JAX
 
   stop = threading.Event()
+  if heard.is_set():
+    stop.set()
 
   def ask(signum, frame):
     del frame

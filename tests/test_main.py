@@ -1,7 +1,9 @@
 """Exit codes, --help without JAX, the compile cache, clusters."""
 
+import contextlib
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -139,6 +141,18 @@ def test_a_signal_asks_for_another_run_whatever_is_done(name):
   assert done.stderr == (
     f'refrag_jax: {name}: stopped; the same command starts this again\n'
   )
+
+
+def test_a_stop_that_a_library_swallowed_is_not_forgotten():
+  """What JAX runs in Python's garbage collection may not raise, such as this."""
+  with main._stopping():
+    with contextlib.suppress(Stopped):
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(5)
+    with stopping.stop_on_signal() as stop:
+      assert stop.is_set()
+  with main._stopping(), stopping.stop_on_signal() as stop:
+    assert not stop.is_set()
 
 
 def test_other_errors_are_not_swallowed(monkeypatch):
