@@ -268,13 +268,16 @@ def check_devices(hardware: str, environ: Mapping[str, str]) -> list[Finding]:
   text = f'JAX sees {len(devices)} x {devices[0].device_kind} ({backend})'
   if backend == 'cpu' and hardware != 'cpu':
     asked = environ.get('JAX_PLATFORMS') == 'cpu'
+    fix = 'look at the driver (nvidia-smi) and at who else uses the device'
+    if asked:
+      fix = 'unset JAX_PLATFORMS'
+    elif environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1'):
+      fix = 'unset CUDA_VISIBLE_DEVICES, which hides all cards'
     return [
       Finding(
         'warning' if asked else 'problem',
         f'{text}, but the machine has {hardware}',
-        'unset JAX_PLATFORMS'
-        if asked
-        else 'look at the driver (nvidia-smi) and at who else uses the device',
+        fix,
       )
     ]
   return [Finding('ok', text)]

@@ -110,6 +110,8 @@ def test_a_cpu_backend_on_an_accelerator_machine():
   found = doctor.check_devices('nvidia', {})
   assert [f.level for f in found] == ['problem']
   assert 'nvidia' in found[0].what
+  hidden = doctor.check_devices('nvidia', {'CUDA_VISIBLE_DEVICES': ''})
+  assert 'unset CUDA_VISIBLE_DEVICES' in hidden[0].fix
   asked = doctor.check_devices('nvidia', {'JAX_PLATFORMS': 'cpu'})
   assert [f.level for f in asked] == ['warning']
   assert [f.level for f in doctor.check_devices('cpu', {})] == ['ok']
