@@ -1,17 +1,20 @@
 """`--mode=doctor`: versions, known-bad pairs, devices, disk, what to fix.
 
-Every check is a function of plain facts (versions, environment variables), so
-that a test can hand it the facts of a broken machine.
+Every check of the machine is a function of plain facts (versions, environment
+variables), so that a test can hand it the facts of a broken one. With a config,
+what a run of it would refuse at its start is found by the run's own checks.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from refrag_jax import environment
+from refrag_jax.config import Config
 from refrag_jax.errors import UserError
 
 # Runs need room for two checkpoints at least; less is worth a warning.
@@ -26,28 +29,53 @@ class Finding:
   fix: str = ''
 
 
-def run(config=None, workdir: str = '') -> int:
-  """Prints all findings; returns 1 if one of them is a problem, else 0."""
-  del config  # only its name counts here, and the workdir holds that
+def run(config: Config | None = None, workdir: str = '') -> int:
+  """Prints each finding as it comes; returns 1 if one is a problem, else 0.
+
+  Args:
+    config: also look at what a training by it needs.
+    workdir: of that training.
+  """
   installed = environment.versions()
   hardware = environment.accelerator()
   print(*(f'{name} {version}' for name, version in installed.items()), sep='\n')
-  findings = [
-    *check_versions(installed, tested_versions()),
-    *check_pairs(installed),
-    *check_accelerator(hardware, installed, os.environ),
-    *check_environment(os.environ),
-    *check_workdir(workdir or '.'),
-    *check_devices(hardware, os.environ),
-  ]
-  print()
-  for finding in findings:
+  print(flush=True)
+  problems, told = 0, set()
+  for finding in findings(config, workdir, hardware, installed):
+    if finding in told:  # such as a mesh that several checks need
+      continue
+    told.add(finding)
+    problems += finding.level == 'problem'
     print(f'{finding.level:8} {finding.what}')
     if finding.fix:
       print(f'{"":8} -> {finding.fix}')
-  problems = sum(finding.level == 'problem' for finding in findings)
+    # What comes next may never come back.
+    print(end='', flush=True)
   print(f'\n{problems} problems' if problems else '\nready to run')
   return 1 if problems else 0
+
+
+def findings(
+  config: Config | None,
+  workdir: str,
+  hardware: str,
+  installed: Mapping[str, str],
+) -> Iterator[Finding]:
+  """All findings; JAX starts late, and a config is looked at where it does."""
+  yield from check_versions(installed, tested_versions())
+  yield from check_pairs(installed)
+  yield from check_accelerator(hardware, installed, os.environ)
+  yield from check_environment(os.environ)
+  yield from check_workdir(workdir or '.')
+  environment.set_platform(os.environ, hardware)
+  if config is not None:
+    flags = config.cluster.xla_flags, config.cluster.libtpu_flags
+    environment.set_flags(os.environ, hardware, *flags)
+  found = check_devices(hardware, os.environ)
+  yield from found
+  started = all(finding.level != 'problem' for finding in found)
+  if config is not None and started:
+    yield from check_config(config, workdir)
 
 
 def tested_versions() -> dict[str, str]:
@@ -219,29 +247,115 @@ def check_workdir(workdir: str) -> list[Finding]:
 
 def check_devices(hardware: str, environ: Mapping[str, str]) -> list[Finding]:
   """Starts JAX and looks at what it found."""
+  if problem := environment.bad_flags(environ.get('XLA_FLAGS', '')):
+    fix = 'take it out of XLA_FLAGS, or of config.cluster.xla_flags'
+    return [Finding('problem', problem, fix)]
   try:
+    environment.start_jax()
     import jax  # last and here: a broken pair must not hide the other findings
 
     devices, backend = jax.devices(), jax.default_backend()
+  except UserError as e:
+    return [Finding('problem', str(e))]
   except Exception as e:
-    text = ' '.join(str(e).split())
     return [
       Finding(
         'problem',
-        f'JAX does not start: {type(e).__name__}: {text}',
+        f'JAX does not start: {_of_exception(e)}',
         'see the findings above; else: pip install -r requirements.txt',
       )
     ]
   text = f'JAX sees {len(devices)} x {devices[0].device_kind} ({backend})'
   if backend == 'cpu' and hardware != 'cpu':
     asked = environ.get('JAX_PLATFORMS') == 'cpu'
+    fix = 'look at the driver (nvidia-smi) and at who else uses the device'
+    if asked:
+      fix = 'unset JAX_PLATFORMS'
+    elif environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1'):
+      fix = 'unset CUDA_VISIBLE_DEVICES, which hides all cards'
     return [
       Finding(
         'warning' if asked else 'problem',
         f'{text}, but the machine has {hardware}',
-        'unset JAX_PLATFORMS'
-        if asked
-        else 'look at the driver (nvidia-smi) and at who else uses the device',
+        fix,
       )
     ]
   return [Finding('ok', text)]
+
+
+def check_config(config: Config, workdir: str) -> Iterator[Finding]:
+  """What a training by this config would refuse, each check by itself."""
+  for what, check in run_checks(config, workdir):
+    try:
+      check()
+    except UserError as e:
+      yield Finding('problem', str(e))
+    except Exception as e:
+      yield Finding('problem', f'{what}: {_of_exception(e)}')
+    else:
+      yield Finding('ok', what)
+
+
+def run_checks(
+  config: Config, workdir: str
+) -> Iterator[tuple[str, Callable[[], object]]]:
+  """(what holds if it raises nothing, check); none reads a text to its end."""
+  # Here: they import JAX, which a broken machine cannot.
+  from refrag_jax import evaluate, hub, sharding, train
+  from refrag_jax.data import questions, text, tokenizers
+  from refrag_jax.session import (
+    check_batches,
+    open_model,
+    settle_attention,
+    trained_groups,
+  )
+  from refrag_jax.validate import asks_questions
+
+  data, session = config.data, functools.cache(lambda: open_model(config))
+
+  def question():
+    if next(questions.read(config, questions.Skipped()), None) is None:
+      raise UserError(f'data.questions: {data.questions} has no usable record')
+
+  def start(name: str):
+    opened = session()._replace(workdir=workdir)
+    source = train.init_from(opened, name, check=False)
+    parts = source.split(',')
+    if any(map(hub.is_name, parts)):  # not the weights, only to look
+      return [hub.resolve(part, weights=False) for part in parts]
+    why = f'stage {name} starts from {source}'
+    return trained_groups(opened, source, why)
+
+  yield (
+    'each stage has what it starts from',
+    lambda: train.check_order(config, workdir),
+  )
+  yield (
+    'the packages for these stages and evals are installed',
+    lambda: train.check_extras(config),
+  )
+  measured = [name for name in config.eval.data if name != evaluate.HELDOUT]
+  for source in (*data.text, *(measured if config.evals else ())):
+    yield f'text {source} is there', functools.partial(text.stat, source)
+  if asks_questions(config):
+    yield f'questions {data.questions} can be read', question
+  for name in dict.fromkeys((data.tokenizer, data.encoder_tokenizer)):
+    yield f'tokenizer {name} is there', functools.partial(tokenizers.load, name)
+  yield (
+    'the devices make the mesh',
+    lambda: sharding.make_mesh(**dataclasses.asdict(config.mesh)),
+  )
+  yield (
+    'vocabularies, batches and attention fit',
+    lambda: (
+      check_batches(session()),
+      settle_attention(session()),
+    ),
+  )
+  for name in config.stages:
+    if train.init_from_config(config, name):
+      yield f'stage {name} can start', functools.partial(start, name)
+
+
+def _of_exception(error: Exception) -> str:
+  return f'{type(error).__name__}: {" ".join(str(error).split())}'

@@ -9,14 +9,15 @@ imported, and `launch/setup.sh` before anything is installed:
 import contextlib
 import functools
 import glob
-import importlib
 import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,40 @@ _TPU_DEVICES = (
   '0x0063',
   '0x006f',
   '0x0076',
+)
+# What JAX can run on, besides the CPU, by the names of JAX_PLATFORMS.
+_ACCELERATORS = ('cuda', 'gpu', 'rocm', 'tpu')
+# Devices that `accelerator` does not know: AMD's, a GPU through WSL, TPUs in
+# containers that hide the PCI bus.
+_OTHER_DEVICES = (
+  '/dev/kfd',
+  '/dev/dxg',
+  '/dev/nvidia*',
+  '/dev/nvmap',
+  '/dev/accel[0-9]*',
+  '/dev/vfio/[0-9]*',
+)
+_PARSE_FLAGS = 'from jaxlib import _jax; _jax.CompileOptions()'
+# What jaxlib says of XLA_FLAGS before it aborts, and the sentence for it.
+_BAD_FLAGS = (
+  (
+    r'Unknown flags? in XLA_FLAGS: (.*)',
+    lambda found: (
+      'XLA_FLAGS: this jaxlib does not know '
+      + ' '.join(flag.partition('=')[0] for flag in found[1].split())
+    ),
+  ),
+  (
+    r"Couldn't interpret value (.*) for flag (\w+)",
+    lambda found: f'XLA_FLAGS: {found[1]!r} is no value of --{found[2]}',
+  ),
+  (
+    r'Could not open file "(.*?)" to read flags',
+    lambda found: (
+      f'XLA_FLAGS: {found[1]!r} is neither a flag, which begins with --, nor '
+      'a file of flags'
+    ),
+  ),
 )
 
 
@@ -156,6 +191,99 @@ def set_flags(
     environ[name] = ' '.join([*flags, environ.get(name, '')]).strip()
 
 
+@functools.cache
+def bad_flags(flags: str) -> str:
+  """What is wrong with the text of XLA_FLAGS, as a sentence; '' if nothing is.
+
+  jaxlib ends the process that has such flags, so another one tries them: 0.2 s.
+  """
+  if not flags.strip():
+    return ''
+  done = subprocess.run(
+    [sys.executable, '-c', _PARSE_FLAGS],
+    env=os.environ | {'XLA_FLAGS': flags},
+    capture_output=True,
+    text=True,
+    errors='replace',
+  )
+  for pattern, sentence in _BAD_FLAGS:
+    found = re.search(pattern, done.stderr)
+    if done.returncode and found:
+      return sentence(found)
+  return ''
+
+
+def set_platform(environ: dict[str, str], hardware: str) -> None:
+  """Tells JAX of a machine without accelerators, before it looks for one.
+
+  Else it loads every plug-in that is installed, the planner's compilers too,
+  and each complains at length. Variables that are empty are left out: JAX
+  takes some of them for wrong values.
+
+  Args:
+    environ: `os.environ`, which JAX reads at its import.
+    hardware: `accelerator()`.
+  """
+  for name in list(environ):
+    if name.startswith(('JAX_', 'XLA_')) and not environ[name].strip():
+      del environ[name]
+  if _nothing_else(hardware):
+    environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+
+def _nothing_else(hardware: str) -> bool:
+  """Whether there is surely nothing but the CPU."""
+  return hardware == 'cpu' and not any(map(glob.glob, _OTHER_DEVICES))
+
+
+def start_jax() -> None:
+  """Imports JAX and has it find its devices.
+
+  Raises:
+    UserError: a variable asks for a device, or has a value, that there is not.
+  """
+  asked, hardware = os.environ.get('JAX_PLATFORMS', ''), accelerator()
+  if _nothing_else(hardware) and {*asked.split(',')} <= {*_ACCELERATORS}:
+    # Not left to JAX, which would try the plug-ins.
+    raise UserError(
+      f'JAX_PLATFORMS={asked}, but there is no such device here (unset it, or '
+      '=cpu)'
+    )
+  jax = _import_jax()
+  try:
+    jax.devices()
+  except (AssertionError, RuntimeError) as e:
+    reason = ' '.join(str(e).split()) or 'no such device was found'
+    for name in ('JAX_PLATFORMS', 'JAX_PLATFORM_NAME'):
+      if os.environ.get(name):
+        reason = f'{reason} ({name}={os.environ[name]})'
+    lacks = jax_build(hardware, versions())
+    advice = f'; pip install "{lacks}"' if lacks else ''
+    raise UserError(f'JAX does not start: {reason}{advice}') from None
+
+
+def _import_jax() -> Any:
+  """JAX, without the plug-ins for cards where it was told to do without."""
+  if os.environ.get('JAX_PLATFORMS') == 'cpu' and 'jax' not in sys.modules:
+    for version in (12, 13):
+      sys.modules[f'jax_cuda{version}_plugin'] = None
+      sys.modules[f'jax_plugins.xla_cuda{version}'] = types.SimpleNamespace(
+        initialize=lambda: None
+      )
+  try:
+    import jax
+  except ValueError as e:  # of a variable, which it names in small letters too
+    found = re.search(r'jax_\w+', str(e), re.IGNORECASE)
+    name = found[0].upper() if found else ''
+    if name not in os.environ:
+      raise
+    raise UserError(
+      f'{name}={os.environ[name]} is no value that JAX takes: set another, or '
+      'unset it'
+    ) from None
+  return jax
+
+
 def cluster(environ: Mapping[str, str], hardware: str) -> dict[str, Any] | None:
   """The arguments of `jax.distributed.initialize`, or None for one process.
 
@@ -172,25 +300,14 @@ def cluster(environ: Mapping[str, str], hardware: str) -> dict[str, Any] | None:
   Raises:
     UserError: half of a cluster is described; the message says what lacks.
   """
-  count, rank = (
-    environ.get('REFRAG_NUM_PROCESSES'),
-    environ.get('REFRAG_PROCESS_ID'),
-  )
-  # srun; a bare sbatch script sets JOB_ID, but no process of its own.
-  slurm = all(
-    environ.get(name)
-    for name in (
-      'SLURM_JOB_ID',
-      'SLURM_STEP_NODELIST',
-      'SLURM_NTASKS',
-      'SLURM_PROCID',
-      'SLURM_LOCALID',
-    )
+  given = {name: value for name, value in environ.items() if value.strip()}
+  count, rank, address = map(
+    given.get,
+    ('REFRAG_NUM_PROCESSES', 'REFRAG_PROCESS_ID', 'JAX_COORDINATOR_ADDRESS'),
   )
   if count or rank:
     # JAX reads the coordinator's address from the environment, but neither
     # the number of processes nor which one this is.
-    address = environ.get('JAX_COORDINATOR_ADDRESS')
     if not (count and rank and address):
       raise UserError(
         'set JAX_COORDINATOR_ADDRESS=HOST:PORT, REFRAG_NUM_PROCESSES and '
@@ -201,19 +318,39 @@ def cluster(environ: Mapping[str, str], hardware: str) -> dict[str, Any] | None:
         f'REFRAG_PROCESS_ID={rank} and REFRAG_NUM_PROCESSES={count}: the '
         'processes are numbered from 0 to their number less 1'
       )
+    if not re.fullmatch(r'.+:\d+', address):
+      raise UserError(
+        f'JAX_COORDINATOR_ADDRESS={address}: it is written HOST:PORT'
+      )
     return dict(
       coordinator_address=address,
       num_processes=int(count),
       process_id=int(rank),
     )
-  if slurm:
-    return {} if int(environ['SLURM_NTASKS']) > 1 else None
-  if int(environ.get('OMPI_COMM_WORLD_SIZE', '1')) > 1:
+  # Before SLURM: within its allocation mpirun starts ranks of its own.
+  if _count(given, 'OMPI_COMM_WORLD_SIZE') > 1:
     # JAX 0.10 knows mpirun up to Open MPI 4 by this variable; 5 dropped it.
-    if 'OMPI_MCA_orte_hnp_uri' in environ:
-      return {}
-    return dict(cluster_detection_method='mpi4py')
-  if environ.get('JAX_COORDINATOR_ADDRESS'):
+    old = 'OMPI_MCA_orte_hnp_uri' in given
+    return dict(cluster_detection_method='ompi' if old else 'mpi4py')
+  # srun; a bare sbatch script sets JOB_ID, but no process of its own.
+  if all(
+    given.get(name)
+    for name in (
+      'SLURM_JOB_ID',
+      'SLURM_STEP_NODELIST',
+      'SLURM_NTASKS',
+      'SLURM_PROCID',
+      'SLURM_LOCALID',
+    )
+  ):
+    # Of this step, which may be smaller than the job; JAX knows the job's.
+    tasks = _count(given, 'SLURM_STEP_NUM_TASKS') or _count(
+      given, 'SLURM_NTASKS'
+    )
+    for name in ('SLURM_JOB_ID', 'SLURM_PROCID', 'SLURM_LOCALID'):
+      _count(given, name)
+    return dict(num_processes=tasks) if tasks > 1 else None
+  if address:
     raise UserError(
       'JAX_COORDINATOR_ADDRESS is set, but neither srun nor mpirun started '
       'this process: set REFRAG_NUM_PROCESSES and REFRAG_PROCESS_ID as well'
@@ -221,6 +358,17 @@ def cluster(environ: Mapping[str, str], hardware: str) -> dict[str, Any] | None:
   if hardware == 'tpu' and environ.get('JAX_PLATFORMS', 'tpu') != 'cpu':
     return {}  # a pod's hosts find each other; one host alone is one process
   return None
+
+
+def _count(given: Mapping[str, str], name: str) -> int:
+  """A launcher's number; 0 where there is none."""
+  text = given.get(name, '0').strip()
+  if not text.isdecimal():
+    raise UserError(
+      f'{name}={text} is not a number: unset it, or start this as srun or '
+      'mpirun do'
+    )
+  return int(text)
 
 
 def join_cluster(seconds: int, heartbeat_seconds: int) -> bool:
@@ -247,7 +395,7 @@ def join_cluster(seconds: int, heartbeat_seconds: int) -> bool:
   arguments = cluster(os.environ, hardware)
   if arguments is None:
     return True
-  jax = importlib.import_module('jax')  # only where there is a cluster
+  jax = _import_jax()  # only where there is a cluster
   how = cluster_name(os.environ)
 
   def give_up():
@@ -269,6 +417,7 @@ def join_cluster(seconds: int, heartbeat_seconds: int) -> bool:
     heartbeat_timeout_seconds=heartbeat_seconds,
   )
   timer.cancel()
+  start_jax()
   print(
     f'process {jax.process_index()} of {jax.process_count()}, found by {how}; '
     f'coordinator {arguments.get("coordinator_address", "chosen by JAX")}; '
@@ -283,8 +432,8 @@ def cluster_name(environ: Mapping[str, str]) -> str:
   """Who started these processes, for people to read."""
   for variable, name in (
     ('REFRAG_NUM_PROCESSES', 'REFRAG_NUM_PROCESSES'),
-    ('SLURM_STEP_NODELIST', 'SLURM'),
     ('OMPI_COMM_WORLD_SIZE', 'Open MPI'),
+    ('SLURM_STEP_NODELIST', 'SLURM'),
   ):
     if environ.get(variable):
       return name

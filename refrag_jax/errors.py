@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-  """Asked to stop (SIGTERM, SIGINT): a training has saved its state; the same
+  """Asked to stop by a signal: a training has saved its state; the same
   command continues, or starts again what keeps none.
 
   `main` prints the message and exits with 75 (EX_TEMPFAIL: run me again). Not

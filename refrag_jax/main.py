@@ -8,12 +8,13 @@ import contextlib
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
 
-from refrag_jax import cli, environment, typed
+from refrag_jax import cli, environment, stopping, typed, watchdog
 from refrag_jax.errors import NonFinite, Stopped, UserError
 
 # mode: (module, function called with (config, workdir), what it does)
@@ -52,20 +53,53 @@ LATER = {
   'bench': 'measure latency',
 }
 ALONE = ('data', 'plan')  # need no other process of a cluster
+# The plan's devices are not there; the doctor starts JAX as its last check.
+NO_DEVICES = ('plan', 'doctor')
 # Flags of one's own, handed over in this order.
 FLAGS = {
   'import': ('from', 'to'),
   'export': ('from', 'to'),
   'plan': ('topology', 'search'),
 }
-# The disk's fault, not the program's: one line says more than a traceback.
-_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT)
+# The machine's fault, not the program's: one line says more than a traceback.
+# Each with what to do, where that is not plain.
+_DISK = {
+  getattr(errno, name): advice
+  for name, advice in {
+    'EACCES': '',
+    'EBUSY': '',
+    'EDQUOT': '',
+    'EFBIG': "raise the limit of a file's size (ulimit -f)",
+    'EHOSTDOWN': '',
+    'EIO': 'the disk, or the way to it, fails: see dmesg',
+    'EISDIR': '',
+    'ELOOP': 'a symbolic link leads back to itself',
+    'EMFILE': 'raise the limit of open files (ulimit -n)',
+    'ENAMETOOLONG': 'choose a shorter path',
+    'ENFILE': 'the whole machine has too many files open',
+    'ENODEV': 'mount the disk again',
+    'ENOLCK': 'the network disk gives no locks',
+    'ENOSPC': '',
+    'ENOTCONN': 'mount the network disk again',
+    'ENOTDIR': '',
+    'ENXIO': '',
+    'EPERM': '',
+    'EREMOTEIO': 'the network disk fails',
+    'EROFS': '',
+    'ESTALE': 'the network disk was changed under this run: mount it again',
+    'ETIMEDOUT': 'the network disk does not answer',
+  }.items()
+  if hasattr(errno, name)  # not all systems have all
+}
 
 
 def main(argv: list[str]) -> int:
   """Runs one mode and returns the exit code: 0, 1, 2 or 75."""
+  _take_any_text()
   try:
-    return _dispatch(argv) or 0
+    code = _dispatch(argv) or 0
+    sys.stdout.flush()
+    return code
   except (UserError, Stopped, NonFinite) as e:
     _say(str(e))
     return e.exit_code
@@ -73,16 +107,60 @@ def main(argv: list[str]) -> int:
     _say('interrupted; the same command continues from the last checkpoint')
     return 1
   except BrokenPipeError:  # as of `... | head`: whoever read has enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    stopping.detach(sys.stdout)
     return 1
-  except OSError as e:
-    if e.errno not in _DISK:
+  except Exception as e:
+    line = _of_disk(e)
+    if not line:
       raise
-    _say(f'cannot write or read {e.filename or "a file"}: {e.strerror}')
+    _say(line)
     return 1
+
+
+def _take_any_text() -> None:
+  """Lets a terminal, or a log, that knows no Unicode show '?' instead.
+
+  Some schedulers close the streams; Python then has none.
+  """
+  for name in ('stdout', 'stderr'):
+    stream = getattr(sys, name)
+    if stream is None:
+      setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
+    elif hasattr(stream, 'reconfigure'):  # a notebook's has not
+      stream.reconfigure(errors='replace')
+
+
+def _of_disk(error: BaseException | None) -> str:
+  """The line that a disk's failure is told in; '' for any other error.
+
+  Libraries pass it on as an error of theirs, caused by it or, from TensorStore,
+  with its number and file in the text.
+  """
+  while error is not None:
+    number, file, text = getattr(error, 'errno', None), '', str(error)
+    if isinstance(error, OSError):
+      file = os.fsdecode(error.filename or '')
+    elif found := re.search(r"(?:OS error |os_error_code=')(\d+)", text):
+      number = int(found[1])
+      file = (re.findall(r'"(/[^"]+)"', text) or [''])[-1]
+    if number in _DISK:
+      advice = _DISK[number] and f'; {_DISK[number]}'
+      return (
+        f'cannot write or read {file or "a file"}: {os.strerror(number)}'
+        f'{advice}'
+      )
+    error = error.__cause__ or error.__context__
+  return ''
 
 
 def _dispatch(argv: list[str]) -> int | None:
+  for text in argv:
+    shown = text.encode(errors='replace').decode()
+    if shown != text:  # bytes that are no text: no library can name such a file
+      raise UserError(
+        f'{shown} is not in UTF-8: rename it, or set PYTHONUTF8=1 where the '
+        'locale is another'
+      )
   command = cli.parse(argv)
   if command.help:
     print(cli.usage(MODES, LATER))
@@ -102,48 +180,56 @@ def _dispatch(argv: list[str]) -> int | None:
   if command.config_file or command.mode != 'doctor':
     loaded = cli.load(command)
     config, workdir = loaded.config, workdir or f'runs/{loaded.config.name}'
-  if command.mode != 'doctor':
+  first = False
+  if command.mode != 'doctor':  # which looks at all this as it is
+    cluster, hardware = config.cluster, environment.accelerator()
     environment.set_compilation_cache(os.environ)
-    cluster = config.cluster
+    environment.set_platform(os.environ, hardware)
     environment.set_flags(
-      os.environ,
-      environment.accelerator(),
-      cluster.xla_flags,
-      cluster.libtpu_flags,
+      os.environ, hardware, cluster.xla_flags, cluster.libtpu_flags
     )
-    if command.mode in ALONE or environment.join_cluster(
+    if problem := environment.bad_flags(os.environ.get('XLA_FLAGS', '')):
+      raise UserError(problem)
+    first = command.mode in ALONE or environment.join_cluster(
       cluster.join_seconds, cluster.heartbeat_seconds
-    ):
-      cli.announce(loaded, workdir)
+    )
   with _stopping():
+    if command.mode not in NO_DEVICES:
+      with watchdog.watch(config.cluster.hang_seconds):
+        environment.start_jax()
+    if first:
+      cli.announce(loaded, workdir)
     run = getattr(importlib.import_module(module), function)
     return run(config, workdir, *(command.flags[flag] for flag in own))
 
 
 @contextlib.contextmanager
 def _stopping() -> Iterator[None]:
-  """SIGTERM ends what has nothing to save, and asks to be run again.
+  """A signal ends what has nothing to save, and asks to be run again.
 
   As soon as Python runs again: not within a compilation. Trainings and evals
   take the signal for themselves, to save first and to agree with the other
   processes (stopping.py); before those each process ends by itself, and a
-  scheduler tells all of them. JAX takes it as well, joining a cluster: this
-  comes after.
+  scheduler tells all of them. JAX takes SIGTERM as well, joining a cluster:
+  this comes after.
   """
 
   def stop(signum, frame):
-    del signum, frame
-    raise Stopped('SIGTERM: stopped; the same command starts this again')
+    del frame
+    name = signal.Signals(signum).name
+    stopping.heard.set()
+    raise Stopped(f'{name}: stopped; the same command starts this again')
 
-  old = signal.signal(signal.SIGTERM, stop)
-  try:
+  stopping.heard.clear()
+  with stopping.handling(stopping.SIGNALS, stop):
     yield
-  finally:
-    signal.signal(signal.SIGTERM, old)
 
 
 def _say(message: str) -> None:
-  print(f'refrag_jax: {message}', file=sys.stderr, flush=True)
+  try:
+    print(f'refrag_jax: {message}', file=sys.stderr, flush=True)
+  except OSError:  # a closed terminal
+    stopping.detach(sys.stderr)
 
 
 if __name__ == '__main__':
@@ -155,7 +241,8 @@ if __name__ == '__main__':
   if code == 1:
     # After a save that failed, Orbax's threads wait five minutes for a
     # directory that will never be there, and Python would wait for them.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):
+        stream.flush()
     os._exit(code)
   sys.exit(code)

@@ -29,7 +29,7 @@ class Writer:
   def __init__(self, workdir: str, tensorboard: bool = False):
     self.workdir = os.fspath(workdir)
     self.active = jax.process_index() == 0
-    self._summary = _import_tensorboard() if tensorboard else None
+    self._summary = import_tensorboard() if tensorboard else None
     self._boards = {}
     self._files = {}
     if self.active:
@@ -156,7 +156,8 @@ def _mend(path: str) -> None:
     results.write_text(path, whole.decode('utf-8', 'replace'))
 
 
-def _import_tensorboard() -> Any:
+def import_tensorboard() -> Any:
+  """The writer's class, or a UserError where the package is missing."""
   try:
     import tensorboardX
   except ImportError as e:

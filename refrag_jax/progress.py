@@ -4,6 +4,7 @@ Formatting and rates are pure functions; the clock is read in `Progress` alone.
 """
 
 import contextlib
+import errno
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import rich
 from rich import progress as rich_progress
 
-from refrag_jax import watchdog
+from refrag_jax import stopping, watchdog
 from refrag_jax.topologies import CHIPS
 
 SAY_EVERY = 10.0  # seconds between two lines of work that has no steps
@@ -276,4 +277,9 @@ def say(text: str) -> None:
   if jax.process_index() != 0:
     return
   encoding = sys.stdout.encoding or 'utf-8'
-  print(text.encode(encoding, 'replace').decode(encoding), flush=True)
+  try:
+    print(text.encode(encoding, 'replace').decode(encoding), flush=True)
+  except OSError as e:
+    if e.errno != errno.EIO:
+      raise
+    stopping.detach(sys.stdout)  # no terminal; its SIGHUP asks for a stop

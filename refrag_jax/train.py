@@ -33,9 +33,9 @@ from refrag_jax import (
 )
 from refrag_jax import state as state_lib
 from refrag_jax.config import Config, context_chunks
-from refrag_jax.data import curriculum, pipeline
+from refrag_jax.data import curriculum, pipeline, retrieval
 from refrag_jax.errors import NonFinite, Stopped, UserError
-from refrag_jax.metrics import Writer
+from refrag_jax.metrics import Writer, import_tensorboard
 from refrag_jax.models.cepe import copy_self_attention
 from refrag_jax.models.encoder import take_decoder_embeddings
 from refrag_jax.models.projection import match_embedding_scale
@@ -55,6 +55,7 @@ from refrag_jax.stages import STAGES, Stage
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state, map_pieces, row_keys
 from refrag_jax.stopping import stop_on_signal
+from refrag_jax.validate import asks_questions
 
 HELDOUT_ROWS = 256  # rows of the one fixed held-out batch of a stage
 # What of config.data the batches of `sft` and its twins depend on.
@@ -90,6 +91,7 @@ def run_stages(
 ) -> None:
   """Trains the stages in order, then calls `then(session, stop)`."""
   check_order(config, workdir)
+  check_extras(config)
   with watchdog.watch(config.cluster.hang_seconds):
     session = open_session(config, workdir)
   say(session.corpus.summary())
@@ -403,6 +405,14 @@ def check_order(config: Config, workdir: str) -> None:
     there = os.path.exists(os.path.join(workdir, 'stages', f'{before}.json'))
     if before not in config.stages[:i] and not there:
       raise no_predecessor(name, workdir)
+
+
+def check_extras(config: Config) -> None:
+  """Refuses what a package is missing for that not everybody installs."""
+  if config.tensorboard:
+    import_tensorboard()
+  if asks_questions(config):
+    retrieval.require()
 
 
 def no_predecessor(name: str, workdir: str) -> UserError:

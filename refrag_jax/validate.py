@@ -306,6 +306,11 @@ def _divisors(number: int) -> str:
   return ', '.join(str(n) for n in range(1, 65) if number % n == 0)
 
 
+def asks_questions(config: Config) -> bool:
+  """Whether data.questions is read."""
+  return 'qa' in config.evals or bool({*QUESTIONS} & {*config.stages})
+
+
 def _validate_data(config: Config) -> None:
   data = config.data
   _refuse(not data.text, 'config.data.text is empty: name a text source')
@@ -342,7 +347,7 @@ def _validate_data(config: Config) -> None:
     f'less than config.data.max_encoder_tokens {data.max_encoder_tokens}: '
     'the encoder has no position for the last ones; lower the latter',
   )
-  if 'qa' not in config.evals and not set(QUESTIONS) & set(config.stages):
+  if not asks_questions(config):
     return
   _refuse(
     not data.questions,

@@ -1,8 +1,14 @@
 """The doctor names what is wrong with machines that we do not have."""
 
-import pytest
+import importlib.util
+import sys
 
-from refrag_jax import doctor, environment
+import pytest
+import toy_config
+import toy_run
+
+from refrag_jax import doctor, environment, train
+from refrag_jax.errors import UserError
 
 GOOD = {
   'python': '3.11.7',
@@ -104,9 +110,103 @@ def test_a_cpu_backend_on_an_accelerator_machine():
   found = doctor.check_devices('nvidia', {})
   assert [f.level for f in found] == ['problem']
   assert 'nvidia' in found[0].what
+  hidden = doctor.check_devices('nvidia', {'CUDA_VISIBLE_DEVICES': ''})
+  assert 'unset CUDA_VISIBLE_DEVICES' in hidden[0].fix
   asked = doctor.check_devices('nvidia', {'JAX_PLATFORMS': 'cpu'})
   assert [f.level for f in asked] == ['warning']
   assert [f.level for f in doctor.check_devices('cpu', {})] == ['ok']
+
+
+def test_flags_that_would_end_the_program_are_found_before():
+  found = doctor.check_devices('cpu', {'XLA_FLAGS': '--xla_bogus=1'})
+  assert [f.level for f in found] == ['problem']
+  assert found[0].what == 'XLA_FLAGS: this jaxlib does not know --xla_bogus'
+
+
+def test_what_is_found_is_printed_at_once(monkeypatch, capsys):
+  """Whatever ends the program in the last check, the others are told."""
+
+  def ends(hardware, environ):
+    raise SystemExit(134)
+
+  monkeypatch.setattr(doctor, 'check_devices', ends)
+  with pytest.raises(SystemExit):
+    doctor.run()
+  out = capsys.readouterr().out
+  assert 'accelerator of this machine' in out and ' free in ' in out
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+  folder = str(tmp_path_factory.mktemp('texts'))
+  toy_config.write_data(folder)
+  return folder
+
+
+def test_a_config_that_can_run_has_no_problem(texts, tmp_path):
+  cfg = toy_run.config(texts, mesh__data=-1)
+  found = list(doctor.check_config(cfg, str(tmp_path)))
+  assert problems(found) == []
+  assert f'text {texts}/text.jsonl is there' in [f.what for f in found]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'data__text': ('/nope/a.txt',)}, '/nope/a.txt'),
+    (
+      {'evals': ('log_perplexity',), 'eval__data': ('heldout', '/nope/b.txt')},
+      '/nope/b.txt',
+    ),
+    (
+      {'stages': ('lm', 'sft'), 'data__questions': '/nope/c.jsonl'},
+      '/nope/c.jsonl',
+    ),
+    ({'data__tokenizer': '/nope/d'}, '/nope/d'),
+    ({'data__encoder_tokenizer': '/nope/e'}, '/nope/e'),
+    ({'init_from': '/nope/f'}, '/nope/f'),
+    ({'mesh__data': 3}, 'mesh data=3'),
+    ({'stage__lm__batch_size': 3}, 'batch_size=8 would'),
+    ({'model__attention': 'splash'}, 'attention is splash'),
+    ({'stages': ('cpt',)}, 'starts from a finished reconstruct'),
+  ],
+)
+def test_what_a_run_would_refuse_is_found(changes, said, texts, tmp_path):
+  cfg = toy_run.config(texts, **{'mesh__data': -1} | changes)
+  found = problems(doctor.check_config(cfg, str(tmp_path / 'w')))
+  assert [f.what for f in found if said in f.what]
+  assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize(
+  ('package', 'changes'),
+  [
+    ('tensorboardX', {'tensorboard': True}),
+    ('bm25s', {'stages': ('lm', 'sft')}),
+  ],
+)
+def test_a_package_that_is_missing_is_found(
+  package, changes, texts, tmp_path, monkeypatch
+):
+  """By the doctor, and by a run before it reads any text."""
+  cfg = toy_run.config(texts, mesh__data=-1, **changes)
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, 'find_spec', lambda n: None if n == package else find(n)
+  )
+  monkeypatch.setitem(sys.modules, package, None)
+  found = problems(doctor.check_config(cfg, str(tmp_path)))
+  assert [f.what for f in found if package in f.what]
+  monkeypatch.setattr(train, 'check_order', lambda *_: None)
+  with pytest.raises(UserError, match=package):
+    train.run_stages(cfg, str(tmp_path), None)
+
+
+def test_one_mistake_is_told_once(texts, tmp_path, monkeypatch, capsys):
+  """Several checks need the mesh."""
+  monkeypatch.setattr(doctor, 'check_workdir', lambda workdir: [])
+  assert doctor.run(toy_run.config(texts, mesh__data=3), str(tmp_path)) == 1
+  assert capsys.readouterr().out.count('mesh data=3') == 1
 
 
 def test_proxies_and_half_clusters():

@@ -4,12 +4,15 @@ A retriever without training is an honest source of realistic mistakes: what it
 returns shares words with the question, and the gold passage may be missing.
 """
 
+import importlib.util
 import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from refrag_jax.errors import UserError
 
 # Lucene's variant with the constants that published BM25 baselines use.
 K1, B = 1.5, 0.75
@@ -24,8 +27,15 @@ def words(text: str) -> list[str]:
   return re.findall(r'[^\W_]+', text.lower())
 
 
+def require() -> None:
+  """Refuses questions where the package that ranks passages is missing."""
+  if importlib.util.find_spec('bm25s') is None:
+    raise UserError('questions need bm25s: pip install "bm25s>=0.2"')
+
+
 def index(passages: Sequence[str]) -> Any:
   """Scores every word of every passage, once."""
+  require()
   import bm25s  # here: it runs a JAX computation when it is imported
 
   logging.getLogger('bm25s').setLevel(logging.WARNING)  # it says DEBUG
