@@ -11,6 +11,7 @@ import os
 import threading
 
 import jax
+import jax.extend
 import numpy as np
 import pytest
 import toy_config
@@ -329,6 +330,51 @@ def test_evals_share_what_they_have_in_common(session, params, monkeypatch):
     EVALS[name](fresh)
   assert tails == [0, session.config.eval.tail_chunks]  # counts traces
   assert set(collections.Counter(expanded).values()) == {len(SELECTORS)}
+
+
+LARGEST_CONSTANT = 4096  # bytes: a table of positions, say
+
+
+def captured(jaxpr):
+  """Arrays that a program holds, in all programs within it too."""
+  yield from jaxpr.consts
+  for equation in jaxpr.eqns:
+    for value in jax.tree.leaves(
+      list(equation.params.values()),
+      is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr),
+    ):
+      if isinstance(value, jax.extend.core.ClosedJaxpr):
+        yield from captured(value)
+
+
+@pytest.mark.parametrize('name', [*EVALS, 'policy_pictures'])
+def test_parameters_are_arguments(session, params, monkeypatch, name):
+  """Captured, they are a constant of each program, on every device whole; and
+  where processes share them out there is no such program."""
+  jit, seen = jax.jit, []
+
+  def watched(function, **options):
+    compiled = jit(function, **options)
+
+    def call(*args):
+      program = jax.make_jaxpr(function)(*args)
+      seen.append(max([x.nbytes for x in captured(program)], default=0))
+      return compiled(*args)
+
+    return call
+
+  # Without its memory of what other tests have compiled.
+  monkeypatch.setattr(common, 'compiled', common.compiled.__wrapped__)
+  monkeypatch.setattr(jax, 'jit', watched)
+  wide = dataclasses.replace(
+    session.config.eval, context_lengths=(16,), num_passages=2
+  )
+  config = dataclasses.replace(session.config, eval=wide)
+  context = surroundings(session._replace(config=config), params)
+  run = EVALS.get(name, selection.policy_pictures)
+  assert run(context)
+  assert seen
+  assert max(seen) <= LARGEST_CONSTANT
 
 
 @pytest.mark.parametrize('draws', [0, 1, 2])

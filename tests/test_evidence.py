@@ -626,11 +626,12 @@ def test_what_stands_before_an_exact_span(
 
   monkeypatch.setattr(forward, 'output_states', states)
   monkeypatch.setattr(
-    common, 'map_batches', lambda context, run, data: np.asarray(run(data))
+    common,
+    'map_batches',
+    lambda context, run, data, rows=0: np.asarray(run(data)),
   )
   some = config_with(session, reconstruct_lengths=(16,))
   context = surroundings(some, {'reconstruct': params['mixed']}, numbers)
-  monkeypatch.setattr(details, '_exact', details._exact.__wrapped__)
   with jax.disable_jit():
     details.run(context)
   own, tokens, other = seen

@@ -85,13 +85,31 @@ def once(context: Context, of: Any, key: Any, function: Callable) -> Any:
   return entry[1]
 
 
-@functools.lru_cache(maxsize=8)
-def compiled(function: Callable, model: Any) -> Callable:
-  """`function(model, params, batch)`, jitted, of params and batch.
+@functools.lru_cache(maxsize=64)
+def compiled(function: Callable, model: Any, **static: Any) -> Callable:
+  """`function(model, params, batch, **static)`, jitted, of params and batch.
 
   Compiled once for all data sets, roles and evals that ask for the same.
+  Parameters are arguments: captured, they would be a constant of each program,
+  whole on every device, and impossible where processes share them out.
   """
-  return jax.jit(functools.partial(function, model))
+  return jax.jit(functools.partial(function, model, **static))
+
+
+def apply(
+  context: Context,
+  role: str,
+  function: Callable,
+  windows: dict,
+  rows: int = 0,
+  /,
+  **static: Any,
+) -> np.ndarray:
+  """`function(model, params of the role, batch, **static)` of all windows."""
+  run = compiled(function, context.session.model, **static)
+  return map_batches(
+    context, functools.partial(run, context.params(role)), windows, rows=rows
+  )
 
 
 def map_batches(

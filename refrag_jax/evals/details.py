@@ -23,11 +23,9 @@ Three questions that the paper's tables leave open:
 `n` of the last rows is the number of documents that have such spans.
 """
 
-import functools
 import re
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,6 +33,7 @@ from refrag_jax import forward
 from refrag_jax.data import pipeline
 from refrag_jax.data import windows as windows_lib
 from refrag_jax.evals import common, perplexity, selection
+from refrag_jax.models.layers import einsum32
 
 # Of bytes: their offsets are those of corpus.starts. A word with an underscore
 # beside a letter, or with a capital after a small letter, is an identifier.
@@ -129,10 +128,9 @@ def exact(
     ('expanded', windows, True),
     ('shuffled', common.shuffled(windows), False),
   ):
-    run = functools.partial(
-      _exact(context.session.model, expanded), context.params('reconstruct')
+    values_W = common.apply(
+      context, 'reconstruct', exactly, data, expanded=expanded
     )
-    values_W = common.map_batches(context, run, data)
     rows[f'{kind}_P{n}_{which}'] = {'exact': values_W.astype(np.float64)}
   return common.table(
     rows,
@@ -189,27 +187,23 @@ def around(
   return spans, earliest_W + drawn_W.astype(np.int64)
 
 
-@functools.lru_cache(maxsize=8)
-def _exact(model, expanded: bool):
+def exactly(model, params, batch, expanded: bool):
   """Whether all tokens at place_BS are the most probable ones, bool (B,)."""
-
-  @jax.jit
-  def run(params, batch):
-    B, C, _ = batch['chunks_BCK'].shape
-    c_BCE = None if expanded else forward.chunk_vectors(model, params, batch)
-    hidden_BOD = forward.output_states(
-      model,
-      params,
-      batch,
-      c_BCE,
-      jnp.full((B, C), expanded),
-      C if expanded else 0,
-    )
-    place_BS = batch['place_BS']
-    hidden_BSD = jnp.take_along_axis(hidden_BOD, place_BS[..., None], 1)
-    head_DV = model.apply({'params': params}, method='head')
-    logits_BSV = hidden_BSD @ head_DV.astype(hidden_BSD.dtype)
-    token_BS = jnp.take_along_axis(batch['output_BO'], place_BS, 1)
-    return (logits_BSV.argmax(-1) == token_BS).all(1)
-
-  return run
+  B, C, _ = batch['chunks_BCK'].shape
+  c_BCE = None if expanded else forward.chunk_vectors(model, params, batch)
+  hidden_BOD = forward.output_states(
+    model,
+    params,
+    batch,
+    c_BCE,
+    jnp.full((B, C), expanded),
+    C if expanded else 0,
+  )
+  place_BS = batch['place_BS']
+  hidden_BSD = jnp.take_along_axis(hidden_BOD, place_BS[..., None], 1)
+  head_DV = model.apply({'params': params}, method='head')
+  logits_BSV = einsum32(
+    'BSD,DV->BSV', hidden_BSD, head_DV.astype(hidden_BSD.dtype)
+  )
+  token_BS = jnp.take_along_axis(batch['output_BO'], place_BS, 1)
+  return (logits_BSV.argmax(-1) == token_BS).all(1)

@@ -10,9 +10,6 @@ expanded by each selector; the baseline CEPE, with another document's pieces as
 well.
 """
 
-import functools
-
-import jax
 import numpy as np
 
 from refrag_jax import forward
@@ -32,16 +29,14 @@ CEPE = ('cepe', 'cepe_unfrozen')  # roles, and rows
 def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
   """NLL of every output of every window, row -> (W, O)."""
   config, k = context.session.config, context.session.config.model.chunk_size
-  model = context.session.model
   rows = {}
   for role, suffix in DECODERS.items():
     if context.available(role):
       for row, kind in PLAIN.items():
         rows[row + suffix] = plain_nll(context, role, windows, kind)
-      run = functools.partial(
-        common.compiled(replug.nll, model), context.params(role)
+      rows[f'replug{suffix}'] = common.apply(
+        context, role, replug.nll, windows
       )
-      rows[f'replug{suffix}'] = common.map_batches(context, run, windows)
   shuffled = common.shuffled(windows)
   W, C = windows['chunk_len_BC'].shape
   nobody_WC = np.zeros((W, C))
@@ -66,11 +61,10 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
           )
   for role in CEPE if config.model.piece_length else ():
     if context.available(role):
-      run = functools.partial(
-        common.compiled(forward.cepe_nll, model), context.params(role)
-      )
       for which, data in (('', windows), ('_shuffled', shuffled)):
-        rows[role + which] = common.map_batches(context, run, data)
+        rows[role + which] = common.apply(
+          context, role, forward.cepe_nll, data
+        )
   return rows
 
 
@@ -78,16 +72,8 @@ def plain_nll(
   context: common.Context, role: str, windows: dict, kind: str, rows: int = 0
 ) -> np.ndarray:
   """NLL of the outputs by the decoder alone, (W, O); `rows` of a batch."""
-  run = _plain(context.session.model, kind)
-  return common.map_batches(
-    context, functools.partial(run, context.params(role)), windows, rows=rows
-  )
-
-
-@functools.lru_cache(maxsize=8)
-def _plain(model, kind: str):
-  return jax.jit(
-    lambda params, batch: forward.plain_nll(model, params, batch, kind)
+  return common.apply(
+    context, role, forward.plain_nll, windows, rows, context=kind
   )
 
 

@@ -8,9 +8,6 @@ alike on full text and on no passage. Where full text does not help its twin,
 the questions cannot tell compression from ignorance, and the table says so.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,57 +69,47 @@ def run(context: common.Context) -> dict:
 
 def answer(context, role, batch, as_tokens: bool, prompt: int):
   """(mean NLL of the gold answer (W,), greedy answers as text)."""
-  model, tokenizer = context.session.model, context.session.tokenizer
+  tokenizer = context.session.tokenizer
   texts = []
   for ids in written(context, role, batch, as_tokens, prompt).tolist():
     eos_id = tokenizer.eos_id
     end = ids.index(eos_id) if eos_id in ids else len(ids)
     texts.append(tokenizer.decode(ids[:end]).strip())
-  nll = functools.partial(_nll(model, as_tokens), context.params(role))
-  return common.map_batches(context, nll, batch), texts
+  nll_W = common.apply(context, role, answer_nll, batch, as_tokens=as_tokens)
+  return nll_W, texts
 
 
 def written(context, role, batch, as_tokens: bool, prompt: int):
   """Greedy ids after `prompt` forced ones, (W, O - prompt)."""
-  greedy = _greedy(
-    context.session.model, as_tokens, prompt, context.session.tokenizer.eos_id
-  )
-  return common.map_batches(
-    context, functools.partial(greedy, context.params(role)), batch
-  )
+  return common.apply(
+    context, role, greedy, batch,
+    as_tokens=as_tokens, prompt=prompt, eos_id=context.session.tokenizer.eos_id,
+  )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=8)
-def _nll(model, as_tokens: bool):
-  @jax.jit
-  def nll(params, batch):
-    if as_tokens:
-      nll_BO = forward.plain_nll(model, params, batch, 'full')
-    else:
-      nll_BO = forward.compressed_nll(model, params, batch)
-    return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
-
-  return nll
+def answer_nll(model, params, batch, as_tokens: bool):
+  """Mean NLL of each gold answer, (B,)."""
+  if as_tokens:
+    nll_BO = forward.plain_nll(model, params, batch, 'full')
+  else:
+    nll_BO = forward.compressed_nll(model, params, batch)
+  return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
 
 
-@functools.lru_cache(maxsize=8)
-def _greedy(model, as_tokens: bool, prompt: int, eos_id: int):
-  @jax.jit
-  def greedy(params, batch):
-    B, C, _ = batch['chunks_BCK'].shape
-    num_tokens = batch['output_BO'].shape[1] - prompt
-    forced = batch | {
-      'output_BO': batch['output_BO'][:, :prompt],
-      'output_len_B': jnp.full((B,), prompt, jnp.int32),
-    }
-    e_BCD = None
-    if not as_tokens:
-      c_BCE = forward.chunk_vectors(model, params, batch)
-      e_BCD = model.apply({'params': params}, c_BCE, method='project')
-    expand_BC = jnp.full((B, C), as_tokens)
-    return generate.greedy(
-        model, params, forced, e_BCD, expand_BC, C if as_tokens else 0,
-        num_tokens, eos_id,
-    )  # fmt: skip
-
-  return greedy
+def greedy(model, params, batch, as_tokens: bool, prompt: int, eos_id: int):
+  """The most probable ids after the first `prompt` outputs, (B, O - prompt)."""
+  B, C, _ = batch['chunks_BCK'].shape
+  num_tokens = batch['output_BO'].shape[1] - prompt
+  forced = batch | {
+    'output_BO': batch['output_BO'][:, :prompt],
+    'output_len_B': jnp.full((B,), prompt, jnp.int32),
+  }
+  e_BCD = None
+  if not as_tokens:
+    c_BCE = forward.chunk_vectors(model, params, batch)
+    e_BCD = model.apply({'params': params}, c_BCE, method='project')
+  expand_BC = jnp.full((B, C), as_tokens)
+  return generate.greedy(
+      model, params, forced, e_BCD, expand_BC, C if as_tokens else 0,
+      num_tokens, eos_id,
+  )  # fmt: skip

@@ -5,8 +5,6 @@ through the frozen decoder, or one that was trained along. The rows beside it:
 another document's embeddings, and none at all.
 """
 
-import functools
-
 from refrag_jax import forward
 from refrag_jax.data import pipeline
 from refrag_jax.evals import common, perplexity
@@ -45,16 +43,15 @@ def measure(context: common.Context, role: str, windows: dict) -> dict:
   """NLL per window of one role's three rows, by row and column."""
   k, ending = context.session.config.model.chunk_size, REFRAG[role]
   own = f'refrag_k{k}{ending}'
-  compressed = functools.partial(
-    common.compiled(forward.compressed_nll, context.session.model),
-    context.params(role),
+  compressed = lambda windows: common.apply(
+    context, role, forward.compressed_nll, windows
   )
   rows = {own: {}, f'{own}_shuffled': {}, f'no_context{ending}': {}}
   for n in context.session.config.eval.reconstruct_lengths:
     cut = _first(windows, n, k)
     nll = (
-      common.map_batches(context, compressed, cut),
-      common.map_batches(context, compressed, common.shuffled(cut)),
+      compressed(cut),
+      compressed(common.shuffled(cut)),
       perplexity.plain_nll(context, role, cut, 'none'),
     )
     for row, nll_WO in zip(rows, nll, strict=True):

@@ -15,8 +15,6 @@ run through one program, and differ in nothing but the score:
   oracle     how much expanding this chunk alone lowers the output's NLL
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,27 +55,14 @@ def nll_by_selector(
 
 
 def _scores(context: common.Context, windows: dict, tail: int) -> dict:
-  config, model = context.session.config, context.session.model
-  before = context.params('before')
-  params = context.params(selecting_role(context))
+  config, role = context.session.config, selecting_role(context)
   W, C = windows['chunk_len_BC'].shape
   wanted = config.eval.selectors
   out = {}
   if 'rl' in wanted and context.available('policy'):
-
-    @jax.jit
-    def logits(batch):
-      c_BCE = forward.chunk_vectors(model, params, batch)
-      return forward.policy_scores(model, params, batch, c_BCE)
-
-    out['rl'] = common.map_batches(context, logits, windows)
-  if {'ppl_desc', 'ppl_asc'} & set(wanted) and before is not None:
-
-    @jax.jit
-    def perplexity(batch):
-      return chunk_nll(model, before, batch)
-
-    nll_WC = common.map_batches(context, perplexity, windows)
+    out['rl'] = common.apply(context, role, policy_logits, windows)
+  if {'ppl_desc', 'ppl_asc'} & set(wanted) and context.available('before'):
+    nll_WC = common.apply(context, 'before', chunk_nll, windows)
     out['ppl_desc'], out['ppl_asc'] = nll_WC, -nll_WC
   out['random'] = np.random.default_rng(config.seed).random((W, C))
   out['last'] = np.broadcast_to(np.arange(C, dtype=np.float64), (W, C))
@@ -88,10 +73,15 @@ def _scores(context: common.Context, windows: dict, tail: int) -> dict:
 
 def oracle(context: common.Context, windows: dict, tail: int) -> np.ndarray:
   """`single_gains` of all windows, (W, C)."""
-  model, params = context.session.model, context.params(selecting_role(context))
-  gains = jax.jit(lambda batch: single_gains(model, params, batch, tail))
-  make = lambda: common.map_batches(context, gains, windows)
+  role = selecting_role(context)
+  make = lambda: common.apply(context, role, single_gains, windows, tail=tail)
   return common.once(context, windows, ('oracle', tail), make)
+
+
+def policy_logits(model, params, batch) -> jax.Array:
+  """The policy's logits, (B, C)."""
+  c_BCE = forward.chunk_vectors(model, params, batch)
+  return forward.policy_scores(model, params, batch, c_BCE)
 
 
 def chunk_nll(model, params, batch) -> jax.Array:
@@ -154,27 +144,19 @@ def selected_nll(
     score_WC: of each chunk; `draws` of them are expanded, and the tail.
     rows: of a batch; 0 takes the config's.
   """
-  run = _expanded_nll(context.session.model, draws, tail)
-  params = context.params(role)
-  return common.map_batches(
-    context,
-    lambda batch: run(params, batch),
-    windows | {'score_BC': np.asarray(score_WC, np.float32)},
-    rows=rows,
+  scored = windows | {'score_BC': np.asarray(score_WC, np.float32)}
+  return common.apply(
+    context, role, expanded_nll, scored, rows, draws=draws, tail=tail
   )
 
 
-@functools.lru_cache(maxsize=64)
-def _expanded_nll(model, draws: int, tail: int):
-  @jax.jit
-  def run(params, batch):
-    c_BCE = forward.chunk_vectors(model, params, batch)
-    expand_BC = expand_top(batch['score_BC'], draws, tail)
-    return forward.output_nll(
-      model, params, batch, c_BCE, expand_BC, draws + tail
-    )
-
-  return run
+def expanded_nll(model, params, batch, draws: int, tail: int) -> jax.Array:
+  """NLL of the outputs with the best chunks of score_BC expanded, (B, O)."""
+  c_BCE = forward.chunk_vectors(model, params, batch)
+  expand_BC = expand_top(batch['score_BC'], draws, tail)
+  return forward.output_nll(
+    model, params, batch, c_BCE, expand_BC, draws + tail
+  )
 
 
 def rate(chunk_size: int, expanded: int, chunks: int) -> float:
@@ -251,14 +233,7 @@ def policy_pictures(context: common.Context, num: int = 6) -> list[dict]:
   windows = pipeline.eval_windows(
     config, corpus, cfg.context_length, max(config.eval.output_lengths), num
   )
-  model, params = context.session.model, context.params('policy')
-
-  @jax.jit
-  def logits(batch):
-    c_BCE = forward.chunk_vectors(model, params, batch)
-    return forward.policy_scores(model, params, batch, c_BCE)
-
-  score_WC = common.map_batches(context, logits, windows)
+  score_WC = common.apply(context, 'policy', policy_logits, windows)
   draws = max(
     1, expanded_chunks(max(config.eval.expand_fractions), score_WC.shape[1])
   )
