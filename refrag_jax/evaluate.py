@@ -26,9 +26,12 @@ from refrag_jax import (
 )
 from refrag_jax.config import Config
 from refrag_jax.data import corpus as corpus_lib
+from refrag_jax.data import questions as questions_lib
+from refrag_jax.data import text as text_lib
 from refrag_jax.data import tokenizers
+from refrag_jax.data import windows as windows_lib
 from refrag_jax.errors import UserError
-from refrag_jax.evals import EVALS, selection
+from refrag_jax.evals import EVALS, WINDOWS, WITHOUT_TEXT, selection
 from refrag_jax.evals.common import ROLES, Context
 from refrag_jax.progress import say
 from refrag_jax.session import (
@@ -52,6 +55,7 @@ def run(config: Config, workdir: str) -> int:
   run of the same config has measured in this workdir stays; `data.text` is
   needed only where `eval.data` has 'heldout', or nothing.
   """
+  check_sources(config)
   hang_seconds = config.cluster.hang_seconds
   with watchdog.watch(hang_seconds):
     session = open_session(config, workdir, HELDOUT in _measured(config))
@@ -69,17 +73,23 @@ def run(config: Config, workdir: str) -> int:
     trained = _stages_beside(os.path.join(workdir, 'checkpoints'))
     source = pretrained.locate(given)
     paths = (not source.exported and trained) or _stages_of_source(source)
+  elif given and checkpoint.read_meta(given)['stage'] == 'imported':
+    paths['lm'] = given
   if not paths:
     raise UserError(
       f'evals read {directory}, but no stage has a checkpoint there: train '
       'first, or name one with --config.init_from=DIR/checkpoints/STAGE'
     )
+  if HELDOUT in _measured(config):
+    check_split(config, paths)
+  check_windows(session)
+  paths = with_decoder_before(session, paths, os.path.dirname(directory))
   with (
     jax.set_mesh(session.mesh),
     stop_on_signal() as stop,
     watchdog.watch(hang_seconds),
   ):
-    evals = run_evals(session, paths, stop)
+    evals, left_out = run_evals(session, paths, stop)
   path = os.path.join(workdir, 'results.json')
   old = results.read_json(path) if os.path.exists(path) else {}
   if jax.process_index() == 0:
@@ -87,11 +97,14 @@ def run(config: Config, workdir: str) -> int:
     if _is_of_run(old, config, workdir):  # its head says what made the rest
       made = {key: new[key] for key in ('git', 'device', 'date')}
       added = old.get('added', {}) | dict.fromkeys(evals, made)
-      new = {'added': added, 'evals': old.get('evals', {}) | evals}
+      new = {'added': added}
     else:
       old.pop('corpus', None)
       # The stages in there are not of this config.
-      new |= {'fingerprint': '', 'evals': evals}
+      old.pop('evals', None)
+      new |= {'fingerprint': ''}
+    new['evals'] = _by_dataset(old.get('evals', {}), evals)
+    new['left_out'] = left_out
     results.write_json(path, old | new)
     report.write(workdir)
   say(f'done: {path}, {workdir}/report.html')
@@ -100,16 +113,22 @@ def run(config: Config, workdir: str) -> int:
 
 def write_results(session: Session, stop: threading.Event) -> None:
   """The end of a training run: evals, and `results.json` whole."""
-  directory = os.path.join(session.workdir, 'checkpoints')
-  evals = run_evals(session, _stages_beside(directory), stop)
+  paths = _stages_beside(os.path.join(session.workdir, 'checkpoints'))
+  paths = with_decoder_before(session, paths, session.workdir)
+  evals, left_out = run_evals(session, paths, stop)
   stages = {
     name: results.read_json(session.record_path(name))
     for name in session.config.stages
   }
   for record in stages.values():
     del record['settings']
-  out = head(session) | {'stages': stages, 'evals': evals}
-  results.write_json(os.path.join(session.workdir, 'results.json'), out)
+  out = head(session) | {
+    'stages': stages,
+    'evals': evals,
+    'left_out': left_out,
+  }
+  if jax.process_index() == 0:
+    results.write_json(os.path.join(session.workdir, 'results.json'), out)
 
 
 def is_complete(config: Config, workdir: str) -> bool:
@@ -127,23 +146,147 @@ def is_complete(config: Config, workdir: str) -> bool:
 
 def run_evals(
   session: Session, paths: dict[str, str], stop: threading.Event
-) -> dict[str, Any]:
-  """Runs `config.evals` on the checkpoints at `paths`, by stage."""
+) -> tuple[dict[str, Any], list[str]]:
+  """Runs `config.evals` on the checkpoints at `paths`, by stage.
+
+  Returns:
+    The tables, eval -> data set, and what was left out of them, and why.
+  """
   context = Context(
-    session, _loader(session, paths), _datasets(session), stop, {}, {}
+    session, _loader(session, paths), _datasets(session), stop, {}, {}, []
   )
   evals = {}
   for name in session.config.evals:
     say(f'eval {name}')
     watchdog.phase(f'eval {name}, start')
-    evals[name] = EVALS[name](context)
+    evals[name] = {}
+    parts = [context._replace(datasets={key: corpus})
+             for key, corpus in context.datasets.items()]  # fmt: skip
+    for part in [context] if name in WITHOUT_TEXT else parts:
+      try:
+        evals[name] |= EVALS[name](part)
+      except UserError as e:  # the others are measured all the same
+        where = '' if part is context else f' of {next(iter(part.datasets))}'
+        context.leave_out(f'eval {name}{where}', str(e))
+    if not evals[name]:
+      context.leave_out(f'eval {name}', 'no checkpoint that it measures')
   if 'selection' in evals:
     examples = selection.policy_pictures(context)
     path = os.path.join(session.workdir, 'policy_scores.json')
-    results.write_json(path, {'examples': examples})
+    if jax.process_index() == 0:
+      results.write_json(path, {'examples': examples})
   if jax.process_index() == 0:
     write_documents(context)
-  return evals
+  return evals, context.left_out
+
+
+def check_sources(config: Config) -> None:
+  """Refuses texts and questions of the evals that are not there."""
+  for source in config.eval.data if config.evals else ():
+    if source != HELDOUT and source != 'stdlib' and ':' not in source:
+      text_lib.files(source)
+    if source in config.data.text:
+      say(f'eval.data: {source} is among data.text, so it was trained on; '
+          f'{HELDOUT} measures what was not')  # fmt: skip
+  asks = [name for name in config.stages if name.startswith('sft')]
+  if asks or 'qa' in config.evals:
+    questions_lib.check_there(config)
+
+
+def check_windows(session: Session) -> None:
+  """Says which evals' windows a data set is too short for.
+
+  Raises:
+    UserError: there is an eval that no data set is long enough for.
+  """
+  config = session.config
+  names = [name for name in config.evals if name in WINDOWS]
+  datasets = _datasets(session) if names else {}
+  for name in names:
+    problems = []
+    for dataset, corpus in datasets.items():
+      try:
+        windows_lib.windows(
+          corpus,
+          corpus.documents('heldout'),
+          *WINDOWS[name](config),
+          f'held-out documents of {dataset}',
+        )
+      except UserError as e:
+        problems.append(f'eval {name}: {e}')
+    if len(problems) == len(datasets):
+      raise UserError(problems[0])
+    for problem in problems:
+      say(f'{problem}; it will leave that text out')
+
+
+def check_split(config: Config, paths: Mapping[str, str]) -> None:
+  """Refuses to call documents held out that a checkpoint was trained on.
+
+  A document's side is a matter of its hash and the share held out; with a
+  larger share than then, some of those held out now were trained on.
+  """
+  for path in paths.values():
+    if checkpoint.latest_step(path) is None:
+      continue  # no checkpoint of ours: it has seen none of this text
+    then = checkpoint.read_meta(path).get('heldout_fraction')
+    now = config.data.heldout_fraction
+    if then is not None and now > then:
+      raise UserError(
+        f'{path} was trained with data.heldout_fraction={then:g}, and with '
+        f'{now:g} documents that it was trained on would be held out: set '
+        f'--config.data.heldout_fraction={then:g}'
+      )
+
+
+def with_decoder_before(
+  session: Session, paths: dict[str, str], run: str
+) -> dict[str, str]:
+  """The paths, with what the run's first stage started from as its `lm`.
+
+  Where a run begins with a decoder from elsewhere, that is the decoder before
+  REFRAG (design: `no_context`, `full_context`, `last_k`).
+
+  Args:
+    run: the workdir of the run whose checkpoints these are.
+  """
+  if 'lm' in paths:
+    return paths
+  saved = os.path.join(run, 'config.json')
+  if os.path.exists(saved):
+    values = results.read_json(saved)['config']
+  else:
+    values = dataclasses.asdict(session.config)
+  first = next(iter(values['stages']), '')
+  source = (
+    values['stage'].get(first, {}).get('init_from') or values['init_from']
+  )
+  if source.startswith('@'):
+    source = checkpoint_beside(run, source)
+  if not source:
+    return paths
+  try:
+    if checkpoint.latest_step(source) is not None:
+      stage = checkpoint.read_meta(source)['stage']
+    elif pretrained.is_source(source):
+      stage = pretrained.locate(source).exported.get('stage') or 'imported'
+    else:
+      return paths
+    if stage in ('lm', 'imported'):
+      trained_groups(session, source, 'the decoder before REFRAG')
+      return paths | {'lm': source}
+  except UserError as e:
+    say(f'there will be no rows of the decoder before REFRAG: {e}')
+  return paths
+
+
+def _by_dataset(
+  old: Mapping[str, Any], new: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Tables of both, eval -> data set; of the same table the new one."""
+  return dict(old) | {
+    name: {**old.get(name, {}), **tables} for name, tables in new.items()
+  }
 
 
 def write_documents(context: Context) -> None:
@@ -157,8 +300,9 @@ def write_documents(context: Context) -> None:
   old = results.read_json(path) if os.path.exists(path) else {}
   new = head(session)
   if _is_of_run(old, session.config, session.workdir):
-    documents, new = old['evals'] | documents, old
-  new['datasets'] = {name: of.hash for name, of in context.datasets.items()}
+    documents, new = _by_dataset(old['evals'], documents), old
+  hashes = {name: of.hash for name, of in context.datasets.items()}
+  new['datasets'] = new.get('datasets', {}) | hashes
   text = results.json_line(new | {'evals': _rounded(documents)})
   results.write_text(path, text)
 
@@ -192,7 +336,10 @@ def fingerprint(config: Config) -> str:
   How and where it is computed does not: runs of several machines, each with a
   mesh that suits it, are one set of results.
   """
-  values = dataclasses.asdict(config)
+  return _fingerprint(dataclasses.asdict(config))
+
+
+def _fingerprint(values: dict[str, Any]) -> str:
   del values['mesh'], values['cluster'], values['data']['cache_dir']
   for name in ('attention', 'remat', 'scan_layers', 'loss_block'):
     del values['model'][name]
@@ -203,15 +350,17 @@ def fingerprint(config: Config) -> str:
 def _is_of_run(
   numbers: Mapping[str, Any], config: Config, workdir: str
 ) -> bool:
-  """Whether a file of a workdir is of this config, whatever evals it asks for.
+  """Whether a file of a workdir is of this config, whatever it measures.
 
-  Which evals run changes no number; config.json has those of the training.
+  Which evals run, and on which data, changes no number that is there already;
+  config.json has those of the training.
   """
+  values = dataclasses.asdict(config)
   path = os.path.join(workdir, 'config.json')
   if os.path.exists(path):
-    asked = tuple(results.read_json(path)['config']['evals'])
-    config = dataclasses.replace(config, evals=asked)
-  return numbers.get('fingerprint') == fingerprint(config)
+    saved = results.read_json(path)['config']
+    values |= {key: saved[key] for key in ('evals', 'eval', 'init_from')}
+  return numbers.get('fingerprint') == _fingerprint(values)
 
 
 def _stages_beside(directory: str) -> dict[str, str]:
@@ -265,11 +414,13 @@ def _datasets(session: Session) -> dict[str, Any]:
         (source, corpus_lib.prepare((source,), (1.0,), tokenizer, cache, 1.0))
       )
   names = [_dataset_name(source) for source, _ in corpora]
-  return {
-    # Two files of one name would be one row: then the paths tell them apart.
-    source if names.count(name) > 1 else name: corpus
-    for name, (source, corpus) in zip(names, corpora, strict=True)
-  }
+  out = {}
+  for name, (source, corpus) in zip(names, corpora, strict=True):
+    # Two files of one name would be one row: then the paths tell them apart,
+    # and of one path, its held-out side and all of it, what is measured.
+    name = source if names.count(name) > 1 else name
+    out[f'{name} (all)' if name in out else name] = corpus
+  return out
 
 
 def _measured(config: Config) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ def write(workdir: str) -> str:
     ('What the policy expands', policy_pictures(scored)),
     ('Questions', report_tables.questions(evals.get('qa', {}))),
     ('Sample texts', samples(tables)),
+    ('Left out', left_out(numbers.get('left_out', []))),
     ('Config', config_table(saved)),
   )
   name = numbers.get('config') or saved.get('config', {}).get('name') or 'run'
@@ -84,6 +85,12 @@ def header(title: str, date: str, numbers: Mapping[str, Any]) -> str:
   if command:
     shown += f'<p class="muted"><code>{page.text(command)}</code></p>\n'
   return f'<h1>{page.text(title)}</h1>\n{shown}'
+
+
+def left_out(lines: Sequence[str]) -> str:
+  """What was asked for and could not be measured, each with its reason."""
+  items = ''.join(f'<li>{page.text(line)}</li>' for line in lines)
+  return f'<ul>{items}</ul>\n' if items else ''
 
 
 def findings(evals: Mapping[str, Any]) -> str:

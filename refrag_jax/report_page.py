@@ -128,6 +128,7 @@ PAGE = """<!doctype html>
 """
 
 MISSING = '–'
+NOT_FINITE = 'not finite'
 GOOD = '<span class="mark good" title="better by more than 3 se">✓</span>'
 BAD = '<span class="mark bad" title="worse by more than 3 se">✗</span>'
 UNDECIDED = '<span class="mark"></span>'
@@ -162,8 +163,10 @@ def measured(
   value: dict[str, Any] | None, digits: int = 3, sign: bool = False
 ) -> str:
   """A STAT as mean ± standard error."""
-  if not value or value.get('mean') is None:
+  if not value:
     return MISSING
+  if value.get('mean') is None:  # JSON has no NaN
+    return NOT_FINITE if value.get('n') else MISSING
   mean = number(float(value['mean']), digits, sign)
   if value.get('se') is None:
     return f'{mean} <span class="se">± ?</span>'

@@ -258,7 +258,7 @@ def lengths_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def difference(value: Stat | None, higher_is_better: bool = False) -> str:
   if not value or value.get('mean') is None:
-    return page.MISSING + page.UNDECIDED
+    return page.measured(value) + page.UNDECIDED
   mark = page.UNDECIDED
   if results.significant(value):
     better = (value['mean'] > 0) == higher_is_better

@@ -158,8 +158,15 @@ def beyond(preset, records: Records) -> Iterator:
         title, title, xlabel, 'nats per token',
         [
           figures.Line(
-            name, list(values), [v['mean'] for v in values.values()],
-            [v['se'] or 0.0 for v in values.values()], i,
+            name,
+            list(values),
+            # What is not finite is a gap in the line.
+            [
+              np.nan if v['mean'] is None else v['mean']
+              for v in values.values()
+            ],
+            [v['se'] or 0.0 for v in values.values()],
+            i,
           )
           for i, (name, values) in enumerate(drawn.items())
         ],

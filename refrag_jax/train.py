@@ -92,9 +92,13 @@ def run_stages(
   """Trains the stages in order, then calls `then(session, stop)`."""
   check_order(config, workdir)
   check_extras(config)
+  evaluate.check_sources(config)
   with watchdog.watch(config.cluster.hang_seconds):
     session = open_session(config, workdir)
   say(session.corpus.summary())
+  for name in config.stages:
+    pipeline.check_text(config, name, session.corpus)
+  evaluate.check_windows(session)
   os.makedirs(workdir, exist_ok=True)
   draw_curriculum(session)
   peak, meaning = machine_peak(jax.devices())
@@ -341,6 +345,8 @@ def start_state(
     'settings': settings,
     'trained': sorted(groups_after(session, name, params)),
     'before_B': heldout.measure(state.params).tolist(),
+    # Which documents may be called held out later: see evaluate.check_split.
+    'heldout_fraction': session.config.data.heldout_fraction,
     'frozen': frozen_checksums(params, stage),
     'wall_s': 0.0,
     'compile_s': 0.0,

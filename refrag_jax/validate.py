@@ -48,6 +48,14 @@ EVALS = (
   'passages',
   'details',
 )
+# The stage whose context length an eval's windows have.
+EVAL_STAGE = {
+  'log_perplexity': 'cpt',
+  'details': 'cpt',
+  'context_length': 'cpt',
+  'selection': 'mixed',
+  'passages': 'mixed',
+}
 RECONSTRUCTIONS = ('reconstruction', 'regeneration', 'details')
 SELECTORS = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
 CONTEXTS = ('none', 'last_k', 'full')
@@ -593,6 +601,14 @@ def _validate_eval(config: Config) -> None:
   section = config.eval
   if config.evals:
     _positive(section, 'eval.', 'num_windows', 'batch_size', 'context_windows')
+  for name in config.evals:
+    stage = EVAL_STAGE.get(name)
+    _refuse(
+      stage is not None and stage not in config.stage,
+      f'config.evals names {name}, whose windows are those of '
+      f'config.stage.{stage}, which is missing: add it to the config file, or '
+      'take the eval out',
+    )
   if 'qa' in config.evals:
     _positive(section, 'eval.', 'num_questions')
   _not_negative(

@@ -17,7 +17,15 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import evaluate, forward, results
+from refrag_jax import (
+  checkpoint,
+  evaluate,
+  forward,
+  report,
+  results,
+  train,
+  validate,
+)
 from refrag_jax.data import pipeline
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.evals import (
@@ -32,6 +40,7 @@ from refrag_jax.evals import (
 )
 from refrag_jax.models.refrag import init_params
 from refrag_jax.stages import lm
+from refrag_jax.state import TrainState
 
 K, C = 4, 4  # of toy_config.py
 SELECTORS = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
@@ -73,6 +82,7 @@ def surroundings(session, params, stop=None):
     stop or threading.Event(),
     {},
     {},
+    [],
   )
 
 
@@ -593,7 +603,7 @@ def test_text_of_ones_own_needs_no_training_text(
 
   def run_evals(opened, paths, stop):
     seen.update(evaluate._datasets(opened))
-    return {}
+    return {}, []
 
   monkeypatch.setattr(evaluate, 'run_evals', run_evals)
   cfg = toy_run.config(
@@ -634,7 +644,7 @@ def test_one_more_eval_keeps_the_others(session, monkeypatch, tmp_path):
       context = surroundings(opened, {})
       context.documents[name] = {'toy': [2.0]}
       evaluate.write_documents(context)
-      return {name: {'toy': 2}}
+      return {name: {'toy': 2}}, []
 
     monkeypatch.setattr(evaluate, 'run_evals', run_evals)
     evaluate.run(config, str(tmp_path))
@@ -726,6 +736,170 @@ def test_heldout_and_other_texts_are_measured_side_by_side(mixed_text):
     assert 0 < len(datasets[name].documents('heldout')) < 30
   total = sum(len(datasets[name].documents('heldout')) for name in 'ab')
   assert total == len(opened.corpus.documents('heldout'))
+
+
+def test_a_text_and_its_heldout_side_are_two_data_sets(mixed_text):
+  path = str(mixed_text[0] / 'a.jsonl')
+  _, datasets = open_mixed(mixed_text, 'heldout', path)
+  assert list(datasets) == [path, 'b', f'{path} (all)']
+  sizes = [len(c.documents('heldout')) for c in datasets.values()]
+  assert sizes[0] < sizes[2] == 30
+
+
+def test_a_text_that_fails_leaves_the_others(session, params, monkeypatch):
+  def run(context):
+    (name,) = context.datasets
+    if name == 'short':
+      raise UserError('no document has 10 tokens')
+    return {name: {'row': 1}}
+
+  monkeypatch.setitem(evaluate.EVALS, 'log_perplexity', run)
+  monkeypatch.setattr(evaluate, 'write_documents', lambda _: None)
+  monkeypatch.setattr(
+    evaluate, '_datasets', lambda _: dict.fromkeys(['short', 'long'])
+  )
+  monkeypatch.setattr(evaluate, '_loader', lambda *_: params.get)
+  cfg = toy_run.replaced(session.config, evals=('log_perplexity',))
+  evals, left_out = evaluate.run_evals(
+    session._replace(config=cfg), {}, threading.Event()
+  )
+  assert evals == {'log_perplexity': {'long': {'row': 1}}}
+  assert left_out == [
+    'eval log_perplexity of short: left out, no document has 10 tokens'
+  ]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'eval__data': ('gone.txt',)}, "'gone.txt' does not exist"),
+    ({'evals': ('qa',), 'data__questions': 'gone.jsonl'}, 'gone.jsonl cannot'),
+    (
+      {'stages': ('lm', 'sft'), 'stage__sft__init_from': 'x',
+       'data__questions': 'no.jsonl'},
+      'no.jsonl cannot',
+    ),
+    (
+      {'stages': ('lm', 'cpt_trained'), 'stage__cpt_trained__init_from': 'x',
+       'stage__cpt_trained__context_length': 4000},
+      'held-out documents',
+    ),
+    (
+      {'evals': ('log_perplexity',), 'eval__output_lengths': (500,)},
+      'eval log_perplexity: ',
+    ),
+    ({'evals': ('copying',), 'eval__copy_lengths': (900,)}, 'eval copying: '),
+  ],
+)  # fmt: skip
+def test_what_the_end_lacks_is_found_before_the_first_step(
+  tmp_path, monkeypatch, changes, message
+):
+  started = []
+  monkeypatch.setattr(train, 'train_stage', lambda *args: started.append(args))
+  folder = toy_config.write_data(tmp_path)
+  cfg = toy_run.config(
+    folder,
+    **{'stages': ('lm',), 'evals': ('log_perplexity',)} | changes,
+  )
+  with pytest.raises(UserError, match=message) as e:
+    train.run(cfg, str(tmp_path / 'run'))
+  assert not started
+  assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ('name', 'stage'),
+  [('log_perplexity', 'cpt'), ('context_length', 'cpt'), ('passages', 'mixed')],
+)
+def test_an_eval_without_its_stages_config_is_refused(session, name, stage):
+  stages = {k: v for k, v in session.config.stage.items() if k != stage}
+  cfg = toy_run.replaced(
+    session.config, stages=('lm',), stage=stages, evals=(name,)
+  )
+  with pytest.raises(UserError, match=rf'config\.stage\.{stage}, which is mis'):
+    validate.check(cfg)
+
+
+def test_documents_trained_on_are_never_held_out(session, tmp_path):
+  """More held out than then: some of it was trained on."""
+  state = TrainState(
+    np.int32(1), {'decoder': {'w': np.ones(2, np.float32)}}, {}
+  )
+  with checkpoint.open_manager(tmp_path / 'lm') as manager:
+    checkpoint.save(manager, 1, state, {'heldout_fraction': 0.25}, 1.0)
+  paths = {'lm': str(tmp_path / 'lm'), 'mixed': str(tmp_path / 'elsewhere')}
+  of = lambda fraction: toy_run.replaced(
+    session.config,
+    data=dataclasses.replace(session.config.data, heldout_fraction=fraction),
+  )
+  for fraction in (0.1, 0.25):
+    evaluate.check_split(of(fraction), paths)
+  with pytest.raises(UserError, match='heldout_fraction=0.25, and with 0.9'):
+    evaluate.check_split(of(0.9), paths)
+
+
+def test_a_selector_that_cannot_be_is_said(session, params, windows, capsys):
+  context = surroundings(session, {'mixed': params['mixed']})
+  found = selection.scores(context, windows, 0)
+  assert set(found) == {'random', 'last', 'oracle'}
+  said = capsys.readouterr().out
+  for name in ('rl', 'ppl_desc', 'ppl_asc'):
+    assert f'selector {name}: left out, there is no ' in said
+  assert len(context.left_out) == 3
+
+
+def test_other_data_is_added_to_a_runs_results(session, monkeypatch, tmp_path):
+  """Its own tables stay, of the same eval too, under whatever eval.*."""
+  cfg = toy_run.replaced(session.config, stages=('lm',), evals=('copying',))
+  results.write_json(
+    tmp_path / 'config.json', {'config': dataclasses.asdict(cfg)}
+  )
+  done = {'fingerprint': evaluate.fingerprint(cfg), 'stages': {'lm': {}}}
+  names = ('results.json', 'documents.json')
+  for name, value in zip(names, ({'toy': 1}, {'toy': [1.0]}), strict=True):
+    results.write_json(tmp_path / name, done | {'evals': {'copying': value}})
+  monkeypatch.setattr(evaluate, '_stages_beside', lambda _: {'lm': 'there'})
+  monkeypatch.setattr(evaluate.report, 'write', lambda _: None)
+
+  def run_evals(opened, paths, stop):
+    context = surroundings(opened, {})._replace(datasets={})
+    context.documents['copying'] = {'other': [2.0]}
+    evaluate.write_documents(context)
+    return {'copying': {'other': 2}}, []
+
+  monkeypatch.setattr(evaluate, 'run_evals', run_evals)
+  (tmp_path / 'other.txt').write_text('Other words. ' * 900)
+  data = dataclasses.replace(
+    cfg.eval, data=(str(tmp_path / 'other.txt'),), num_windows=3
+  )
+  evaluate.run(toy_run.replaced(cfg, eval=data), str(tmp_path))
+  numbers, documents = (results.read_json(tmp_path / name) for name in names)
+  assert numbers['evals'] == {'copying': {'toy': 1, 'other': 2}}
+  assert documents['evals'] == {'copying': {'toy': [1], 'other': [2]}}
+  assert numbers['fingerprint'] == evaluate.fingerprint(cfg)
+
+
+def test_a_mean_that_is_not_finite_is_a_cell_like_any(tmp_path):
+  """Of an overflowed decoder: said, and the page is written."""
+  nan_W, doc_W = np.array([np.nan, 1.0, 2.0]), np.arange(3)
+  row = {'P1': nan_W}
+  table = common.table(
+    {'refrag_k8': row, 'no_context_trained': {'P1': doc_W + 1.0}},
+    doc_W,
+    ['no_context_trained'],
+    {'doc': [], 'rows': {}},
+    1.4,
+  )
+  assert table['refrag_k8']['P1'] == {'mean': None, 'se': None, 'n': 3}
+  point = dict(selector='rl', p=0.5, rate=2.0, expanded=1)
+  evals = {
+    'log_perplexity': {'toy': table},
+    'selection': {'toy': [point | {'nll': results.stat(nan_W)}]},
+  }
+  results.write_json(tmp_path / 'results.json', {'evals': evals})
+  report.write(str(tmp_path))
+  html = (tmp_path / 'report.html').read_text()
+  assert html.count('not finite') >= 2
 
 
 def test_texts_of_one_name_go_by_their_paths(mixed_text):

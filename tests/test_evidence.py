@@ -65,7 +65,7 @@ def context(session, params):
 def surroundings(session, params, corpus=None):
   datasets = {'toy': corpus or session.corpus}
   return common.Context(
-    session, params.get, datasets, threading.Event(), {}, {}
+    session, params.get, datasets, threading.Event(), {}, {}, []
   )
 
 

@@ -110,6 +110,44 @@ def test_imported_is_a_starting_point_like_any(cfg, models, run, tmp_path):
     exchange.run_import(cfg, str(tmp_path), both(models), target)
 
 
+def test_an_import_can_be_evaluated(cfg, models, tmp_path):
+  """It is the decoder before REFRAG, wherever it lies."""
+  target = str(tmp_path / 'any' / 'name')
+  exchange.run_import(cfg, str(tmp_path), both(models), target)
+  asked = toy_run.replaced(
+    cfg, evals=('log_perplexity', 'copying', 'selection'), init_from=target
+  )
+  evaluate.run(asked, str(tmp_path / 'measured'))
+  numbers = train.results.read_json(tmp_path / 'measured' / 'results.json')
+  assert list(numbers['evals']['log_perplexity']['text']) == BEFORE_ROWS
+  assert list(numbers['evals']['copying']['text']) == ['first', 'second']
+  assert numbers['evals']['selection'] == {}
+  (line,) = numbers['left_out']
+  assert line.startswith('eval selection: left out, ')
+  html = (tmp_path / 'measured' / 'report.html').read_text()
+  assert line in html
+
+
+BEFORE_ROWS = ['no_context', 'full_context', 'last_k', 'replug']
+
+
+def test_an_imported_decoder_is_the_one_before_refrag(cfg, models, run):
+  started, workdir = run
+  shutil.copytree(workdir, f'{workdir}_copy')
+  train.results.write_json(
+    f'{workdir}_copy/config.json', {'config': dataclasses.asdict(started)}
+  )
+  asked = toy_run.replaced(
+    started,
+    stages=('reconstruct',),
+    evals=('log_perplexity', 'copying'),
+  )
+  evaluate.run(asked, f'{workdir}_copy')
+  evals = train.results.read_json(f'{workdir}_copy/results.json')['evals']
+  assert list(evals['log_perplexity']['text']) == BEFORE_ROWS
+  assert set(evals) == {'reconstruction', 'log_perplexity', 'copying'}
+
+
 @pytest.fixture(scope='module')
 def exported(run, tmp_path_factory):
   started, workdir = run

@@ -303,7 +303,7 @@ def test_a_half_trained_predecessor_is_no_predecessor(session, tmp_path):
     toy_run.train(session, 'lm', 2, str(tmp_path))
   with pytest.raises(UserError, match='starts from a finished lm'):
     toy_run.train(session, 'reconstruct', workdir=str(tmp_path))
-  assert not os.listdir(tmp_path / 'checkpoints' / 'reconstruct')
+  assert not os.path.exists(tmp_path / 'checkpoints' / 'reconstruct')
 
 
 def test_init_from_overrides_the_predecessor(session, whole, tmp_path):

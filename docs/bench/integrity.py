@@ -1,6 +1,7 @@
-"""Damages checkpoints in every way that a disk does, and counts what is found.
+r"""Damages checkpoints in every way that a disk does, and counts what is found.
 
-  python docs/bench/integrity.py [--flips=240] [--seed=0] > docs/bench/integrity.md
+  PYTHONPATH=. .venv/bin/python docs/bench/integrity.py [--flips=240] \
+    [--seed=0] > docs/bench/integrity.md
 
 Trains a few steps of `lm`, damages a copy of the newest of its two steps, and
 restores it as a resumed run does (parameters, optimizer state, meta) and as an
@@ -21,12 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-ROOT = os.path.dirname(
-  os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-)
-sys.path.insert(0, ROOT)
 
 import jax
 import numpy as np
@@ -91,10 +86,10 @@ def damage_all(folder: str, flips: int, rng: random.Random) -> None:
     shutil.rmtree(copy)
   columns = ('found', 'harmless', 'silent', 'crash')
   print(f'A step of {len(files)} files: parameters, optimizer state, meta. '
-        'Every file was damaged in every way, each in a fresh copy; the other '
-        'flips went where the bytes are. Found: the step is named and the one '
-        'before it taken, by a resumed run and by an eval. Harmless: what comes '
-        'back is bit for bit what was saved.\n')  # fmt: skip
+        'Every file was damaged in every way, each in a fresh copy; the '
+        'other flips went where the bytes are. Found: the step is named and '
+        'the one before it taken, by a resumed run and by an eval. Harmless: '
+        'what comes back is bit for bit what was saved.\n')  # fmt: skip
   print(f'| damage | times | {" | ".join(columns)} |')
   print('|---' * 6 + '|')
   for kind, counts in outcomes.items():
@@ -110,7 +105,7 @@ def train(folder: str) -> session.Session:
   subprocess.run(
     [sys.executable, '-m', 'refrag_jax.main', '--config=configs/tiny.py:smoke',
      f'--workdir={workdir}', *flags],
-    cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
   )  # fmt: skip
   cfg = config.changed(config.build(tiny.get_config('smoke')), CHANGES)
   opened = session.open_session(cfg, workdir, with_text=False)
@@ -217,7 +212,8 @@ def time_all(folder: str) -> None:
       shutil.rmtree(directory)
       if turn:  # the first compiles
         for what, value in (
-          ('save', saved), ('of it the run waits', blocked), ('restore', restored)
+          ('save', saved), ('of it the run waits', blocked),
+          ('restore', restored),
         ):  # fmt: skip
           seconds[what, kind].append(value)
   checkpoint._digests = digests

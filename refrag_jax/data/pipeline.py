@@ -169,6 +169,26 @@ def train_batches(
   )
 
 
+def check_text(
+  config: Config, stage_name: str, corpus: corpus_lib.Corpus
+) -> None:
+  """Refuses text that a stage can cut no window from, before any is trained.
+
+  Raises:
+    UserError: all documents of one side, or of a source, are too short.
+  """
+  if base_stage(stage_name) == 'lm' or stage_name.startswith('sft'):
+    return  # pieces of any length; no text
+  _table(
+    config,
+    stage_name,
+    corpus,
+    corpus.documents('heldout'),
+    f'held-out documents (stage {stage_name})',
+  )
+  _train_tables(config, stage_name, corpus)
+
+
 def heldout_batch(
   config: Config,
   stage_name: str,
@@ -363,10 +383,8 @@ def _table(config, stage_name, corpus, docs, what) -> windows.Windows:
   )
 
 
-def _window_sampler(config, stage_name, corpus) -> Sampler:
-  stage = config.stage[stage_name]
-  seed = stream_seed(config, stage_name)
-  tables = [
+def _train_tables(config, stage_name, corpus) -> list[windows.Windows]:
+  return [
     _table(
       config,
       stage_name,
@@ -376,6 +394,12 @@ def _window_sampler(config, stage_name, corpus) -> Sampler:
     )
     for i, name in enumerate(corpus.sources)
   ]
+
+
+def _window_sampler(config, stage_name, corpus) -> Sampler:
+  stage = config.stage[stage_name]
+  seed = stream_seed(config, stage_name)
+  tables = _train_tables(config, stage_name, corpus)
   pattern = windows.mixture(corpus.weights)
   schedule = factor_schedule(config, stage_name)
   first_id = np.cumsum([0] + [t.num for t in tables])

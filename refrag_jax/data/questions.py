@@ -56,6 +56,24 @@ def fill(template: str, **values: str) -> str:
   return re.sub(rf'{{({fields})}}', lambda match: values[match[1]], template)
 
 
+def check_there(config: Config) -> None:
+  """Refuses a questions file that cannot be opened."""
+  path = config.data.questions
+  if path != 'stdlib':
+    try:
+      with open(path, 'rb'):
+        pass
+    except OSError as error:
+      raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+  return UserError(
+    f'data.questions: {path} cannot be read ({error.strerror}); give'
+    " 'stdlib' or a JSONL file"
+  )
+
+
 def read(config: Config, skipped: Skipped) -> Iterator[Record]:
   """Yields the usable records of `config.data.questions`, counts the others."""
   for line, value in _values(config, skipped):
@@ -88,10 +106,7 @@ def _values(config: Config, skipped: Skipped) -> Iterator[tuple[int, Any]]:
         else:
           yield line, value
   except OSError as error:
-    raise UserError(
-      f'data.questions: {path} cannot be read ({error.strerror}); give'
-      " 'stdlib' or a JSONL file"
-    ) from None
+    raise _unreadable(path, error) from None
 
 
 def _record(value: Any, line: int, skipped: Skipped) -> Record | None:

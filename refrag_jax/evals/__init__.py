@@ -1,5 +1,8 @@
 """The evals by name; `config.evals` says which of them run."""
 
+from collections.abc import Callable
+
+from refrag_jax.config import Config
 from refrag_jax.evals import (
   context_length,
   copying,
@@ -22,4 +25,29 @@ EVALS = {
   'context_length': context_length.run,
   'passages': passages.run,
   'details': details.run,
+}
+# Measured once, on questions, whatever texts there are.
+WITHOUT_TEXT = ('qa',)
+
+
+def _continued(stage: str) -> Callable[[Config], tuple[int, int]]:
+  return lambda config: (
+    config.stage[stage].context_length,
+    max(config.eval.output_lengths),
+  )
+
+
+def _regenerated(config: Config) -> tuple[int, int]:
+  return 0, max(config.eval.reconstruct_lengths)
+
+
+# (context, output) tokens of the windows that an eval cuts from held-out text.
+WINDOWS: dict[str, Callable[[Config], tuple[int, int]]] = {
+  'log_perplexity': _continued('cpt'),
+  'selection': _continued('mixed'),
+  'passages': _continued('mixed'),
+  'details': _continued('cpt'),
+  'reconstruction': _regenerated,
+  'regeneration': _regenerated,
+  'copying': lambda config: (0, max(config.eval.copy_lengths)),
 }

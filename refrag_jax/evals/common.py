@@ -15,6 +15,7 @@ import numpy as np
 from refrag_jax import results, sharding, watchdog
 from refrag_jax.data import pipeline
 from refrag_jax.errors import Stopped
+from refrag_jax.progress import say
 from refrag_jax.session import Session
 
 # role: the stage whose checkpoint plays it
@@ -57,13 +58,31 @@ class Context(NamedTuple):
   documents: dict[str, Any]
   # What one eval has computed and another one needs as well; see `once`.
   memo: dict[Any, tuple[Any, Any]]
+  left_out: list[str]  # what was asked for and cannot be measured, and why
 
   def documents_of(self, eval_name: str, dataset: str) -> dict[str, Any]:
     of_eval = self.documents.setdefault(eval_name, {})
     return of_eval.setdefault(dataset, {'doc': [], 'rows': {}})
 
+  def leave_out(self, what: str, why: str) -> None:
+    """Says, once, what the tables lack of what was asked for."""
+    line = f'{what}: left out, {why}'
+    if line not in self.left_out:
+      self.left_out.append(line)
+      say(line)
+
   def available(self, *roles: str) -> bool:
     return all(self.params(role) is not None for role in roles)
+
+
+def missing(role: str) -> str:
+  """Why a role has no parameters, for people to read."""
+  if role == 'before':
+    return (
+      'there is no decoder before REFRAG: no checkpoint of lm, and the first '
+      'stage did not start from an imported one'
+    )
+  return f'there is no checkpoint of {ROLES[role]}'
 
 
 def text_windows(context: Context, dataset: str, context_length: int) -> dict:
@@ -204,7 +223,8 @@ def table(
     row = {column: results.stat(values) for column, values in columns.items()}
     if bits_per_nat is not None:
       row['bits_per_byte'] = {
-        column: stat['mean'] * bits_per_nat for column, stat in row.items()
+        column: None if stat['mean'] is None else stat['mean'] * bits_per_nat
+        for column, stat in row.items()
       }
     row['vs'] = {
       other: {

@@ -30,13 +30,14 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
   """NLL of every output of every window, row -> (W, O)."""
   config, k = context.session.config, context.session.config.model.chunk_size
   rows = {}
+  if not context.available('before'):
+    rows_before = ', '.join([*PLAIN, 'replug'])
+    context.leave_out(f'rows {rows_before}', common.missing('before'))
   for role, suffix in DECODERS.items():
     if context.available(role):
       for row, kind in PLAIN.items():
         rows[row + suffix] = plain_nll(context, role, windows, kind)
-      rows[f'replug{suffix}'] = common.apply(
-        context, role, replug.nll, windows
-      )
+      rows[f'replug{suffix}'] = common.apply(context, role, replug.nll, windows)
   shuffled = common.shuffled(windows)
   W, C = windows['chunk_len_BC'].shape
   nobody_WC = np.zeros((W, C))
@@ -62,9 +63,7 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
   for role in CEPE if config.model.piece_length else ():
     if context.available(role):
       for which, data in (('', windows), ('_shuffled', shuffled)):
-        rows[role + which] = common.apply(
-          context, role, forward.cepe_nll, data
-        )
+        rows[role + which] = common.apply(context, role, forward.cepe_nll, data)
   return rows
 
 

@@ -68,6 +68,10 @@ def _scores(context: common.Context, windows: dict, tail: int) -> dict:
   out['last'] = np.broadcast_to(np.arange(C, dtype=np.float64), (W, C))
   if 'oracle' in wanted:
     out['oracle'] = oracle(context, windows, tail)
+  for name in wanted:
+    if name not in out:
+      needed = 'policy' if name == 'rl' else 'before'
+      context.leave_out(f'selector {name}', common.missing(needed))
   return {name: out[name] for name in wanted if name in out}
 
 
