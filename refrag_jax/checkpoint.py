@@ -89,7 +89,6 @@ def save(
   heldout_loss: float,
 ) -> None:
   """Starts saving; an error of an earlier save surfaces here."""
-  manager.check_for_errors()
   arrays = {'params': state.params}
   if opt_state := _flat(state.opt_state):  # an imported model has none
     arrays['opt_state'] = opt_state
@@ -106,6 +105,15 @@ def save(
     args=ocp.args.Composite(**items),
     metrics={'loss': float(heldout_loss)},
   )
+
+
+def check_saved(manager: ocp.CheckpointManager) -> None:
+  """Raises what the last save has failed of; does not wait for one at work.
+
+  A step that failed is not among the directory's, and those before it stay.
+  """
+  if not manager.is_saving_in_progress():
+    manager.wait_until_finished()  # where the thread's error comes out
 
 
 def restore(

@@ -205,7 +205,7 @@ def train_stage(
         np.float32(rate),
       )
       # A save that failed meanwhile ends the run here, not at the next save.
-      manager.check_for_errors()
+      checkpoint.check_saved(manager)
       # Read one step late, so that the device always has its next step.
       check_finite(pending, name, saved)
       pending = (step, batch, metrics)

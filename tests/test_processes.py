@@ -13,6 +13,7 @@ import toy_config
 import two_processes
 
 from refrag_jax.environment import ROOT
+from refrag_jax.evals import EVALS
 
 pytestmark = pytest.mark.slow
 STAGES = ('lm', 'reconstruct', 'cpt')
@@ -153,6 +154,24 @@ def test_a_signal_to_one_stops_both_at_the_same_step(processes, two, tmp_path):
   assert means(again) == means(numbers(two))  # bit for bit
 
 
+def test_every_eval_over_two_processes_that_share_out_the_parameters(
+  processes, tmp_path
+):
+  """No process holds a whole matrix; the numbers are those of one process."""
+  arguments = (
+    '--config.stages=lm,reconstruct,cpt,mixed,grpo,sft,cpt_trained,'
+    'mixed_trained,sft_full,sft_none',
+    f'--config.evals={",".join(EVALS)}',
+    '--config.mesh.data=1',
+    '--config.mesh.fsdp=-1',
+  )
+  alone = processes.run(tmp_path / 'alone', 1, 2, *arguments)
+  both = processes.run(tmp_path / 'both', 2, 1, *arguments)
+  assert set(both['evals']) == set(EVALS)
+  assert all(both['evals'].values()) and both['left_out'] == []
+  assert_close(alone['evals'], both['evals'])
+
+
 EVERY = '--config.stages=lm,reconstruct,cpt,mixed,grpo'
 
 
@@ -195,6 +214,34 @@ def test_a_signal_at_any_time(processes, undisturbed, tmp_path, trial):
     said = pathlib.Path(f'{workdir}.0.log').read_text()
     assert 'run the same command' in said or 'starts them again' in said
   assert means(processes.run(workdir, 1, 1, EVERY)) == means(want)
+
+
+def test_killed_twenty_times(processes, undisturbed, tmp_path):
+  """At random, resumed each time: two steps a stage on disk, and its end."""
+  want, seconds = undisturbed
+  workdir = tmp_path / 'run'
+  often = '--config.checkpoint_every_steps=1'
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    (run,) = processes.start(workdir, 1, 1, EVERY, often)
+    signalled_from(workdir)
+    time.sleep(seconds * rng.uniform(0, 0.4))
+    run.kill()
+    run.wait()
+    pathlib.Path(f'{workdir}.0.log').unlink()
+    assert max(steps_on_disk(workdir), default=0) <= 2
+  assert means(processes.run(workdir, 1, 1, EVERY, often)) == means(want)
+  assert max(steps_on_disk(workdir)) <= 2
+  left = [path for path in workdir.rglob('*tmp*') if path.is_dir()]
+  assert not left
+
+
+def steps_on_disk(workdir) -> list[int]:
+  """How many steps each stage has."""
+  return [
+    sum(step.name.isdigit() for step in stage.iterdir())
+    for stage in (workdir / 'checkpoints').glob('*')
+  ]
 
 
 def test_when_one_dies_the_other_ends(processes, two, tmp_path):

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -217,6 +219,43 @@ def test_checkpoints_by_the_clock(
   )
   toy_run.train(session._replace(config=cfg), 'lm', workdir=str(tmp_path))
   assert saved == steps
+
+
+def test_a_save_that_fails_ends_the_run_at_the_next_step(
+  session, tmp_path, monkeypatch
+):
+  """As on a full disk, in the background: not at the next save."""
+  saved, save = [], checkpoint.save
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def failing(manager, step, *rest):
+    saved.append(step)
+    if step == 4:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    save(manager, step, *rest)
+    time.sleep(1)
+
+  monkeypatch.setattr(checkpoint, 'save', failing)
+  cfg = toy_run.replaced(session.config, checkpoint_every_steps=2)
+  session = toy_run.with_stage(
+    session._replace(config=cfg), 'lm', num_train_steps=8
+  )
+  steps = []
+  monkeypatch.setattr(
+    train, 'check_finite', lambda pending, *_: steps.append(pending)
+  )
+  try:
+    with pytest.raises((OSError, ValueError), match='File too large'):
+      toy_run.train(session, 'lm', workdir=str(tmp_path))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert saved == [2, 4]
+  assert steps[-1][0] == 3  # the fifth step was not counted
+  directory = tmp_path / 'checkpoints' / 'lm'
+  assert checkpoint.latest_step(directory) == 2
+  monkeypatch.undo()
+  toy_run.train(session, 'lm', workdir=str(tmp_path))
+  assert checkpoint.latest_step(directory) == 8
 
 
 def test_a_stop_during_the_last_step_ends_the_stage(session, whole, tmp_path):
