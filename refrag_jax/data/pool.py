@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 
 from refrag_jax import environment, progress
 from refrag_jax.data import index, workers
@@ -17,7 +18,8 @@ from refrag_jax.errors import UserError
 # Files with less text are prepared by this process: it takes no longer than a
 # worker takes to start.
 SMALL = 8 << 20
-LOOK_EVERY = 0.25
+LOOK_EVERY = 0.1
+TELL_EVERY = 5.0  # all that is done is listed, for thousands of shards too
 
 
 def prepare(job: index.Job, tokenizer: Tokenizer, count: int | None) -> None:
@@ -28,8 +30,7 @@ def prepare(job: index.Job, tokenizer: Tokenizer, count: int | None) -> None:
       runs that prepare text here, and for little text none; 0: none.
   """
   index.open_directory(job)
-  tally = progress.Tally('preparing text')
-  tell = lambda: tally(*index.stands_at(job))
+  tell = _teller(job)
   with workers.Claims(job.path('claims')) as claims:
     if count == 0 or (count is None and job.size < SMALL):
       workers.work(job, claims, lambda: tokenizer, tell)
@@ -42,6 +43,19 @@ def prepare(job: index.Job, tokenizer: Tokenizer, count: int | None) -> None:
           started.start()
         tell()
         time.sleep(LOOK_EVERY)
+
+
+def _teller(job: index.Job) -> Callable[[], None]:
+  """Returns what shows, when enough time has passed, how far the job is."""
+  tally, told = progress.Tally('preparing text'), -TELL_EVERY
+
+  def tell():
+    nonlocal told
+    if time.monotonic() - told >= TELL_EVERY:
+      told = time.monotonic()
+      tally(*index.stands_at(job))
+
+  return tell
 
 
 def _slots(count: int | None) -> list[str]:
