@@ -7,7 +7,7 @@ import contextlib
 import errno
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,33 +146,29 @@ class Progress:
     return rates
 
 
-def passing(
-  documents: Iterable[bytes], what: str, total: int = 0
-) -> Iterator[bytes]:
-  """Yields documents, and says now and then how many have passed.
+class Tally:
+  """Work that is done in parts: now and then a line, to the watchdog each."""
 
-  Args:
-    what: is done with them; each is a phase of its own to the watchdog.
-    total: bytes of all of them; 0: not known, nor when they end.
-  """
-  start = said = time.monotonic()
-  number = done = 0
-  watchdog.phase(f'{what}, document 1')
-  for document in documents:
-    yield document
-    number, done, now = number + 1, done + len(document), time.monotonic()
-    watchdog.phase(f'{what}, document {number + 1}')
-    if now - said < SAY_EVERY:
-      continue
-    said = now
-    parts = [
-      what,
-      f'{format_count(number)} documents',
-      f'{format_count(done)}B',
-      f'{format_count(done / (now - start))}B/s',
-    ]
-    if total:
-      eta = eta_seconds(now - start, done, total - done)
+  def __init__(self, what: str):
+    self._what = what
+    self._last: tuple[str, int] | None = None
+    self._began = self._said = time.monotonic()
+    self._done_before = 0
+
+  def __call__(self, stage: str, done: int, total: int) -> None:
+    """Takes note that a stage of the work has so many parts done."""
+    now = time.monotonic()
+    if self._last is None or stage != self._last[0]:
+      self._began, self._done_before = now, done
+    if (stage, done) != self._last:
+      self._last = stage, done
+      watchdog.phase(f'{self._what}, {stage}, {done} of {total}')
+    if now - self._said < SAY_EVERY:
+      return
+    self._said = now
+    parts = [f'{self._what}: {stage}', f'{done} of {total} shards']
+    eta = eta_seconds(now - self._began, done - self._done_before, total - done)
+    if eta is not None:
       parts.append(f'eta {format_duration(eta)}')
     say('  '.join(parts))
 

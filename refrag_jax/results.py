@@ -10,12 +10,14 @@ Dimension key:
   N: documents
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -89,14 +91,18 @@ def plain(value: Any) -> Any:
   return str(value)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a whole file or nothing: a temporary file, then a rename."""
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+  """A file that appears whole or not at all, also if the power is cut.
+
+  A temporary file, synced before the rename; then the directory is, which
+  holds the name.
+  """
   folder = os.path.dirname(os.path.abspath(path))
-  os.makedirs(folder, exist_ok=True)
   handle, temporary = tempfile.mkstemp(dir=folder, prefix='.writing-')
   try:
-    with os.fdopen(handle, 'w', encoding='utf-8', newline='\n') as f:
-      f.write(text)
+    with os.fdopen(handle, 'wb') as f:
+      yield f
       f.flush()
       os.fsync(f.fileno())
     os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 hides results
@@ -104,6 +110,25 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   except BaseException:
     os.unlink(temporary)
     raise
+  sync_directory(folder)
+
+
+def sync_directory(folder: str | os.PathLike) -> None:
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  except OSError as e:
+    if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every disk can
+      raise
+  finally:
+    os.close(handle)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a whole file or nothing, and its directory if that lacks."""
+  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+  with writing(path) as f:
+    f.write(text.encode('utf-8'))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

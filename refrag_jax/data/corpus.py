@@ -12,16 +12,15 @@ An index is a directory of flat arrays that are read as memory maps:
   heldout.npy       bool[D]              which side of the split it is on
   meta.json         counts, hashes, what was left out and why
 
-It is built in a directory of its own and renamed when it is complete. Its name
-is a hash of the text, the tokenizer and the settings; a small file beside it
-remembers which sizes and times of the user's files led to it, so that a
-second start reads no text.
+It is built in a directory of its own (index.py), by as many processes as there
+are cores and hosts (pool.py), and renamed when it is complete. Its name is a
+hash of the text, the tokenizer and the settings; a small file beside it
+remembers which sizes and times of the user's files led to it, so that a second
+start reads no text.
 """
 
+import contextlib
 import dataclasses
-import errno
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -31,16 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from refrag_jax.data import index
-from refrag_jax.data import text as text_lib
+from refrag_jax.data import index, pool
 from refrag_jax.data.tokenizers import Tokenizer
 from refrag_jax.errors import UserError
-
-FORMAT = 1
-ARRAYS = (
-  'tokens', 'starts', 'text', 'token_offsets', 'text_offsets', 'source',
-  'heldout',
-)  # fmt: skip
 
 is_heldout = index.is_heldout
 
@@ -116,14 +108,19 @@ def prepare(
   tokenizer: Tokenizer,
   cache_dir: str,
   heldout_fraction: float,
+  workers: int | None = None,
 ) -> Corpus:
   """Returns the index of these sources, building it if it is not there yet.
+
+  Any number of processes may do so at once where they share `cache_dir`: they
+  build one index together. One that was killed left its shards for the next.
 
   Args:
     sources: as in text.py.
     weights: mixture weights, one a source; not part of the index.
     heldout_fraction: share of documents held out, by a hash of their text; 0
       and 1 leave the other side empty, anything between fills both.
+    workers: processes that build it; as in pool.py.
   """
   if not sources:
     raise UserError('data.text names no source')
@@ -134,66 +131,38 @@ def prepare(
     )
   if not 0 <= heldout_fraction <= 1:
     raise UserError(f'data.heldout_fraction {heldout_fraction}: from 0 to 1')
-  settings = [
-    FORMAT, index.SHARED_LINE, tokenizer.fingerprint, heldout_fraction
-  ]  # fmt: skip
-  stats = [text_lib.stat(source) for source in sources]
-  pointer = os.path.join(cache_dir, f'{_digest([settings, stats])}.json')
-  if os.path.exists(pointer):
-    with open(pointer, encoding='utf-8') as f:
-      directory = os.path.join(cache_dir, json.load(f)['index'])
-    if corpus := _open(directory, sources, weights):
-      return corpus
-
-  os.makedirs(cache_dir, exist_ok=True)
-  _sweep(cache_dir)
-  temporary = os.path.join(cache_dir, f'.building-{uuid.uuid4().hex}')
-  os.mkdir(temporary)
-  try:
-    content = index.spool(sources, temporary)
-    name = _digest([settings, content['hash']])
-    directory = os.path.join(cache_dir, name)
-    if _open(directory, sources, weights) is None:
-      index.build(temporary, content, sources, tokenizer, heldout_fraction)
-      if _open(directory, sources, weights) is None:
-        shutil.rmtree(directory, ignore_errors=True)  # damaged, if there
-      # Another process may have been quicker: then theirs is as good.
-      try:
-        os.rename(temporary, directory)
-      except OSError as e:
-        if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-          raise
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-  index.write_json(pointer, {'index': name, 'sources': list(sources)})
-  return _open(directory, sources, weights)
-
-
-def _sweep(cache_dir: str) -> None:
-  """Removes what runs that were killed while building left, a day later."""
-  for entry in os.scandir(cache_dir):
-    old = time.time() - entry.stat().st_mtime > 86400
-    if old and entry.name.startswith('.building-'):
-      shutil.rmtree(entry.path, ignore_errors=True)
-
-
-def _digest(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
-
-
-def _open(directory, sources, weights) -> Corpus | None:
-  """Returns the index in a directory, or None if it is not (all) there."""
-  try:
-    with open(os.path.join(directory, 'meta.json'), encoding='utf-8') as f:
-      meta = json.load(f)
-    arrays = {}
-    for name in ARRAYS:
-      path = os.path.join(directory, f'{name}.npy')
-      arrays[name] = np.load(path, mmap_mode='r')
-  except (OSError, ValueError):  # ValueError: shorter than its header says
-    return None
-  for name in ARRAYS[3:]:  # small, and read at every step
-    arrays[name] = np.array(arrays[name])
+  job = index.job(sources, tokenizer, cache_dir, heldout_fraction)
+  while (directory := index.follow(job.pointer)) is None:
+    os.makedirs(cache_dir, exist_ok=True)
+    _sweep(cache_dir, job)
+    try:
+      pool.prepare(job, tokenizer, workers)
+    except UserError:  # its shards are of no use to other text
+      _remove(job)
+      raise
+    _remove(job)
+  meta, arrays = index.load(directory)
+  for name in index.ARRAYS:
+    if name not in index.LARGE:  # small, and read at every step
+      arrays[name] = np.array(arrays[name])
   return Corpus(
     directory, meta['hash'], tuple(sources), tuple(weights), meta, **arrays
   )
+
+
+def _remove(job: index.Job) -> None:
+  """Removes the shards at once from the sight of others, then from disk."""
+  done = os.path.join(job.cache_dir, f'.building-{uuid.uuid4().hex}')
+  with contextlib.suppress(OSError):  # another process did
+    os.rename(job.directory, done)
+  shutil.rmtree(done, ignore_errors=True)
+
+
+def _sweep(cache_dir: str, job: index.Job) -> None:
+  """Removes what runs left that never came back, a day later."""
+  for entry in os.scandir(cache_dir):
+    mine = entry.name == os.path.basename(job.directory)
+    if entry.name.startswith('.building-') and not mine:
+      with contextlib.suppress(FileNotFoundError):
+        if time.time() - entry.stat().st_mtime > 86400:
+          shutil.rmtree(entry.path, ignore_errors=True)

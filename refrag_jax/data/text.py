@@ -67,14 +67,43 @@ def documents(source: str, skipped: Counter) -> Iterator[Document]:
       if path != source
       else (os.path.basename(path))
     )
-    if path.endswith('.txt'):
-      yield from _txt(path, name, len(paths) == 1, skipped)
-    elif path.endswith('.parquet'):
-      yield from _documents(_parquet(path), name, skipped)
-    elif path.endswith(('.array_record', '.arrayrecord')):
-      yield from _documents(_array_record(path), name, skipped)
-    else:
-      yield from _documents(_jsonl(path), name, skipped)
+    yield from read(path, name, len(paths) == 1, skipped)
+
+
+def read(
+  path: str,
+  name: str,
+  alone: bool,
+  skipped: Counter,
+  span: tuple[int, int | None] = (0, None),
+) -> Iterator[Document]:
+  """Yields the documents of one file.
+
+  Args:
+    name: what they are called by.
+    alone: whether the source is this file alone.
+    span: of a file that `has_spans`, the lines that begin in these bytes.
+  """
+  if path.endswith('.txt'):
+    yield from _txt(path, name, alone, skipped)
+  elif path.endswith('.parquet'):
+    yield from _documents(_parquet(path), name, skipped)
+  elif path.endswith(('.array_record', '.arrayrecord')):
+    yield from _documents(_array_record(path), name, skipped)
+  else:
+    yield from _documents(_jsonl(path, span), name, skipped)
+
+
+def has_spans(path: str) -> bool:
+  """Whether a file can be read in spans: it has a JSON object a line."""
+  if not path.endswith('.jsonl'):
+    return False
+  with open(path, 'rb') as f:
+    first = f.readline(64 << 20).removeprefix(b'\xef\xbb\xbf')
+  try:
+    return isinstance(json.loads(first), dict)
+  except (ValueError, RecursionError):
+    return False
 
 
 def files(source: str) -> list[str]:
@@ -197,11 +226,11 @@ def _txt(path: str, name: str, alone: bool, skipped: Counter):
     begin = end
 
 
-def _jsonl(path: str):
+def _jsonl(path: str, span: tuple[int, int | None]):
   number = 0
   try:
-    for number, line in enumerate(_lines(path), 1):
-      if number == 1:
+    for number, line in enumerate(_lines(path, span), 1):
+      if number == 1 and not span[0]:
         line = line.removeprefix(b'\xef\xbb\xbf')
       if line.strip():
         yield number, functools.partial(_json, line)
@@ -211,15 +240,20 @@ def _jsonl(path: str):
     ) from e
 
 
-def _lines(path: str) -> Iterator[bytes]:
+def _lines(path: str, span: tuple[int, int | None]) -> Iterator[bytes]:
   if path.endswith('.gz'):
     with gzip.open(path, 'rb') as f:
       yield from f
   elif path.endswith('.zst'):
     yield from _zst_lines(path)
   else:
+    begin, end = span
     with open(path, 'rb') as f:
-      yield from f
+      if begin:  # the line around it belongs to the span before
+        f.seek(begin - 1)
+        f.readline()
+      while (end is None or f.tell() < end) and (line := f.readline()):
+        yield line
 
 
 def _zst_lines(path: str) -> Iterator[bytes]:
