@@ -35,7 +35,12 @@ def get_config(pair: str = ''):
   c.stages = ('reconstruct', 'cpt', 'cpt_trained')
   c.evals = ('log_perplexity', 'reconstruction', 'regeneration')
   if pair:
-    decoder, encoder = pair.split(',')
+    decoder, _, encoder = pair.partition(',')
+    if not (decoder and encoder) or ',' in encoder:
+      raise ValueError(
+        f'{pair}: name two models, DECODER,ENCODER, each a directory or a name '
+        'of the hub'
+      )
     c.model.decoder = common.decoder(decoder)
     c.model.encoder = common.encoder(encoder)
   else:

@@ -191,6 +191,13 @@ def require(
     why: starts the sentence, e.g. "stage 'cpt' starts from 'reconstruct'".
   """
   meta = read_meta(directory)
+  name = os.path.basename(os.path.normpath(directory))
+  if meta is None and name.isdigit() and os.path.isdir(directory):
+    stage = os.path.dirname(os.path.normpath(directory))
+    raise UserError(
+      f'{why}, but {directory} is one step: name the directory of its stage, '
+      f'{stage}, of which the newest is read'
+    )
   if meta is None:
     raise UserError(f'{why}, but there is no checkpoint in {directory}')
   if meta.get('format') not in READABLE:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from refrag_jax import config as config_lib
-from refrag_jax import environment, typed
+from refrag_jax import environment, paths, typed
 from refrag_jax.errors import UserError
 
 _FLAGS = ('--config', '--workdir', '--mode', '--help')
@@ -110,9 +110,13 @@ def parse(argv: list[str]) -> Command:
       overrides[name.removeprefix('--config.')] = text
     else:
       raise UserError(f'unknown flag {name}{_meant_flag(name)}')
-  file, colon, preset = flags['--config'].rpartition(':')
-  if not colon or not file.endswith('.py'):  # no preset, or C:\... on Windows
-    file, preset = flags['--config'], ''
+  for name in ('--config', '--workdir'):
+    flags[name] = paths.local(flags[name], name)
+  for name in ('--from', '--to'):
+    flags[name] = paths.source(flags[name], name)
+  # The preset begins behind the first .py: it may be of paths, with colons.
+  file, colon, preset = flags['--config'].partition('.py:')
+  file += '.py' if colon else ''
   return Command(
     mode=flags['--mode'],
     config_file=file,
@@ -287,6 +291,10 @@ def _config_errors(file: str) -> Iterator[None]:
     ]
     line = f', line {inside[-1].lineno}' if inside else ''
     text = ' '.join(str(e).split())
+    if "casted to type <class 'tuple'>" in text:
+      text += (
+        ': a list is wanted; of one value it is written with a comma, (x,)'
+      )
     raise UserError(
       f'config file {file}{line}: {type(e).__name__}: {text}'
     ) from None
@@ -352,6 +360,10 @@ def save_config(loaded: Loaded, workdir: str) -> str:
   except (FileExistsError, NotADirectoryError):
     raise UserError(
       f'--workdir={workdir} is, or lies below, a file: name a directory'
+    ) from None
+  except FileNotFoundError as e:  # as below /proc, where nothing can be made
+    raise UserError(
+      f'--workdir={workdir} cannot be made ({e.strerror}): name another'
     ) from None
   temporary = f'{path}.{os.getpid()}.tmp'
   try:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from refrag_jax import typed
+from refrag_jax import paths, typed
 from refrag_jax.errors import UserError
 
 
@@ -231,8 +231,41 @@ def build(config: Any) -> Config:
     num = len(built.data.text)
     data = dataclasses.replace(built.data, weights=(1.0 / num,) * num)
     built = dataclasses.replace(built, data=data)
+  built = _with_local_paths(built)
   validate.check(built)
   return built
+
+
+def _with_local_paths(config: Config) -> Config:
+  """The config with `~` put in, wherever a path may stand."""
+
+  def local(section: Any, prefix: str, *names: str) -> Any:
+    found = {}
+    for name in names:
+      value, key = getattr(section, name), f'config.{prefix}{name}'
+      if isinstance(value, str):
+        found[name] = paths.source(value, key)
+      else:
+        # A comma in one of several paths is the path's own.
+        found[name] = tuple(
+          paths.local(x, key) if ',' in x else paths.source(x, key)
+          for x in value
+        )
+    return dataclasses.replace(section, **found)
+
+  return dataclasses.replace(
+    local(config, '', 'init_from'),
+    data=local(
+      config.data, 'data.', 'text', 'tokenizer', 'encoder_tokenizer',
+      'cache_dir', 'questions',
+    ),
+    eval=local(config.eval, 'eval.', 'data'),
+    repro=local(config.repro, 'repro.', 'claims'),
+    stage={
+      name: local(stage, f'stage.{name}.', 'init_from')
+      for name, stage in config.stage.items()
+    },
+  )  # fmt: skip
 
 
 def changed(config: Config, changes: Sequence[str]) -> Config:
@@ -254,6 +287,7 @@ def changed(config: Config, changes: Sequence[str]) -> Config:
       raise UserError(f'there is no config key to set in {change!r}{hint}')
     value = typed.parse(text, typed.field_type(Config, key), key)
     config = _replaced(config, key.split('.'), value)
+  config = _with_local_paths(config)
   validate.check(config)
   return config
 

@@ -66,6 +66,7 @@ LEVELS = {
   'config': 0,
   'validate': 0,
   'typed': 0,
+  'paths': 0,
   'errors': 0,
 }
 # library: the only modules that may import it

@@ -1,8 +1,10 @@
 """Every kind of source, and what becomes of what cannot be read."""
 
+import errno
 import gzip
 import importlib
 import json
+import os
 import sys
 from collections import Counter
 
@@ -12,7 +14,7 @@ import pytest
 import zstandard
 from array_record.python import array_record_module
 
-from refrag_jax.data import text
+from refrag_jax.data import corpus, text, tokenizers
 from refrag_jax.errors import UserError
 
 GOOD = ['one', 'zwölf 🦜', 'three\nlines\n']
@@ -154,7 +156,7 @@ def test_unusable_records_are_skipped_and_counted(tmp_path):
     {text.NOT_UTF8: 2, text.NO_TEXT: 4, text.NOT_JSON: 1},
   )
 
-  (tmp_path / 'bad.txt').write_bytes(b'\xff\xfe')
+  (tmp_path / 'bad.txt').write_bytes(b'\xff\xf0')
   assert read(tmp_path / 'bad.txt') == ([], {text.NOT_UTF8: 1})
 
   array_record(tmp_path / 'a.array_record', [b'\xff', b'{"body": 1}', b'ok'])
@@ -221,3 +223,163 @@ def test_not_a_source(tmp_path):
   (tmp_path / 'a.pdf').write_bytes(b'')
   with pytest.raises(UserError, match='unknown kind of text'):
     read(tmp_path / 'a.pdf')
+
+
+def write(path, *texts, pack=lambda data: data):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  data = ''.join(json.dumps({'text': text}) + '\n' for text in texts)
+  path.write_bytes(pack(data.encode()))
+  return path
+
+
+def test_linked_files_and_directories_are_read_once(tmp_path):
+  data = tmp_path / 'data'
+  write(tmp_path / 'away' / 'shards' / 'a.jsonl', 'one')
+  write(tmp_path / 'blobs' / '7f3a', 'two')
+  data.mkdir()
+  (data / 'linked').symlink_to(tmp_path / 'away')
+  (data / 'again').symlink_to(tmp_path / 'away')
+  (data / 'b.jsonl').symlink_to(tmp_path / 'blobs' / '7f3a')
+  (tmp_path / 'away' / 'back').symlink_to(data)  # a loop
+  assert sorted(read(data)[0]) == ['one', 'two']
+
+
+def test_hidden_files_and_notes_are_no_data(tmp_path):
+  """AppleDouble's ._a.jsonl, a .git, LICENSE.txt; said where not hidden."""
+  write(
+    tmp_path / 'en' / 'c4-train.00000-of-01024.json.gz', 'x', pack=gzip.compress
+  )
+  write(tmp_path / 'a.jsonl', 'y')
+  (tmp_path / '._a.jsonl').write_bytes(b'\x00\x05\x16\x07')
+  write(tmp_path / '.git' / 'b.jsonl', 'no')
+  for name in ('LICENSE.txt', 'README.txt', 'sub.bin'):
+    (tmp_path / name).write_text('of no use')
+  texts, skipped = read(tmp_path)
+  assert sorted(texts) == ['x', 'y']
+  assert skipped == {
+    'files of unknown kind (first: sub.bin)': 1,
+    'files about the data (first: LICENSE.txt)': 2,
+  }
+  assert text.described(skipped).startswith('1 files of unknown kind (first: ')
+  # Alone they may be what is meant.
+  (tmp_path / 'only').mkdir()
+  (tmp_path / 'only' / 'README.txt').write_text('A manual.')
+  assert read(tmp_path / 'only')[0] == ['A manual.']
+
+
+def test_what_was_left_out_is_known_of_a_cached_index_too(tmp_path):
+  write(tmp_path / 'in' / 'a.jsonl', *(f'text {i} ' * 30 for i in range(20)))
+  (tmp_path / 'in' / 'b.csv').write_text('of no use')
+  for _ in range(2):
+    prepared = corpus.prepare(
+      (str(tmp_path / 'in'),), (1.0,), tokenizers.load('bytes'),
+      str(tmp_path / 'cache'), 0.25,
+    )  # fmt: skip
+    said = prepared.summary()
+    assert 'left out: 1 files of unknown kind (first: b.csv)' in said
+
+
+@pytest.mark.parametrize(
+  'name', ['a.txt', 'a.jsonl', 'a.jsonl.gz', 'a.parquet', 'a.array_record']
+)
+def test_pointers_of_git_lfs_are_refused_by_name(tmp_path, name):
+  path = tmp_path / name
+  path.write_text(
+    'version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n'
+  )
+  for source in (path, tmp_path):
+    with pytest.raises(
+      UserError, match=f'{path} is a Git LFS pointer.*lfs pul'
+    ):
+      read(source)
+
+
+def test_links_to_nothing_and_to_themselves_are_named(tmp_path):
+  write(tmp_path / 'a.jsonl', 'x')
+  link = tmp_path / 'b.jsonl'
+  link.symlink_to(tmp_path / 'gone.jsonl')
+  with pytest.raises(UserError, match=f'{link} is a link to .*gone.jsonl'):
+    read(tmp_path)
+  with pytest.raises(UserError, match=f'{link} is a link to .*gone.jsonl'):
+    read(link)
+  link.unlink()
+  link.symlink_to(tmp_path / 'c.jsonl')
+  (tmp_path / 'c.jsonl').symlink_to(link)
+  with pytest.raises(UserError, match='Too many levels'):
+    read(tmp_path)
+
+
+def test_a_directory_that_cannot_be_read_is_not_an_empty_one(
+  tmp_path, monkeypatch
+):
+  write(tmp_path / 'a.jsonl', 'x')
+  (tmp_path / 'secret').mkdir()
+  scandir = os.scandir
+
+  def refusing(path):
+    if os.path.basename(path) == 'secret':
+      raise PermissionError(errno.EACCES, 'Permission denied', path)
+    return scandir(path)
+
+  monkeypatch.setattr(os, 'scandir', refusing)
+  with pytest.raises(UserError, match='secret cannot be read .Permission'):
+    read(tmp_path)
+
+
+def test_numbers_of_any_length_are_numbers(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"text": "fine", "n": ' + '7' * 5000 + '}\n')
+  assert read(path) == (['fine'], {})
+
+
+def test_long_windows_are_no_damage(tmp_path):
+  """What `zstd --long=31` writes: a window above what is taken by default."""
+  parameters = zstandard.ZstdCompressionParameters(
+    window_log=28, enable_ldm=True
+  )
+  packer = zstandard.ZstdCompressor(compression_params=parameters)
+  pack = lambda data: b''.join(
+    (part := packer.compressobj()) and (part.compress(data), part.flush())
+  )
+  path = write(tmp_path / 'a.jsonl.zst', 'far', pack=pack)
+  frame = zstandard.get_frame_parameters(path.read_bytes())
+  assert frame.window_size == 1 << 28
+  assert read(path)[0] == ['far']
+
+
+def test_a_json_array_is_told_from_records(tmp_path):
+  path = tmp_path / 'a.json'
+  path.write_text('[\n {"text": "x"}\n]')
+  with pytest.raises(UserError, match='is one JSON array: .*jq -c'):
+    read(path)
+  assert read(write(tmp_path / 'b.json', 'x'))[0] == ['x']
+
+
+def test_utf_16_is_told_from_damage(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"text": "x"}', encoding='utf-16')
+  with pytest.raises(UserError, match='is UTF-16, not UTF-8'):
+    read(path)
+  path = tmp_path / 'a.txt'
+  path.write_text('x', encoding='utf-16')
+  assert read(path) == ([], {'UTF-16, not UTF-8 (see iconv)': 1})
+
+
+@pytest.mark.parametrize(
+  'kind',
+  [
+    pa.string(), pa.large_string(), pa.string_view(), pa.binary(),
+    pa.large_binary(), pa.dictionary(pa.int32(), pa.string()),
+  ],
+  ids=str,
+)  # fmt: skip
+def test_every_kind_of_arrow_string_is_text(tmp_path, kind):
+  column = pa.array(['é', 'b', 'é'], pa.string())
+  if pa.types.is_dictionary(kind):
+    column = column.dictionary_encode()
+  elif kind == pa.binary_view():
+    column = column.cast(pa.binary())
+  column = column.cast(kind)
+  path = tmp_path / 'a.parquet'
+  pq.write_table(pa.table({'text': column}), path)
+  assert read(path)[0] == ['é', 'b', 'é']

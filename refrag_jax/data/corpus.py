@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from refrag_jax.data import index, pool
+from refrag_jax.data import text as text_lib
 from refrag_jax.data.tokenizers import Tokenizer
 from refrag_jax.errors import UserError
 
@@ -91,9 +92,9 @@ class Corpus:
         f'{count["heldout_documents"]:,} and {count["heldout_tokens"]:,} '
         'held out'
       )
-      left_out = [f'{n:,} with {why}' for why, n in count['skipped'].items()]
-      if left_out:
-        lines.append(f'    left out: {", ".join(left_out)}')
+      if count['skipped']:
+        left_out = text_lib.described(count['skipped'])
+        lines.append(f'    left out: {left_out}')
       if count['shared_lines']:
         lines.append(
           f'    {count["shared_lines"]:,} lines dropped that stand on both '

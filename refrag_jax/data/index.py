@@ -284,7 +284,7 @@ def _hash(data: bytes) -> int:
 def _split(job: Job, unit: str, _) -> None:
   """Decides what needs all documents: sides, names and order of the shards."""
   del unit
-  shards, skipped = [], [Counter() for _ in job.sources]
+  shards, skipped = [], [text_lib.left_out(source) for source in job.sources]
   total, first, hashes = hashlib.sha256(), 0, []
   for u, (number, *_) in enumerate(job.units):
     read = results.read_json(job.path('read', f'{u:06}.json'))
@@ -620,7 +620,7 @@ def _check(sources, counts, skipped, fraction) -> None:
 
 def _nothing(sources, skipped, what: str) -> str:
   reasons = sum(skipped, Counter())
-  left_out = ', '.join(f'{n} with {why}' for why, n in reasons.items())
+  left_out = text_lib.described(reasons)
   return (
     f'{", ".join(sources)}: not one {what} with text'
     f' ({"left out: " + left_out if left_out else "it is empty"}); '

@@ -4,10 +4,11 @@ A source is one of
 
   stdlib                     the running interpreter's own documentation
   PATH.txt                   one document (the only file: cut into sections)
-  PATH.jsonl[.gz|.zst]       a record a line, its `text` field
+  PATH.jsonl[.gz|.zst]       a record a line, its `text` field; .json likewise
   PATH.parquet               a record a row, its `text` column
   PATH.array_record          a record is JSON with `text`, or the text itself
-  DIRECTORY                  every such file below it, by name
+  DIRECTORY                  every such file below it, by name; links are
+                             followed, hidden files and notes left out
   tfds:NAME[/CONFIG][:SPLIT], tfds:/DIRECTORY[:SPLIT]
 
 A record that cannot be used is skipped and counted by its reason; a file that
@@ -19,22 +20,33 @@ import functools
 import gzip
 import json
 import os
+import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from refrag_jax.errors import UserError
 
+# In a directory; a file that is named itself may also end in .json, which among
+# others is mostly what describes them.
 SUFFIXES = (
   '.txt',
   '.jsonl',
   '.jsonl.gz',
   '.jsonl.zst',
+  '.json.gz',
+  '.json.zst',
   '.parquet',
   '.array_record',
   '.arrayrecord',
 )
+# About the data beside it, not of it.
+NOTES = re.compile(
+  r'(readme|licen[cs]e|notice|copying|change(s|log)|authors)\b.*\.txt', re.I
+)
+LFS = b'version https://git-lfs.github.com/spec/'
+UTF16 = (b'\xff\xfe', b'\xfe\xff')
 NOT_UTF8 = 'invalid UTF-8'
 NOT_JSON = 'invalid JSON'
 NO_TEXT = 'no text'  # the field is missing, not a string, or only white space
@@ -61,6 +73,7 @@ def documents(source: str, skipped: Counter) -> Iterator[Document]:
     yield from _documents(_tfds(source), source, skipped)
     return
   paths = files(source)
+  skipped.update(left_out(source))
   for path in paths:
     name = (
       os.path.relpath(path, source)
@@ -84,6 +97,7 @@ def read(
     alone: whether the source is this file alone.
     span: of a file that `has_spans`, the lines that begin in these bytes.
   """
+  refuse_pointer(path)
   if path.endswith('.txt'):
     yield from _txt(path, name, alone, skipped)
   elif path.endswith('.parquet'):
@@ -107,27 +121,104 @@ def has_spans(path: str) -> bool:
 
 
 def files(source: str) -> list[str]:
-  """Returns the files of a path: itself, or all of a directory, by name."""
+  """Returns the files of a path: itself, or all of a directory, by name.
+
+  Raises:
+    UserError: there are none, or one of them is a link to nothing or a
+      placeholder of Git LFS.
+  """
   if os.path.isdir(source):
-    found = sorted(
-      os.path.join(directory, name)
-      for directory, _, names in os.walk(source)
-      for name in names
-      if name.endswith(SUFFIXES)
-    )
+    found, others = _walk(source)
     if not found:
-      raise UserError(f'{source}: no file in it ends in {", ".join(SUFFIXES)}')
-    return found
-  if not os.path.exists(source):
+      beside = f'; it has {described(others)}' if others else ''
+      raise UserError(
+        f'{source}: no file in it ends in {", ".join(SUFFIXES)}{beside}'
+      )
+  elif not os.path.lexists(source):
     raise UserError(
       f'text source {source!r} does not exist; give a file, a directory, '
       'tfds:NAME, or stdlib'
     )
-  if not source.endswith(SUFFIXES):
+  elif not source.endswith((*SUFFIXES, '.json')):
     raise UserError(
       f'{source}: unknown kind of text; it must end in {", ".join(SUFFIXES)}'
     )
-  return [source]
+  else:
+    found = [source]
+  for path in found:
+    _reachable(path)
+    refuse_pointer(path)
+  return found
+
+
+def left_out(source: str) -> Counter:
+  """How many files of a directory are not read, by the reason."""
+  return _walk(source)[1] if os.path.isdir(source) else Counter()
+
+
+def described(skipped: Mapping[str, int]) -> str:
+  """What was left out, for people to read."""
+  return ', '.join(
+    f'{n:,} {why}' if why.startswith('files') else f'{n:,} with {why}'
+    for why, n in skipped.items()
+  )
+
+
+def _walk(directory: str) -> tuple[list[str], Counter]:
+  """The data files below a directory, sorted, and what else is there."""
+
+  def fail(error: OSError):
+    raise UserError(
+      f'{error.filename} cannot be read ({error.strerror}): mend that, or name '
+      'the text that can be read'
+    )
+
+  found, notes, unknown, seen = [], [], [], set()
+  for place, below, names in os.walk(directory, onerror=fail, followlinks=True):
+    info = os.stat(place)
+    if (info.st_dev, info.st_ino) in seen:  # a link back, or a second one here
+      below.clear()
+      continue
+    seen.add((info.st_dev, info.st_ino))
+    below[:] = sorted(name for name in below if not name.startswith('.'))
+    for name in names:
+      if name.startswith('.'):
+        continue
+      kind = found if name.endswith(SUFFIXES) else unknown
+      if NOTES.fullmatch(name):
+        kind = notes
+      kind.append(os.path.join(place, name))
+  if not found:  # then they may be the text
+    found, notes = notes, []
+  left = Counter()
+  for kind, what in ((unknown, 'of unknown kind'), (notes, 'about the data')):
+    if kind:
+      first = os.path.relpath(min(kind), directory)
+      left[f'files {what} (first: {first})'] = len(kind)
+  return sorted(found), left
+
+
+def _reachable(path: str) -> None:
+  try:
+    os.stat(path)
+  except OSError as e:
+    what = f'cannot be read ({e.strerror})'
+    if os.path.islink(path):
+      what = f'is a link to {os.readlink(path)}, which {what}'
+    raise UserError(f'{path} {what}: mend it, or remove it') from None
+
+
+def is_lfs_pointer(path: str) -> bool:
+  """Whether this is what Git leaves of a file that LFS has not fetched."""
+  with open(path, 'rb') as f:
+    return f.read(len(LFS)) == LFS
+
+
+def refuse_pointer(path: str) -> None:
+  if is_lfs_pointer(path):
+    raise UserError(
+      f'{path} is a Git LFS pointer, not the file itself: run git lfs pull'
+    )
 
 
 def stat(source: str) -> list:
@@ -177,11 +268,26 @@ def _plain(value):
 
 def _json(line: bytes):
   """Returns the `text` of a JSON record."""
+  record = parse(line.decode('utf-8'))
+  return record.get('text') if isinstance(record, dict) else None
+
+
+def parse(line: str):
+  """A JSON value, numbers of any length among it.
+
+  Raises:
+    _SkipError: it is none.
+  """
   try:
-    record = json.loads(line.decode('utf-8'))
+    try:
+      return json.loads(line)
+    except ValueError as e:
+      if isinstance(e, json.JSONDecodeError):
+        raise
+      # A whole number of thousands of digits, which nobody wants as such.
+      return json.loads(line, parse_int=float)
   except (json.JSONDecodeError, RecursionError) as e:
     raise _SkipError(NOT_JSON) from e
-  return record.get('text') if isinstance(record, dict) else None
 
 
 def _json_or_text(value: bytes):
@@ -200,7 +306,8 @@ def _txt(path: str, name: str, alone: bool, skipped: Counter):
   try:
     text = data.decode('utf-8-sig')
   except UnicodeDecodeError:
-    skipped[NOT_UTF8] += 1
+    utf16 = data.startswith(UTF16)
+    skipped['UTF-16, not UTF-8 (see iconv)' if utf16 else NOT_UTF8] += 1
     return
   if not text.strip():
     skipped[NO_TEXT] += 1
@@ -232,6 +339,13 @@ def _jsonl(path: str, span: tuple[int, int | None]):
     for number, line in enumerate(_lines(path, span), 1):
       if number == 1 and not span[0]:
         line = line.removeprefix(b'\xef\xbb\xbf')
+        if line.startswith(UTF16):
+          raise UserError(f'{path} is UTF-16, not UTF-8: convert it with iconv')
+        if line.lstrip().startswith(b'['):
+          raise UserError(
+            f'{path} is one JSON array: give one record a line '
+            f'(jq -c .[] {os.path.basename(path)})'
+          )
       if line.strip():
         yield number, functools.partial(_json, line)
   except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as e:
@@ -260,11 +374,13 @@ def _zst_lines(path: str) -> Iterator[bytes]:
   # Not `stream_reader`: it takes a truncated file for a complete one.
   import zstandard
 
+  # Of any window: those of --long are larger than what it takes by itself.
+  unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
   rest, frame = b'', None
   with open(path, 'rb') as f:
     while data := f.read(1 << 20):
       while data:
-        frame = frame or zstandard.ZstdDecompressor().decompressobj()
+        frame = frame or unpacker.decompressobj()
         try:
           rest += frame.decompress(data)
         except zstandard.ZstdError as e:
@@ -291,11 +407,14 @@ def _parquet(path: str):
       if 'text' not in names:
         raise UserError(f'{path}: no column `text`; it has {", ".join(names)}')
       kind = f.schema_arrow.field('text').type
-      if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+      coded = pa.types.is_dictionary(kind)
+      if not _is_text(kind.value_type if coded else kind):
         raise UserError(f'{path}: column `text` holds {kind}, not text')
       for batch in f.iter_batches(batch_size=256, columns=['text']):
+        column = batch.column(0)
+        column = column.dictionary_decode() if coded else column
         # As binary: pyarrow would refuse the batch for one bad string.
-        for value in batch.column(0).cast(pa.large_binary()).to_pylist():
+        for value in column.cast(pa.large_binary()).to_pylist():
           yield number, functools.partial(_plain, value)
           number += 1
   except (pa.ArrowException, OSError) as e:
@@ -305,6 +424,15 @@ def _parquet(path: str):
     raise UserError(
       f'{path}: damaged after record {number} ({reason}); fetch it again'
     ) from e
+
+
+def _is_text(kind) -> bool:
+  """Whether an Arrow type holds strings, or bytes that may be such."""
+  import pyarrow as pa
+
+  kinds = ('string', 'large_string', 'string_view', 'binary', 'large_binary',
+           'binary_view')  # fmt: skip
+  return any(getattr(pa.types, f'is_{name}')(kind) for name in kinds)
 
 
 def _array_record(path: str):
@@ -330,8 +458,9 @@ def _tfds_builder(source: str):
   """Returns a tfds builder and the split's name, without TensorFlow."""
   import tensorflow_datasets as tfds
 
-  name = source.removeprefix('tfds:')
-  name, _, split = name.partition(':')
+  name, split = source.removeprefix('tfds:'), ''
+  if not os.path.isdir(name):  # a directory's name may have a colon
+    name, _, split = name.rpartition(':') if ':' in name else (name, '', '')
   try:
     if os.path.isdir(name):
       builder = tfds.builder_from_directory(name)
