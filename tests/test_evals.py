@@ -561,6 +561,29 @@ def test_qa_rows(session, params, tables):
     assert 0 <= row['em']['mean'] <= row['f1']['mean'] <= 1
 
 
+def test_qa_without_gold_marks_has_the_records_own_passages(
+  session, params, tmp_path
+):
+  """A plain DPR file: beside its twin with the same passages as tokens."""
+  data = session.config.data
+  path = tmp_path / 'plain.jsonl'
+  with open(data.questions) as f:
+    records = [json.loads(line) for line in f]
+  for r in records:
+    for ctx in r['ctxs']:
+      del ctx['gold']
+  path.write_text('\n'.join(map(json.dumps, records)))
+  data = dataclasses.replace(data, questions=str(path))
+  cfg = toy_run.replaced(session.config, data=data)
+  context = surroundings(session._replace(config=cfg), params)
+  (rows,) = EVALS['qa'](context).values()
+  assert rows.keys() - {'note'} == set(qa.UNMARKED_ROWS)
+  assert {'given', 'full_context_twin'} <= rows.keys()
+  assert 'full_context_twin' in rows['given']['vs']
+  given, shuffled = (rows[r]['gold_nll']['mean'] for r in ('given', 'shuffled'))
+  assert given != shuffled
+
+
 @pytest.mark.parametrize(
   ('gain', 'informative'), [(-1.0, True), (1.0, False), (0.0, False)]
 )

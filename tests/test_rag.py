@@ -1,10 +1,12 @@
 """Questions to batches: templates, masks, chunks of passages, bad records."""
 
+import gzip
 import json
 import types
 
 import numpy as np
 import pytest
+import zstandard
 
 from refrag_jax.data import chunking, corpus, rag, tokenizers
 from refrag_jax.errors import UserError
@@ -257,10 +259,147 @@ def test_bad_records_are_skipped_and_counted(tmp_path):
     '1 x not an object (first in line 22)',
     "1 x no 'question' (first in line 23)",
     "2 x no 'answers' (a list of texts) (first in line 24)",
-    "1 x no 'ctxs' (a list of passages) (first in line 26)",
+    "1 x no 'ctxs' (a list of passages); it has question, answers (first in"
+    ' line 26)',
     '1 x no passage with text (first in line 27)',
     '1 x answer longer than data.answer_length (first in line 29)',
   }
+
+
+def outcome(path) -> dict:
+  """Questions, passages and gold of both sides."""
+  return {
+    split: (source.kinds, source.passages, [
+      (q.question, q.answers, q.gold, q.kind) for q in source.questions
+    ])
+    for split in ('train', 'heldout')
+    for source in [build(split, questions=path)]
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda r: {'document': None},
+    lambda r: {'kind': None, 'id': None},
+    lambda r: {'question': None,
+               'turns': [{'speaker': 'Q', 'text': r['question']}]},
+    lambda r: {'ctxs': [ctx | {'gold': None, 'title': None, 'has_answer': i < 1}
+                        for i, ctx in enumerate(r['ctxs'])]},
+    lambda r: {'ctxs': [{'title': None, 'text': ctx['text'], 'hasanswer': i < 1}
+                        for i, ctx in enumerate(r['ctxs'])]},
+    lambda r: {'ctxs': [ctx | {'gold': int(i < 1), 'title': None}
+                        for i, ctx in enumerate(r['ctxs'])]},
+  ],
+)  # fmt: skip
+def test_a_null_field_is_one_that_is_not_there(tmp_path, change):
+  """And flags may be called as others call them, or 0 and 1."""
+  records = [record(i) for i in range(20)]
+  changed = [r | change(r) for r in records]
+  titled = all(ctx.get('title') for r in changed for ctx in r['ctxs'])
+  for r in [] if titled else records:
+    for ctx in r['ctxs']:
+      del ctx['title']
+  if 'turns' in changed[0]:
+    for r in records:
+      r['question'] = f'Q: {r["question"]}'
+  old = write(tmp_path / 'old.jsonl', records)
+  new = write(tmp_path / 'new.jsonl', changed)
+  assert outcome(old) == outcome(new)
+
+
+@pytest.mark.parametrize('value', ['False', 'true', 2, 0.5, [], {}])
+def test_a_flag_is_a_boolean(tmp_path, value):
+  """The text "False" is true to Python."""
+  broken = record(3)
+  broken['ctxs'][0]['gold'] = value
+  path = write(tmp_path / 'q.jsonl', [record(1), broken])
+  with pytest.raises(
+    UserError, match='record 2: gold is .*: write true or fal'
+  ):
+    build(questions=path)
+
+
+def test_what_looks_like_a_flag_is_named(tmp_path):
+  records = [record(i) for i in range(9)]
+  for r in records:
+    for ctx in r['ctxs']:
+      ctx['is_relevant'] = ctx.pop('gold', False)
+  source = build(questions=write(tmp_path / 'q.jsonl', records))
+  assert 'gold' not in source.kinds
+  assert source.skipped[0] == (
+    'no passage is marked gold; is_relevant is not read: call it gold'
+  )
+
+
+def test_the_same_question_or_gold_text_is_on_one_side(tmp_path):
+  """Also through a third record, and spelt otherwise."""
+  rng = np.random.default_rng(0)
+  records = []
+  for i in range(60):
+    q, g = rng.integers(25, size=2)
+    gold = {'title': f'{i}', 'text': f'The text {g}.', 'gold': True}
+    ask = f'What is {q}?' if i % 2 else f'what is  {q}'
+    records.append(record(i, question=ask, ctxs=[gold], document=f'd{i}'))
+  # Most come together; these are alone.
+  records += [record(i) for i in range(100, 120)]
+  path = write(tmp_path / 'q.jsonl', records)
+  sides = {
+    split: build(split, questions=path) for split in ('train', 'heldout')
+  }
+  seen = {
+    split: {(' '.join(q.question.lower().split()).strip('?'),
+             source.passages[q.gold][1]) for q in source.questions}
+    for split, source in sides.items()
+  }  # fmt: skip
+  assert all(seen.values())
+  for part in (0, 1):
+    train, held = ({pair[part] for pair in seen[s]} for s in seen)
+    assert not train & held
+
+
+def test_files_without_duplicates_keep_their_sides(tmp_path):
+  path = write(tmp_path / 'q.jsonl', [record(i) for i in range(40)])
+  held = {q.question for q in build('heldout', questions=path).questions}
+  expected = {
+    f'What is {i}?'
+    for i in range(40)
+    if corpus.is_heldout(f'gold text {i}', 0.2)
+  }
+  assert held == expected
+
+
+@pytest.mark.parametrize('form', ['array', 'indented', 'gz', 'zst', 'bom'])
+def test_other_forms_of_the_same_file(tmp_path, form):
+  """As retrievers write them."""
+  records = [record(i) | {'n': 3} for i in range(12)]
+  plain = write(tmp_path / 'q.jsonl', records)
+  data = (tmp_path / 'q.jsonl').read_bytes()
+  path = tmp_path / {'gz': 'q.jsonl.gz', 'zst': 'q.jsonl.zst'}.get(
+    form, 'q.json'
+  )
+  path.write_bytes({
+    'array': lambda: json.dumps(records).encode(),
+    'indented': lambda: json.dumps(records, indent=2).encode(),
+    'gz': lambda: gzip.compress(data),
+    'zst': lambda: zstandard.compress(data),
+    'bom': lambda: b'\xef\xbb\xbf' + data.replace(b'3}', b'7' * 5000 + b'}'),
+  }[form]())  # fmt: skip
+  assert outcome(str(path)) == outcome(plain)
+
+
+def test_fields_of_another_form_are_named(tmp_path):
+  path = write(tmp_path / 'q.jsonl', [{'query': 'x', 'docs': []}])
+  with pytest.raises(UserError, match="no 'question'; it has query, docs"):
+    build(questions=path)
+
+
+def test_some_without_gold_is_said(tmp_path):
+  records = [record(i) for i in range(20)]
+  for r in records[:10]:
+    del r['ctxs'][0]['gold']
+  source = build(questions=write(tmp_path / 'q.jsonl', records))
+  assert any('not measured' in line for line in source.skipped)
 
 
 def test_nothing_usable_is_the_users_mistake(tmp_path):

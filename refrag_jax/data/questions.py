@@ -2,20 +2,28 @@
 
 A record has the DPR form {"question", "answers", "ctxs": [{"title", "text"}]};
 "turns", a list of {"speaker", "text"}, may stand for the question. A passage
-that carries "gold": true (or DPR's "has_answer": true) holds the answer. What
-cannot be used is skipped and counted, with the first line that had it.
+that carries "gold": true (or "has_answer" or "hasanswer", as DPR and Contriever
+write it) holds the answer. A field that is null is one that is not there. The
+file has a record a line, or is one JSON array; it may be packed (.gz, .zst).
+What cannot be used is skipped and counted, with the first line that had it.
 """
 
 import json
 import re
+import string
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from refrag_jax.config import Config
 from refrag_jax.data import stdlib
+from refrag_jax.data import text as text_lib
 from refrag_jax.errors import UserError
 
+# Whether a passage holds the answer; the first that is there counts.
+FLAGS = ('gold', 'has_answer', 'hasanswer')
+# What else may be meant to be one.
+LIKE_FLAGS = re.compile('gold|answer|positive|relevan|support')
 TURN_TEMPLATE = '{speaker}: {text}'
 
 
@@ -34,13 +42,14 @@ class Skipped:
 
   def __init__(self):
     self.count, self.first = Counter(), {}
+    self.notes = []  # what else is to be said
 
   def add(self, reason: str, line: int) -> None:
     self.count[reason] += 1
     self.first.setdefault(reason, line)
 
   def lines(self) -> list[str]:
-    return [
+    return self.notes + [
       f'{n} x {reason} (first in line {self.first[reason]})'
       for reason, n in self.count.items()
     ]
@@ -61,25 +70,78 @@ def check_there(config: Config) -> None:
   path = config.data.questions
   if path != 'stdlib':
     try:
-      with open(path, 'rb'):
-        pass
+      text_lib.refuse_pointer(path)
     except OSError as error:
-      raise _unreadable(path, error) from None
-
-
-def _unreadable(path: str, error: OSError) -> UserError:
-  return UserError(
-    f'data.questions: {path} cannot be read ({error.strerror}); give'
-    " 'stdlib' or a JSONL file"
-  )
+      raise UserError(
+        f'data.questions: {path} cannot be read ({error.strerror}); give'
+        " 'stdlib' or a JSONL file"
+      ) from None
 
 
 def read(config: Config, skipped: Skipped) -> Iterator[Record]:
-  """Yields the usable records of `config.data.questions`, counts the others."""
+  """The usable records of `config.data.questions`; counts the others.
+
+  Those that share a question or a gold passage are of one document: else the
+  same question would be trained on and held out. (The embedded ones are taken
+  by the module that they ask about, so that their text is on its side.)
+  """
+  records, likely, flagged = [], Counter(), False
   for line, value in _values(config, skipped):
+    value = _without_nulls(value)
     record = _record(value, line, skipped)
     if record is not None:
-      yield record
+      records.append(record)
+      flagged |= record.gold is not None
+      for ctx in value['ctxs']:
+        likely.update(
+          key for key in ctx if key not in FLAGS and LIKE_FLAGS.search(key)
+        )
+  if likely and not flagged:
+    skipped.notes.append(
+      f'no passage is marked gold; {", ".join(sorted(likely))} is not read: '
+      f'call it {FLAGS[0]}'
+    )
+  yield from _joined(records) if config.data.questions != 'stdlib' else records
+
+
+def _without_nulls(value: Any) -> Any:
+  """The value without fields that are null, at any depth."""
+  if isinstance(value, dict):
+    return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+  if isinstance(value, list):
+    return [_without_nulls(item) for item in value]
+  return value
+
+
+def _joined(records: list[Record]) -> list[Record]:
+  """The records, those with a question or gold text in common of one document.
+
+  A document's name is the least of those that came together, so that it stays
+  what it was where nothing is shared.
+  """
+  parent: dict[str, str] = {}
+
+  def root(name: str) -> str:
+    while parent.setdefault(name, name) != name:
+      parent[name] = name = parent[parent[name]]
+    return name
+
+  first: dict[tuple[str, str], str] = {}
+  for record in records:
+    shared = [('question', _normal(record.question))]
+    if record.gold is not None:
+      shared.append(('gold', _normal(record.passages[record.gold][1])))
+    for key in shared:
+      a, b = root(first.setdefault(key, record.document)), root(record.document)
+      parent[max(a, b)] = min(a, b)
+  return [record._replace(document=root(record.document)) for record in records]
+
+
+def _normal(text: str) -> str:
+  """A text without what two copies of it may differ in."""
+  kept = text.lower().translate(str.maketrans('', '', string.punctuation))
+  # A question of signs alone is what it is.
+  return ' '.join(kept.split()) or text
 
 
 def _values(config: Config, skipped: Skipped) -> Iterator[tuple[int, Any]]:
@@ -92,21 +154,17 @@ def _values(config: Config, skipped: Skipped) -> Iterator[tuple[int, Any]]:
     room = max(room - len(template.encode()), stdlib.FEWEST_BYTES)
     yield from enumerate(stdlib.questions(room), 1)
     return
-  try:
-    with open(path, 'rb') as file:
-      for line, data in enumerate(file, 1):
-        if not data.strip():
-          continue
-        try:
-          value = json.loads(data)
-          # JSON can spell a lone surrogate, which has no UTF-8.
-          json.dumps(value, ensure_ascii=False).encode()
-        except (ValueError, RecursionError):
-          skipped.add('not JSON in UTF-8', line)
-        else:
-          yield line, value
-  except OSError as error:
-    raise _unreadable(path, error) from None
+  check_there(config)
+  for line, value in text_lib.json_values(path):
+    try:
+      # It can spell a lone surrogate, which has no UTF-8.
+      if value is not text_lib.INVALID:
+        json.dumps(value, ensure_ascii=False).encode()
+        yield line, value
+        continue
+    except (ValueError, RecursionError):
+      pass
+    skipped.add('not JSON in UTF-8', line)
 
 
 def _record(value: Any, line: int, skipped: Skipped) -> Record | None:
@@ -115,14 +173,16 @@ def _record(value: Any, line: int, skipped: Skipped) -> Record | None:
     return None
   question = value.get('question', _conversation(value.get('turns')))
   if not isinstance(question, str) or not question.strip():
-    skipped.add("no 'question'", line)
+    skipped.add(f"no 'question'{_has(value, 'question')}", line)
     return None
   answers = value.get('answers')
   if not _is_list(answers, str) or not answers or not all(answers):
-    skipped.add("no 'answers' (a list of texts)", line)
+    what = "no 'answers' (a list of texts)"
+    skipped.add(what + _has(value, 'answers'), line)
     return None
   if not _is_list(value.get('ctxs'), dict):
-    skipped.add("no 'ctxs' (a list of passages)", line)
+    what = "no 'ctxs' (a list of passages)"
+    skipped.add(what + _has(value, 'ctxs'), line)
     return None
   passages, gold = [], None
   for ctx in value['ctxs']:
@@ -130,7 +190,7 @@ def _record(value: Any, line: int, skipped: Skipped) -> Record | None:
     if not isinstance(text, str) or not text.strip():
       skipped.add('empty passage', line)
       continue
-    if gold is None and ctx.get('gold', ctx.get('has_answer')):
+    if _flag(ctx, line) and gold is None:
       gold = len(passages)
     passages.append((str(ctx.get('title') or ''), text))
   if not passages:
@@ -146,6 +206,32 @@ def _record(value: Any, line: int, skipped: Skipped) -> Record | None:
     kind=str(value.get('kind', '')),
     document=str(value.get('document', about)),
   )
+
+
+def _has(record: dict[str, Any], field: str) -> str:
+  """What there is instead of a field that is not there."""
+  if field in record or not record:
+    return ''
+  return f'; it has {", ".join(list(record)[:6])}'
+
+
+def _flag(ctx: dict[str, Any], line: int) -> bool:
+  """Whether a passage is marked as gold.
+
+  Raises:
+    UserError: the mark is neither a boolean nor 0 or 1.
+  """
+  for key in FLAGS:
+    value = ctx.get(key)
+    if value is None:
+      continue
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+      raise UserError(
+        f'data.questions, record {line}: {key} is {value!r}: write true or '
+        'false (or 1 or 0)'
+      )
+    return bool(value)
+  return False
 
 
 def _conversation(turns: Any) -> str:

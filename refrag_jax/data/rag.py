@@ -297,6 +297,11 @@ def build(config, tokenizer, encoder_tokenizer, split: str) -> Source:
     raise UserError(
       f'{data.questions}: no usable question for the {split} split ({reasons})'
     )
+  unmarked = sum(question.gold is None for question in questions)
+  if 0 < unmarked < len(questions):
+    skipped.notes.append(
+      f'{unmarked} x no passage marked gold, so trained on and not measured'
+    )
   return Source(
     questions=tuple(questions),
     passages=tuple(passages),

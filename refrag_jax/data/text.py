@@ -18,6 +18,7 @@ cannot be read at all ends the run with a sentence that names it.
 import dataclasses
 import functools
 import gzip
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from refrag_jax.errors import UserError
 
@@ -46,6 +48,7 @@ NOTES = re.compile(
   r'(readme|licen[cs]e|notice|copying|change(s|log)|authors)\b.*\.txt', re.I
 )
 LFS = b'version https://git-lfs.github.com/spec/'
+INVALID = object()
 UTF16 = (b'\xff\xfe', b'\xfe\xff')
 NOT_UTF8 = 'invalid UTF-8'
 NOT_JSON = 'invalid JSON'
@@ -334,6 +337,20 @@ def _txt(path: str, name: str, alone: bool, skipped: Counter):
 
 
 def _jsonl(path: str, span: tuple[int, int | None]):
+  for number, line in _numbered(path, span):
+    if number == 1 and not span[0] and line.lstrip().startswith(b'['):
+      raise UserError(
+        f'{path} is one JSON array: give one record a line '
+        f'(jq -c .[] {os.path.basename(path)})'
+      )
+    if line.strip():
+      yield number, functools.partial(_json, line)
+
+
+def _numbered(
+  path: str, span: tuple[int, int | None]
+) -> Iterator[tuple[int, bytes]]:
+  """Yields the lines, unpacked, without a byte order mark."""
   number = 0
   try:
     for number, line in enumerate(_lines(path, span), 1):
@@ -341,17 +358,44 @@ def _jsonl(path: str, span: tuple[int, int | None]):
         line = line.removeprefix(b'\xef\xbb\xbf')
         if line.startswith(UTF16):
           raise UserError(f'{path} is UTF-16, not UTF-8: convert it with iconv')
-        if line.lstrip().startswith(b'['):
-          raise UserError(
-            f'{path} is one JSON array: give one record a line '
-            f'(jq -c .[] {os.path.basename(path)})'
-          )
-      if line.strip():
-        yield number, functools.partial(_json, line)
+      yield number, line
   except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as e:
     raise UserError(
       f'{path}: damaged after line {number} ({e}); fetch or pack it again'
     ) from e
+
+
+def json_values(path: str) -> Iterator[tuple[int, Any]]:
+  """Yields (line, value) of a file with a JSON value a line, packed or not.
+
+  A file that is one array is read as well, its values numbered from 1. What is
+  no JSON comes as INVALID.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  lines = (line for _, line in _numbered(path, (0, None)))
+  first = next(lines, b'')
+  while first and not first.strip():
+    first = next(lines, b'')
+  rest = itertools.chain([first], lines)
+  if first.lstrip().startswith(b'['):
+    whole = b''.join(rest)
+    try:
+      values = parse(whole.decode('utf-8'))
+    except (UnicodeError, _SkipError):
+      values = None
+    # Else it is a list a line, of which no record is made.
+    if isinstance(values, list):
+      yield from enumerate(values, 1)
+      return
+    rest = whole.splitlines(keepends=True)
+  for number, line in enumerate(rest, 1):
+    if line.strip():
+      try:
+        yield number, parse(line.decode('utf-8'))
+      except (UnicodeError, _SkipError):
+        yield number, INVALID
 
 
 def _lines(path: str, span: tuple[int, int | None]) -> Iterator[bytes]:
