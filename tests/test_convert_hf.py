@@ -144,7 +144,9 @@ def test_a_host_reads_what_its_own_devices_hold(tmp_path, monkeypatch):
   files = convert_hf.Files(str(tmp_path / 'm'))
   family = hf_families.FAMILIES['llama']
   tensor = convert_hf._tensor_of(family, 'layers/q_proj/kernel')
-  name_of = {hf_families.canonical(n, family): n for n in files.names()}
+  name_of = {
+    hf_families.canonical(n, family.prefix, family): n for n in files.names()
+  }
   parts = convert_hf._read_parts(files, tensor, leaf, name_of, list(bounds))
   assert len(parts) == 4
   whole = np.asarray(params['layers']['q_proj']['kernel'])

@@ -132,7 +132,7 @@ def test_an_export_comes_back_bit_for_bit(cfg, run, exported, tmp_path):
   assert saved['stage'] == 'reconstruct' and saved['chunk_size'] == 4
   assert saved['model']['decoder'] == dataclasses.asdict(cfg.model.decoder)
   assert sorted(os.listdir(exported)) == [
-    'decoder', 'encoder', 'projection.safetensors', 'refrag.json',
+    'README.md', 'decoder', 'encoder', 'projection.safetensors', 'refrag.json',
   ]  # fmt: skip
   # In, and out, and in again.
   target = str(tmp_path / 'imported')

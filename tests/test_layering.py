@@ -29,6 +29,7 @@ LEVELS = {
   'plan_page': 4,
   'programs': 4,
   'samples': 4,
+  'model_card': 1,
   'exchange': 4,
   'session': 3,
   'pretrained': 3,
