@@ -99,5 +99,5 @@ def read_json(path: str) -> Any:
   try:
     return json.loads(data)
   except ValueError as e:
-    what = 'damaged or cut off' if data.strip() else 'empty'
-    raise UserError(f'{path} is {what} ({e}): download it again') from None
+    what = f'damaged or cut off ({e})' if data.strip() else 'empty'
+    raise UserError(f'{path} is {what}: download it again') from None

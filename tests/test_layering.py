@@ -61,6 +61,7 @@ LEVELS = {
   'latency': 1,
   'hf_families': 1,
   'hub': 1,
+  'found': 1,
   'topologies': 1,
   'paper_tables': 1,
   'environment': 0,
