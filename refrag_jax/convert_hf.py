@@ -382,10 +382,10 @@ def _inner(shape, bounds) -> tuple[slice, ...]:
 
 
 def dtypes(directory: str) -> dict[str, str]:
-  """The type of each tensor of a model, by its name in hf_families.py.
+  """What an export of a model is written in: the types that it came in.
 
-  What an export of the model is written in. The widest of all layers; float32
-  for sums of two tensors, and where nothing narrower is read.
+  By the names in hf_families.py, of those that are narrower than float32 in all
+  layers; sums of two tensors are not.
   """
   values = hf_families.read_config(directory)
   family = FAMILIES[hf_families.family_of(values, directory)]
@@ -394,10 +394,8 @@ def dtypes(directory: str) -> dict[str, str]:
     other = family.tied[1] if tensor.theirs == family.tied[0] else ''
     found = _of_name(files, tensor.theirs) or _of_name(files, other)
     kinds = {DTYPES.get(files.slice(name).get_dtype()) for name in found}
-    if len(kinds) == 1 and kinds != {None} and not tensor.added:
+    if len(kinds) == 1 and not kinds & {None, 'float32'} and not tensor.added:
       out[tensor.theirs] = kinds.pop()
-    else:
-      out[tensor.theirs] = 'float32'
   return out
 
 
@@ -507,7 +505,7 @@ def _save(tensors: dict[str, np.ndarray], path: str, **more: Any) -> None:
   try:
     save_file(tensors, path, **more)
   except safetensors.SafetensorError as e:
-    number = re.search(r'Os \{ code: (\d+)', str(e))
+    number = re.search(r'os error (\d+)', str(e))
     if number is None:
       raise
     raise OSError(int(number[1]), os.strerror(int(number[1])), path) from e

@@ -175,11 +175,9 @@ def _dtypes(values: dict, base: dict) -> dict[str, str]:
   if 'float16' not in dtypes.values():
     return dtypes
   most = max(float(abs(x).max()) for x in jax.tree.leaves(values))
-  if most <= np.finfo(np.float16).max:
+  if most <= float(np.finfo(np.float16).max):
     return dtypes
-  return dtypes | {
-    name: 'float32' for name, kind in dtypes.items() if kind == 'float16'
-  }
+  return {name: kind for name, kind in dtypes.items() if kind != 'float16'}
 
 
 def _write(opened, params, bases: dict, stage: str, target: str) -> None:
