@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from refrag_jax import config as config_lib
-from refrag_jax import environment, found, typed
+from refrag_jax import environment, typed
 from refrag_jax.errors import UserError
 
 _FLAGS = ('--config', '--workdir', '--mode', '--help')
@@ -180,6 +180,8 @@ def load(command: Command) -> Loaded:
 
 def _load_found(command: Command) -> Loaded:
   """The config in what --from names: a run's, or that of a pair of models."""
+  from refrag_jax import found  # its NumPy is more than --help needs
+
   source = command.flags['from']
   if ',' in source:
     preset = found.pair(source)
