@@ -65,6 +65,7 @@ def usage(modes: Mapping[str, tuple], later: Mapping[str, str]) -> str:
     *(f'  {name:8}{text}' for name, text in later.items()),
     '',
     '--workdir is runs/<config.name> unless given; the default mode is train.',
+    'Import and export need no --config where --from is a pair or in a run.',
     'Lists are written 4,2 or (4,2), () is the empty one; --noconfig.a.b is',
     'false. Exit codes: 0 done, 1 failed, 2 the input is wrong, 75 stopped',
     'with its state saved: the same command continues it.',
@@ -143,6 +144,8 @@ def _meant_flag(name: str) -> str:
 
 def load(command: Command) -> Loaded:
   """Runs the config file, applies the overrides and checks the result."""
+  if not command.config_file and command.mode in ('import', 'export'):
+    return _load_found(command)
   if not command.config_file:
     raise UserError(
       'no config: add --config=FILE.py, such as --config=configs/tiny.py'
@@ -177,6 +180,36 @@ def load(command: Command) -> Loaded:
     else:
       sources[key] = file
   return Loaded(config_lib.build(tree), sources, command)
+
+
+def _load_found(command: Command) -> Loaded:
+  """The config in what --from names: a run's, or that of a pair of models."""
+  from refrag_jax import found  # its NumPy is more than --help needs
+
+  source = command.flags['from']
+  if ',' in source:
+    preset = found.pair(source)
+    if ',' in preset:
+      file = os.path.relpath(environment.ROOT / 'configs' / 'pair.py')
+      return load(dataclasses.replace(command, config_file=file, preset=preset))
+  elif record := found.of_run(source):
+    run, saved = record
+    config = config_lib.build(saved['config'])
+    sources = dict(saved['sources'])
+    for key, text in command.overrides.items():
+      config = config_lib.changed(
+        config, [f'{key}={"true" if text is None else text}']
+      )
+      sources[key] = 'command line'
+    workdir = command.workdir or run
+    return Loaded(
+      config, sources, dataclasses.replace(command, workdir=workdir)
+    )
+  raise UserError(
+    f'no config: add --config=FILE.py; without it, --mode={command.mode} wants '
+    '--from=DECODER,ENCODER or --from=RUN/checkpoints/STAGE with the config of '
+    'that run'
+  )
 
 
 def _override(key: str, text: str | None, known: Mapping[str, Any]) -> Any:
@@ -303,14 +336,15 @@ def _config_errors(file: str) -> Iterator[None]:
 def announce(loaded: Loaded, workdir: str) -> None:
   """Prints the resolved config and saves it with the run."""
   print_config(loaded, sys.stdout)
-  save_config(loaded, workdir)
+  if loaded.command.config_file:  # else it is the one that lies there
+    save_config(loaded, workdir)
 
 
 def _shown(loaded: Loaded) -> list[tuple[str, str, str]]:
   """(key, source, value) rows, without the fields that a stage does not use."""
   rows = []
   for key, value in typed.flatten(dataclasses.asdict(loaded.config)).items():
-    source = loaded.sources[key]
+    source = loaded.sources.get(key, 'config.json')
     unused = value in (0, '', ()) and source == 'default'
     if not (key.startswith('stage.') and unused):
       if isinstance(value, tuple):  # as it is typed on the command line

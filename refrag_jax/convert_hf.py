@@ -14,16 +14,17 @@ import hashlib
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from refrag_jax import hf_families, results
+from refrag_jax import hf_families, hub, results
 from refrag_jax.errors import UserError
 from refrag_jax.hf_families import FAMILIES, Family, Tensor
 from refrag_jax.progress import say
@@ -31,7 +32,9 @@ from refrag_jax.sharding import path_str
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
-DTYPES = ('F64', 'F32', 'F16', 'BF16')
+# As they are in files, and as they go out again. Ours are float32.
+DTYPES = {'F64': 'float32', 'F32': 'float32', 'F16': 'float16',
+          'BF16': 'bfloat16'}  # fmt: skip
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.msgpack', '.h5')
 SHARD_BYTES = 1 << 30  # of a file that is written, gathered as a whole
 
@@ -70,7 +73,7 @@ class Files:
     if os.path.exists(index):
       files = collections.defaultdict(list)
       try:
-        for name, file in results.read_json(index)['weight_map'].items():
+        for name, file in hub.read_json(index)['weight_map'].items():
           files[file].append(name)
       except (KeyError, TypeError, AttributeError):
         raise UserError(
@@ -103,6 +106,7 @@ class Files:
   def _opened(self, file: str):
     path = os.path.join(self.directory, file)
     try:
+      hub.refuse_pointer(path)
       return safetensors.safe_open(path, 'numpy')
     except (safetensors.SafetensorError, OSError) as e:
       raise UserError(
@@ -133,11 +137,11 @@ def read_params(directory: str, abstract: Any) -> Any:
     UserError: a tensor is missing, left over, of another shape or not finite,
       or a file is damaged.
   """
-  family = FAMILIES[
-    hf_families.family_of(hf_families.read_config(directory), directory)
-  ]
+  config = hf_families.read_config(directory)
+  family = FAMILIES[hf_families.family_of(config, directory)]
   files = Files(directory)
-  name_of = _checked_names(files, family, abstract, directory)
+  tied = config.get('tie_word_embeddings', True)
+  name_of = _checked_names(files, family, abstract, directory, tied)
   clock, size = time.monotonic(), 0
   leaves = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
@@ -188,15 +192,23 @@ def _folded(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
   return (int(np.prod(shape)),) if tensor.ours.endswith('bias') else shape
 
 
-def _checked_names(files, family, abstract, directory) -> dict[str, str]:
+def _checked_names(files, family, abstract, directory, tied) -> dict[str, str]:
   """Canonical name: name in the files; refuses what does not fit."""
-  name_of = {}
+  wrapped = [name for name in files.names() if '.lora_' in name]
+  if wrapped:
+    hf_families.refuse_adapter(directory, wrapped[0])
+  needed, name_of = dict(_needed(family, abstract)), {}
+  prefix = hf_families.prefix_of(files.names(), needed, family, directory)
   for name in files.names():
-    short = hf_families.canonical(name, family)
+    short = hf_families.canonical(name, prefix, family)
     if short in name_of:
       raise UserError(f'{directory} has both {name} and {name_of[short]}')
     name_of[short] = name
-  needed = dict(_needed(family, abstract))
+  if prefix not in ('', family.prefix):
+    say(f"{directory}  its tensors' names are read without {prefix!r}")
+  embedding, head = family.tied
+  if embedding not in name_of and head not in needed and tied:
+    name_of |= {embedding: name_of.pop(head)} if head in name_of else {}
   missing = [name for name in needed if name not in name_of]
   if missing:
     raise UserError(
@@ -206,12 +218,28 @@ def _checked_names(files, family, abstract, directory) -> dict[str, str]:
   extra = [
     name
     for name in name_of
-    if name not in needed and not re.search(family.ignored, name)
+    if name not in needed and not re.search(hf_families.BUFFERS, name)
   ]
-  if extra == ['lm_head.weight'] and _same(
-    files, name_of, 'lm_head.weight', 'embed_tokens.weight'
-  ):
+  if extra == ['lm_head.weight'] and _same(files, name_of, head, embedding):
     extra = []  # a tied head, written down all the same
+  # Of an encoder with a prefix, what has none follows it, as ColBERT's linear.
+  own = {prefix, *(name.split('.')[0] for name in needed)}
+  beside = lambda name: (
+    bool(prefix) and not name_of[name].startswith(tuple(own))
+  )
+  unused = [
+    name
+    for name in extra
+    if re.search(family.heads, name)
+    or (family.group == 'encoder' and beside(name))
+  ]
+  modules = hf_families.left_out(hf_families.modules(directory))
+  if unused or modules:
+    names = [f'{m["path"]} ({m["kind"]})' for m in modules]
+    names += [f'{len(unused)} tensors ({_some(unused)})'] if unused else []
+    say(f'{directory}  left out, not part of what REFRAG runs: '
+        f'{" and ".join(names)}')  # fmt: skip
+  extra = [name for name in extra if name not in unused]
   if extra:
     raise UserError(
       f'{directory} has {len(extra)} tensors that have no place in this '
@@ -353,11 +381,52 @@ def _inner(shape, bounds) -> tuple[slice, ...]:
   return (slice(None), *(slice(*b) for b in bounds[1:]))
 
 
+def dtypes(directory: str) -> dict[str, str]:
+  """What an export of a model is written in: the types that it came in.
+
+  By the names in hf_families.py, of those that are narrower than float32 in all
+  layers; sums of two tensors are not.
+  """
+  values = hf_families.read_config(directory)
+  family = FAMILIES[hf_families.family_of(values, directory)]
+  files, out = Files(directory), {}
+  for tensor in family.tensors:
+    other = family.tied[1] if tensor.theirs == family.tied[0] else ''
+    found = _of_name(files, tensor.theirs) or _of_name(files, other)
+    kinds = {DTYPES.get(files.slice(name).get_dtype()) for name in found}
+    if len(kinds) == 1 and not kinds & {None, 'float32'} and not tensor.added:
+      out[tensor.theirs] = kinds.pop()
+  return out
+
+
+def _of_name(files: Files, theirs: str) -> list[str]:
+  """The tensors of a name in hf_families.py, whatever stands before it."""
+  pattern = re.escape(theirs).replace(r'\{\}', r'\d+')
+  pattern = pattern.replace(r'LayerNorm\.weight', r'LayerNorm\.(weight|gamma)')
+  pattern = pattern.replace(r'LayerNorm\.bias', r'LayerNorm\.(bias|beta)')
+  found = re.compile(rf'(^|\.){pattern}$')
+  return [name for name in files.names() if theirs and found.search(name)]
+
+
+def module_tensors(directory: str, module: str) -> dict[str, np.ndarray]:
+  """The tensors of a module that REFRAG does not run, by name from it on."""
+  files, out = Files(directory), {}
+  for name in files.names():
+    if found := re.search(rf'(?:^|\.)({module}\..+)$', name):
+      out[found[1]] = files.slice(name)[...]
+  return out
+
+
 # --- Writing ------------------------------------------------------------------
 
 
 def write_params(
-  directory: str, group: str, params: Any, config: Mapping[str, Any], dtype: Any
+  directory: str,
+  group: str,
+  params: Any,
+  config: Mapping[str, Any],
+  dtype: Any,
+  more: Mapping[str, np.ndarray] | None = None,
 ) -> list[str]:
   """Writes a group as a model of the family that its config.json names.
 
@@ -365,23 +434,28 @@ def write_params(
     directory: exists.
     params: the group's arrays, on a mesh of this process; the tensors of a file
       are gathered when it is written.
-    dtype: of the tensors that are written.
+    dtype: of the tensors that are written; or one each, as `dtypes` has them.
+    more: further tensors, written as they are.
 
   Returns:
     The names of the files.
   """
   family = FAMILIES[config['model_type']]
   assert family.group == group, (family, group)
-  plan = _written(family, params)
-  sizes = {name: int(np.prod(shape)) for name, (shape, _) in plan.items()}
-  width = np.dtype(dtype).itemsize
+  plan = _written(family, params, dtype, config.get('type_vocab_size'))
+  for name, array in (more or {}).items():
+    plan[name] = Plan(array.shape, array.dtype, lambda array=array: array)
+  sizes = {
+    name: int(np.prod(shape)) * kind.itemsize
+    for name, (shape, kind, _) in plan.items()
+  }
   files, last, used = [[]], 0, 0
   for name, size in sizes.items():
-    if files[last] and used + size * width > SHARD_BYTES:
+    if files[last] and used + size > SHARD_BYTES:
       files.append([])
       last, used = last + 1, 0
     files[last].append(name)
-    used += size * width
+    used += size
   names = [SINGLE]
   if len(files) > 1:
     names = [
@@ -390,11 +464,11 @@ def write_params(
     ]
   for file, of_file in zip(names, files, strict=True):
     tensors = {
-      name: np.ascontiguousarray(plan[name][1]().astype(dtype))
+      name: np.ascontiguousarray(fetch().astype(kind))
       for name in of_file
+      for _, kind, fetch in [plan[name]]
     }
-    path = os.path.join(directory, file)
-    save_file(tensors, path, metadata={'format': 'pt'})
+    _save(tensors, os.path.join(directory, file), metadata={'format': 'pt'})
     del tensors
   if len(files) > 1:
     weight_map = {
@@ -402,23 +476,57 @@ def write_params(
       for file, of_file in zip(names, files, strict=True)
       for name in of_file
     }
-    total = sum(sizes.values()) * width
     results.write_json(
       os.path.join(directory, INDEX),
-      {'metadata': {'total_size': total}, 'weight_map': weight_map},
+      {
+        'metadata': {'total_size': sum(sizes.values())},
+        'weight_map': weight_map,
+      },
     )
     names.append(INDEX)
+  by_kind = collections.Counter()
+  for name, (_, kind, _) in plan.items():
+    by_kind[kind.name] += sizes[name]
   results.write_json(
     os.path.join(directory, 'config.json'),
-    {**config, 'dtype': np.dtype(dtype).name},
+    {**config, 'dtype': by_kind.most_common(1)[0][0]},
   )
   return [*names, 'config.json']
 
 
+def _save(tensors: dict[str, np.ndarray], path: str, **more: Any) -> None:
+  """A file of tensors with the permissions that any new file gets here.
+
+  safetensors gives its own to the owner alone, and tells the disk's errors as
+  one of its own kind.
+  """
+  with open(path, 'wb') as f:
+    mode = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
+  try:
+    save_file(tensors, path, **more)
+  except safetensors.SafetensorError as e:
+    number = re.search(r'os error (\d+)', str(e))
+    if number is None:
+      raise
+    raise OSError(int(number[1]), os.strerror(int(number[1])), path) from e
+  os.chmod(path, mode)
+
+
+class Plan(NamedTuple):
+  """A tensor that is to be written."""
+
+  shape: tuple[int, ...]
+  kind: np.dtype
+  fetch: Callable[[], np.ndarray]
+
+
 def _written(
-  family: Family, params: Any
-) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
-  """name: (shape, what fetches it), in the order of the layers."""
+  family: Family, params: Any, dtype: Any, token_types: int | None
+) -> dict[str, Plan]:
+  """The tensors of a group by name, in the order of the layers."""
+  kind_of = lambda tensor: jax.numpy.dtype(
+    dtype.get(tensor.theirs, 'float32') if isinstance(dtype, Mapping) else dtype
+  )
   fused, plain = collections.defaultdict(dict), {}
   for path, array in jax.tree_util.tree_leaves_with_path(params):
     tensor = _tensor_of(family, path_str(path))
@@ -429,8 +537,10 @@ def _written(
       name = tensor.theirs.format(y)
       fused[name][tensor.part] = (tensor, array, y)
     if tensor.added:  # folded into ours: nothing is left for it
-      rows = (2 if family.architecture == 'BertModel' else 1, array.shape[-1])
-      plain[tensor.added] = (rows, lambda rows=rows: np.zeros(rows, np.float32))
+      rows = (token_types or 2, array.shape[-1])
+      plain[tensor.added] = Plan(
+        rows, kind_of(tensor), lambda rows=rows: np.zeros(rows, np.float32)
+      )
   out = {}
   for name, parts in fused.items():
     ordered = [parts[i] for i in sorted(parts)]
@@ -439,7 +549,8 @@ def _written(
     fetch = lambda ordered=ordered: np.concatenate(
       [_fetch(*of) for of in ordered]
     )
-    out[name] = ((shape[0] * len(ordered), *shape[1:]), fetch)
+    whole = (shape[0] * len(ordered), *shape[1:])
+    out[name] = Plan(whole, kind_of(tensor), fetch)
   out |= plain
   if family.group == 'decoder':  # of the class with a head
     out = {
@@ -462,7 +573,7 @@ def _fetch(tensor: Tensor, array: jax.Array, y: int | None) -> np.ndarray:
 def save_arrays(path: str, params: Any) -> None:
   """A small group whole, by its own names: projection and policy."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  save_file({path_str(p): np.asarray(x) for p, x in leaves}, path)
+  _save({path_str(p): np.asarray(x) for p, x in leaves}, path)
 
 
 def load_arrays(path: str, abstract: Any) -> Any:

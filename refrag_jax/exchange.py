@@ -1,9 +1,11 @@
 """`--mode=import` and `--mode=export`: Hugging Face directories in and out."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from refrag_jax import (
   environment,
   hf_families,
   hub,
+  model_card,
   pretrained,
   results,
   session,
@@ -48,6 +51,7 @@ def run_import(config: Config, workdir: str, source: str, target: str) -> int:
     params, groups = session.load_params(opened, source, f'--from={source}')
     manager = checkpoint.open_manager(target)
     meta = {'stage': 'imported', 'trained': sorted(groups), 'from': source}
+    meta['base'] = session.base_models(source)
     state = TrainState(np.int32(0), {g: params[g] for g in groups}, {})
     checkpoint.save(manager, 0, state, meta | opened.identity, 0.0)
     manager.wait_until_finished()
@@ -62,10 +66,11 @@ def run_export(config: Config, workdir: str, source: str, target: str) -> int:
   Args:
     source: the checkpoint's directory.
     target: `decoder/` and `encoder/` as ordinary models, projection and policy
-      as safetensors, and refrag.json. It appears whole.
+      as safetensors, refrag.json, and README.md, which explains them. It
+      appears whole.
 
   Raises:
-    UserError: there is no such checkpoint, or the target is not empty.
+    UserError: there is no such checkpoint, or the target cannot be written.
   """
   if not source or not target:
     raise UserError(
@@ -74,88 +79,229 @@ def run_export(config: Config, workdir: str, source: str, target: str) -> int:
     )
   if jax.process_count() > 1:
     raise UserError('--mode=export wants one process: run it on one machine')
-  if os.path.isfile(target) or (os.path.isdir(target) and os.listdir(target)):
-    raise UserError(f'{target} is there, and not empty: name another --to')
-  opened = session.open_model(config)
-  with jax.set_mesh(opened.mesh):
-    params, groups = session.load_params(opened, source, f'--from={source}')
-  stage = (checkpoint.read_meta(source) or {}).get('stage', '')
-  parent = os.path.dirname(os.path.abspath(target))
-  os.makedirs(parent, exist_ok=True)
-  temporary = tempfile.mkdtemp(dir=parent, prefix='.writing-')
-  try:
-    _write(opened, params, groups, stage, temporary)
-    os.chmod(temporary, 0o755)
-    if os.path.exists(target):
-      os.rmdir(target)
-    os.rename(temporary, target)
-  except BaseException:
-    shutil.rmtree(temporary, ignore_errors=True)
-    raise
+  data = config.data
+  read = (*source.split(','), data.tokenizer, data.encoder_tokenizer)
+  with _appears_whole(target, read) as directory:
+    opened = session.open_model(config)
+    with jax.set_mesh(opened.mesh):
+      params, groups = session.load_params(opened, source, f'--from={source}')
+    params = {group: params[group] for group in groups}
+    stage = (checkpoint.read_meta(source) or {}).get('stage', '')
+    _write(opened, params, session.base_models(source), stage, directory)
   say(f'done: {target} ({", ".join(sorted(groups))})')
   return 0
 
 
-def _write(opened, params, groups, stage: str, target: str) -> None:
+@contextlib.contextmanager
+def _appears_whole(target: str, read: Iterable[str]) -> Iterator[str]:
+  """An empty directory that takes the target's place at the end, or vanishes.
+
+  Args:
+    target: not there, or an empty directory; what a link stands for.
+    read: names of which those that are directories are the user's.
+
+  Raises:
+    UserError: nothing can be written there, or not without harm.
+  """
+  why = f'--to={target}'
+  target = os.path.realpath(os.path.expanduser(target))
+  for name in filter(os.path.isdir, read):
+    directory = os.path.realpath(name)
+    if os.path.commonpath([directory, target]) == directory:
+      raise UserError(f'{why} lies in {name}, which is read: name another --to')
+  if os.path.lexists(target) and not os.path.isdir(target):
+    raise UserError(f'{why} is a file: name a directory, new or empty')
+  if os.path.isdir(target) and os.listdir(target):
+    raise UserError(f'{target} is there, and not empty: name another --to')
+  if os.path.ismount(target) or target == os.path.realpath(os.curdir):
+    raise UserError(
+      f'{why} is the current directory or a whole disk, which cannot be '
+      'replaced: name a new directory in it'
+    )
+  parent, name = os.path.split(target)
+  new, above = [], parent
+  while not os.path.lexists(above):
+    new.append(above)
+    above = os.path.dirname(above)
+  outer = None
+  try:
+    try:
+      os.makedirs(parent, exist_ok=True)
+      outer = tempfile.mkdtemp(dir=parent, prefix='.writing-')
+      os.mkdir(os.path.join(outer, name))
+    except OSError as e:
+      raise UserError(
+        f'{why} cannot be written ({e.strerror}): name another --to'
+      ) from None
+    yield os.path.join(outer, name)
+    try:
+      os.rename(os.path.join(outer, name), target)
+    except OSError as e:
+      raise UserError(
+        f'{why} was written by somebody else meanwhile ({e.strerror}): name '
+        'another --to'
+      ) from None
+    new = []
+  finally:
+    if outer is not None:
+      shutil.rmtree(outer, ignore_errors=True)
+    for directory in new:
+      with contextlib.suppress(OSError):  # not made, or no longer empty
+        os.rmdir(directory)
+
+
+def _check_room(params: dict, dtypes: dict, directory: str) -> None:
+  """Refuses what the disk has no room for, before most of it is written."""
+  size = 0
+  for group, values in params.items():
+    kinds = dtypes.get(group, {}).values() or ['float32']
+    width = max(np.dtype(jax.numpy.dtype(kind)).itemsize for kind in kinds)
+    size += width * sum(x.size for x in jax.tree.leaves(values))
+  free = shutil.disk_usage(directory).free
+  if size > free:
+    raise UserError(
+      f'the export needs {size / 1e9:.2f} GB, and the disk of --to has '
+      f'{free / 1e9:.2f} left: make room, or name another --to'
+    )
+
+
+def _dtypes(values: dict, base: dict) -> dict[str, str]:
+  """The types that a group is written in: those that it came in.
+
+  float16 holds nothing above 65504; what training has brought there stays as
+  it is here, in float32.
+  """
+  dtypes = base.get('dtypes', {})
+  if 'float16' not in dtypes.values():
+    return dtypes
+  most = max(float(abs(x).max()) for x in jax.tree.leaves(values))
+  if most <= float(np.finfo(np.float16).max):
+    return dtypes
+  return {name: kind for name, kind in dtypes.items() if kind != 'float16'}
+
+
+def _write(opened, params, bases: dict, stage: str, target: str) -> None:
   config, files = opened.config, []
   model = config.model
-  for group, values, tokenizer in (
-    ('decoder', hf_families.decoder_json(model.decoder), config.data.tokenizer),
-    (
-      'encoder',
-      hf_families.encoder_json(model.encoder),
-      config.data.encoder_tokenizer,
-    ),
-  ):
-    if group not in groups:
+  names = {
+    'decoder': config.data.tokenizer,
+    'encoder': config.data.encoder_tokenizer,
+  }
+  dtypes = {
+    group: _dtypes(params[group], bases[group])
+    for group in names
+    if group in params and group in bases
+  }
+  _check_room(params, dtypes, target)
+  for group, tokenizer in names.items():
+    if group not in params:
       continue
     directory = os.path.join(target, group)
     os.mkdir(directory)
-    ids = tokenizers.load(tokenizer)
-    values = values | {'bos_token_id': ids.bos_id, 'eos_token_id': ids.eos_id}
-    written = convert_hf.write_params(
-      directory, group, params[group], values, np.float32
+    base, ids = bases.get(group, {}), tokenizers.load(tokenizer)
+    values = hf_families.config_json(
+      group, getattr(model, group), base.get('config', {})
     )
-    files += [f'{group}/{name}' for name in written]
-    if group == 'encoder':  # as sentence encoders say it
-      results.write_json(
-        os.path.join(directory, '1_Pooling', 'config.json'),
-        {
-          'word_embedding_dimension': model.encoder.width,
-          'pooling_mode_cls_token': model.encoder.pooling == 'cls',
-          'pooling_mode_mean_tokens': model.encoder.pooling == 'mean',
-        },
+    special = {
+      'bos_token_id': ids.bos_id,
+      'eos_token_id': ids.eos_id,
+      'pad_token_id': ids.pad_id,
+    }
+    written = convert_hf.write_params(
+      directory,
+      group,
+      params[group],
+      special | values,
+      dtypes.get(group, np.float32),
+      _pooler(base) if group == 'encoder' else {},
+    )
+    if group == 'encoder':
+      _write_modules(directory, model.encoder, base.get('modules', []))
+    if tokenizer != 'bytes':
+      tokenizers.copy_files(
+        hub.resolve(tokenizer, weights=False),
+        directory,
+        (*tokenizers.FILES, *tokenizers.BESIDE),
       )
-    for name in tokenizers.FILES if tokenizer != 'bytes' else ():
-      path = os.path.join(hub.resolve(tokenizer, weights=False), name)
-      if os.path.exists(path):
-        shutil.copyfile(path, os.path.join(directory, name))
+    files += [f'{group}/{name}' for name in written]
   for group in pretrained.SMALL:
-    if group in groups:
+    if group in params:
       files.append(f'{group}.safetensors')
       convert_hf.save_arrays(os.path.join(target, files[-1]), params[group])
+  exported = {
+    'format': pretrained.FORMAT,
+    'stage': stage,
+    'groups': sorted(params),
+    'base': {
+      group: bases[group] | {'dtypes': kinds} for group, kinds in dtypes.items()
+    },
+    'model': {
+      group: hf_families.shortest(dataclasses.asdict(getattr(model, group)))
+      for group in ('decoder', 'encoder', 'policy')
+    },
+    'chunk_size': model.chunk_size,
+    'piece_length': model.piece_length,
+    'max_encoder_tokens': config.data.max_encoder_tokens,
+    'templates': {
+      name: getattr(config.data, name)
+      for name in ('question_template', 'passage_template', 'answer_template')
+    },
+    'tokenizers': opened.identity['tokenizers'],
+    'sha256': {
+      name: convert_hf.digest(os.path.join(target, name), 0, 0)
+      for name in files
+    },
+    'versions': environment.versions(),
+    'git': environment.git_commit(),
+  }
+  results.write_json(os.path.join(target, pretrained.EXPORT), exported)
+  results.write_text(
+    os.path.join(target, 'README.md'), model_card.text(exported)
+  )
+
+
+def _pooler(base: dict) -> dict[str, np.ndarray]:
+  """The pooler of a BERT, which REFRAG does not run, as it came.
+
+  Where the model has gone meanwhile, transformers makes a new one.
+  """
+  try:
+    directory = hub.resolve(base['name']) if base else ''
+    return convert_hf.module_tensors(directory, 'pooler') if base else {}
+  except UserError as e:
+    say(f'encoder: written without its pooler ({e})')
+    return {}
+
+
+def _write_modules(directory: str, encoder, modules: list[dict]) -> None:
+  """What sentence encoders say of themselves: which modules, what pooling.
+
+  Modules without weights go along; those with weights that were left out when
+  the model came in are left out here.
+  """
+  kept = [m for m in modules if m['kind'] == 'Normalize']
+  types = {m['kind']: m['type'] for m in modules}
+  shown = [('Transformer', ''), ('Pooling', '1_Pooling')]
+  shown += [(m['kind'], f'{i + 2}_{m["kind"]}') for i, m in enumerate(kept)]
   results.write_json(
-    os.path.join(target, pretrained.EXPORT),
+    os.path.join(directory, 'modules.json'),
+    [
+      {
+        'idx': i,
+        'name': str(i),
+        'path': path,
+        'type': types.get(kind, f'sentence_transformers.models.{kind}'),
+      }
+      for i, (kind, path) in enumerate(shown)
+    ],
+  )
+  for _, path in shown[2:]:
+    os.mkdir(os.path.join(directory, path))
+  results.write_json(
+    os.path.join(directory, '1_Pooling', 'config.json'),
     {
-      'format': pretrained.FORMAT,
-      'stage': stage,
-      'groups': sorted(groups),
-      'model': {
-        group: dataclasses.asdict(getattr(model, group))
-        for group in ('decoder', 'encoder', 'policy')
-      },
-      'chunk_size': model.chunk_size,
-      'piece_length': model.piece_length,
-      'templates': {
-        name: getattr(config.data, name)
-        for name in ('question_template', 'passage_template', 'answer_template')
-      },
-      'tokenizers': opened.identity['tokenizers'],
-      'sha256': {
-        name: convert_hf.digest(os.path.join(target, name), 0, 0)
-        for name in files
-      },
-      'versions': environment.versions(),
-      'git': environment.git_commit(),
+      'word_embedding_dimension': encoder.width,
+      'pooling_mode_cls_token': encoder.pooling == 'cls',
+      'pooling_mode_mean_tokens': encoder.pooling == 'mean',
     },
   )

@@ -12,10 +12,13 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from refrag_jax import hub, results
+import numpy as np
+
+from refrag_jax import hub
 from refrag_jax.config import DecoderConfig, EncoderConfig
 from refrag_jax.errors import UserError
 
@@ -120,40 +123,128 @@ class Family(NamedTuple):
   architecture: str  # the class that loads what we write
   tensors: tuple[Tensor, ...]
   prefix: str  # of its tensors' names in a model with a head
-  ignored: str  # regex: tensors of heads and buffers that REFRAG has no use for
+  tied: tuple[str, str]  # the embedding, and the head that is it where tied
+  heads: str = '$^'  # regex: tensors of heads, which REFRAG has no use for
 
 
-_HEADS = r'^(pooler|cls|lm_head|classifier)\.|^embeddings\.position_ids$'
-_INV_FREQ = r'rotary_emb\.inv_freq$'
+BUFFERS = r'rotary_emb\.inv_freq$|^embeddings\.position_ids$'  # no weights
+_LM_HEAD = ('embed_tokens.weight', 'lm_head.weight')
+_BERT_WORDS = 'embeddings.word_embeddings.weight'
+_BERT_HEADS = r'^(pooler|cls|lm_head|classifier)\.'
 FAMILIES = {
-  'llama': Family('decoder', 'LlamaForCausalLM', DECODER, 'model.', _INV_FREQ),
+  'llama': Family('decoder', 'LlamaForCausalLM', DECODER, 'model.', _LM_HEAD),
   'mistral': Family(
-    'decoder', 'MistralForCausalLM', DECODER, 'model.', _INV_FREQ
+    'decoder', 'MistralForCausalLM', DECODER, 'model.', _LM_HEAD
   ),
-  'qwen2': Family('decoder', 'Qwen2ForCausalLM', DECODER, 'model.', _INV_FREQ),
-  'qwen3': Family('decoder', 'Qwen3ForCausalLM', DECODER, 'model.', _INV_FREQ),
-  'bert': Family('encoder', 'BertModel', BERT, 'bert.', _HEADS),
-  'roberta': Family('encoder', 'RobertaModel', BERT, 'roberta.', _HEADS),
-  'xlm-roberta': Family('encoder', 'XLMRobertaModel', BERT, 'roberta.', _HEADS),
+  'qwen2': Family('decoder', 'Qwen2ForCausalLM', DECODER, 'model.', _LM_HEAD),
+  'qwen3': Family('decoder', 'Qwen3ForCausalLM', DECODER, 'model.', _LM_HEAD),
+  'bert': Family(
+    'encoder', 'BertModel', BERT, 'bert.',
+    (_BERT_WORDS, 'cls.predictions.decoder.weight'), _BERT_HEADS,
+  ),
+  'roberta': Family(
+    'encoder', 'RobertaModel', BERT, 'roberta.',
+    (_BERT_WORDS, 'lm_head.decoder.weight'), _BERT_HEADS,
+  ),
+  'xlm-roberta': Family(
+    'encoder', 'XLMRobertaModel', BERT, 'roberta.',
+    (_BERT_WORDS, 'lm_head.decoder.weight'), _BERT_HEADS,
+  ),
   'modernbert': Family(
     'encoder', 'ModernBertModel', MODERNBERT, 'model.',
+    ('embeddings.tok_embeddings.weight', 'decoder.weight'),
     r'^(head|decoder|classifier)\.',
   ),
 }  # fmt: skip
+ADAPTERS = (
+  'adapter_config.json', 'adapter_model.safetensors', 'adapter_model.bin',
+)  # fmt: skip
+
+
+def adapter_in(directory: str) -> str:
+  """The file that tells of a LoRA adapter in this directory; '' if none."""
+  there = (name for name in ADAPTERS if _exists(directory, name))
+  return next(there, '')
+
+
+def refuse_adapter(directory: str, found: str) -> None:
+  """Refuses weights that are changes to those of another model."""
+  raise UserError(
+    f'{directory} holds a LoRA adapter: merge it first (merge_and_unload), and '
+    f'name the directory of the merged model; the adapter is in {found}'
+  )
 
 
 def read_config(directory: str) -> dict[str, Any]:
-  """config.json of a model's directory."""
+  """config.json of a model's directory.
+
+  Raises:
+    UserError: there is none, it is damaged, or it is not of all that is there.
+  """
+  if found := adapter_in(directory):
+    refuse_adapter(directory, found)
   path = os.path.join(directory, 'config.json')
   if not os.path.exists(path):
+    below = [m['path'] for m in modules(directory) if m['kind'] == TRANSFORMER]
+    if below and _exists(directory, below[0], 'config.json'):
+      raise UserError(
+        f'{directory} has its model in {below[0]}: name '
+        f'{os.path.join(directory, below[0])}'
+      )
     raise UserError(
       f'{directory} has no config.json: name the directory of a Hugging Face '
       'model, or that of a stage under checkpoints/'
     )
-  values = results.read_json(path)
+  values = hub.read_json(path)
   if not isinstance(values, dict):
     raise UserError(f'{path} is no JSON object')
   return values
+
+
+def _exists(*path: str) -> bool:
+  return os.path.exists(os.path.join(*path))
+
+
+TRANSFORMER, POOLING = 'Transformer', 'Pooling'
+
+
+def modules(directory: str) -> list[dict[str, str]]:
+  """What a sentence encoder is made of, in order; [] of any other model.
+
+  Returns:
+    For each module its `kind`, such as 'Dense', its `type`, which is that with
+    the Python module around it, and its `path`, from this directory.
+  """
+  path = os.path.join(directory, 'modules.json')
+  if not os.path.exists(path):
+    # Named by its subdirectory, it is still the first of those modules.
+    directory = os.path.abspath(directory)
+    above, name = os.path.split(directory)
+    if not _exists(above, 'modules.json'):
+      return []
+    beside = modules(above)
+    if not any(m['kind'] == TRANSFORMER and m['path'] == name for m in beside):
+      return []
+    moved = lambda m: '' if m['path'] == name else os.path.join('..', m['path'])
+    return [m | {'path': moved(m)} for m in beside]
+  try:
+    return [
+      {
+        'kind': module['type'].rpartition('.')[2],
+        'type': module['type'],
+        'path': module['path'],
+      }
+      for module in hub.read_json(path)
+    ]
+  except (TypeError, KeyError, AttributeError):
+    raise UserError(
+      f'{path} is no list of modules with type and path: download it again'
+    ) from None
+
+
+def left_out(found: list[dict[str, str]]) -> list[dict[str, str]]:
+  """Those of `modules` that REFRAG does not run."""
+  return [m for m in found if m['kind'] not in (TRANSFORMER, POOLING)]
 
 
 def pooling(directory: str) -> str:
@@ -162,10 +253,11 @@ def pooling(directory: str) -> str:
   Sentence encoders say it in 1_Pooling/config.json; others leave it open, and
   then it is the first position.
   """
-  path = os.path.join(directory, '1_Pooling', 'config.json')
+  paths = [m['path'] for m in modules(directory) if m['kind'] == POOLING]
+  path = os.path.join(directory, *(paths or ['1_Pooling'])[:1], 'config.json')
   if not os.path.exists(path):
     return 'cls'
-  values = results.read_json(path)
+  values = hub.read_json(path)
   # One name, or a switch for each kind; several are joined end to end.
   found = [
     key for key, on in values.items() if key.startswith('pooling_mode_') and on
@@ -203,12 +295,54 @@ def family_of(values: Mapping[str, Any], where: str) -> str:
   return name
 
 
-def canonical(name: str, family: Family) -> str:
-  """A tensor's name as in Tensor.theirs, whatever head the model has."""
-  name = name.removeprefix(family.prefix)
-  # TensorFlow's names, in the files of the first BERTs.
+def canonical(name: str, prefix: str, family: Family) -> str:
+  """A tensor's name as in Tensor.theirs, whatever it was wrapped in.
+
+  Args:
+    prefix: what stands before the names of the model proper. Its head has what
+      is left of it without the family's own.
+  """
+  outer = prefix
+  if f'.{prefix}'.endswith(f'.{family.prefix}'):
+    outer = prefix.removesuffix(family.prefix)
+  for found in (prefix, outer):
+    if name.startswith(found):
+      return _modern(name.removeprefix(found))
+  return _modern(name)
+
+
+def _modern(name: str) -> str:
+  """Without TensorFlow's names, in the files of the first BERTs."""
   name = re.sub(r'LayerNorm\.gamma$', 'LayerNorm.weight', name)
   return re.sub(r'LayerNorm\.beta$', 'LayerNorm.bias', name)
+
+
+def prefix_of(
+  names: Iterable[str], needed: Collection[str], family: Family, where: str
+) -> str:
+  """What stands before the names of the tensors that a model needs.
+
+  Nothing, the family's own prefix, or what some program wrapped it in.
+
+  Raises:
+    UserError: the files hold two such models.
+  """
+  found = Counter()
+  for name in names:
+    parts = name.split('.')
+    for i in range(len(parts)):
+      if _modern('.'.join(parts[i:])) in needed:
+        found['.'.join([*parts[:i], ''])] += 1
+        break
+  ((first, count), (second, other)) = [
+    *found.most_common(2), (family.prefix, 0), ('', 0),
+  ][:2]  # fmt: skip
+  if 2 * other > count:
+    raise UserError(
+      f'{where} holds two models, whose tensors begin with {first!r} and '
+      f'{second!r}: save the one that is meant by itself'
+    )
+  return first
 
 
 # --- config.json to our numbers -----------------------------------------------
@@ -441,6 +575,48 @@ def _modernbert_config(read: _Reader, numbers) -> EncoderConfig:
 
 # --- Our numbers to config.json -----------------------------------------------
 
+# Of the files that a model came in, and not of what is written.
+_OF_FILES = ('auto_map', 'torch_dtype', 'transformers_version', '_name_or_path')
+
+
+def config_json(
+  group: str, cfg: DecoderConfig | EncoderConfig, came: Mapping[str, Any]
+) -> dict[str, Any]:
+  """config.json of a decoder or encoder: the one it came with, if it fits.
+
+  Args:
+    came: the config.json of the model that it was trained from; {} if none.
+  """
+  if came:
+    if group == 'decoder':
+      theirs = decoder_config(came, 'config.json')
+      theirs = dataclasses.replace(
+        theirs, max_length=cfg.max_length and theirs.max_length
+      )
+    else:
+      theirs = encoder_config(came, cfg.pooling, 'config.json')
+    if not differences(cfg, theirs):
+      architecture = FAMILIES[came['model_type']].architecture
+      kept = {k: v for k, v in came.items() if k not in _OF_FILES}
+      return shortest(kept | {'architectures': [architecture]})
+  return shortest(
+    decoder_json(cfg) if group == 'decoder' else encoder_json(cfg)
+  )
+
+
+def shortest(value: Any) -> Any:
+  """Floats that went through float32 as the decimals they were before.
+
+  9.999999747378752e-06 is what float32 has nearest to 1e-05.
+  """
+  if isinstance(value, Mapping):
+    return {key: shortest(inner) for key, inner in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [shortest(inner) for inner in value]
+  if isinstance(value, float) and value == float(np.float32(value)):
+    return float(str(np.float32(value)))
+  return value
+
 
 def decoder_json(cfg: DecoderConfig) -> dict[str, Any]:
   """config.json of the family that has what this decoder has.
@@ -534,5 +710,5 @@ def differences(ours: Any, theirs: Any) -> list[str]:
     f'{f.name} is {getattr(ours, f.name)!r} in the config and '
     f'{getattr(theirs, f.name)!r} in the files'
     for f in dataclasses.fields(ours)
-    if getattr(ours, f.name) != getattr(theirs, f.name)
+    if shortest(getattr(ours, f.name)) != shortest(getattr(theirs, f.name))
   ]

@@ -1,8 +1,13 @@
-"""Models of the Hugging Face hub by name; the only file that talks to it."""
+"""Models of the Hugging Face hub by name; the only file that talks to it.
+
+Also what holds of any file of a model's directory, however it was fetched.
+"""
 
 import functools
+import json
 import os
 import re
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
@@ -10,9 +15,10 @@ from huggingface_hub import errors as hub_errors
 from refrag_jax.errors import UserError
 
 # No pickles: what could run a program is not even fetched.
-SMALL = ('*.json', '*.model', 'vocab.txt', 'merges.txt', '1_Pooling/*')
+SMALL = ('*.json', '*.model', '*.jinja', 'vocab.txt', 'merges.txt')
 WEIGHTS = ('*.safetensors',)
 TWICE = ('consolidated*', 'original/*')  # the same weights in another layout
+POINTER = b'version https://git-lfs.github.com/spec/'
 NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w./-]+)?')
 
 
@@ -75,3 +81,23 @@ def resolve(name: str, weights: bool = True) -> str:
     raise UserError(
       f'{name} could not be fetched from the hub: {reason}'
     ) from e
+
+
+def refuse_pointer(path: str) -> None:
+  """Refuses what stands for a file that Git LFS has not fetched."""
+  with open(path, 'rb') as f:
+    pointer = f.read(len(POINTER)) == POINTER
+  if pointer:
+    raise UserError(f'{path} is a Git LFS pointer: run git lfs pull')
+
+
+def read_json(path: str) -> Any:
+  """A JSON file of a model's directory, in any Unicode, marked or not."""
+  refuse_pointer(path)
+  with open(path, 'rb') as f:
+    data = f.read()
+  try:
+    return json.loads(data)
+  except ValueError as e:
+    what = f'damaged or cut off ({e})' if data.strip() else 'empty'
+    raise UserError(f'{path} is {what}: download it again') from None

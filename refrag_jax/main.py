@@ -179,7 +179,8 @@ def _dispatch(argv: list[str]) -> int | None:
   config, workdir = None, command.workdir
   if command.config_file or command.mode != 'doctor':
     loaded = cli.load(command)
-    config, workdir = loaded.config, workdir or f'runs/{loaded.config.name}'
+    config = loaded.config
+    workdir = loaded.command.workdir or f'runs/{config.name}'
   first = False
   if command.mode != 'doctor':  # which looks at all this as it is
     cluster, hardware = config.cluster, environment.accelerator()

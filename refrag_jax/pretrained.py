@@ -9,7 +9,7 @@ import dataclasses
 import os
 from typing import Any, NamedTuple
 
-from refrag_jax import convert_hf, hf_families, hub, results
+from refrag_jax import convert_hf, hf_families, hub
 from refrag_jax.config import (
   DecoderConfig,
   EncoderConfig,
@@ -28,6 +28,7 @@ class Source(NamedTuple):
   paths: dict[str, str]  # group: a model's directory, or a file of arrays
   numbers: dict[str, Any]  # the configs of decoder, encoder, policy in there
   exported: dict[str, Any]  # refrag.json; {} of Hugging Face models
+  names: dict[str, str]  # group: what the user called it; {} of an export
 
 
 def is_source(name: str) -> bool:
@@ -36,6 +37,8 @@ def is_source(name: str) -> bool:
     return True
   if os.path.isdir(name):
     if os.path.exists(os.path.join(name, EXPORT)):
+      return True
+    if hf_families.adapter_in(name):  # to say why not
       return True
     path = os.path.join(name, 'config.json')  # which our runs have as well
     return os.path.exists(path) and 'model_type' in hf_families.read_config(
@@ -53,25 +56,25 @@ def locate(name: str) -> Source:
   path = os.path.join(name, EXPORT)
   if os.path.exists(path):
     try:
-      return _exported(name, results.read_json(path))
+      return _exported(name, hub.read_json(path))
     except (KeyError, TypeError, AttributeError) as e:
       raise UserError(f'{path} is not what an export writes: {e!r}') from None
-  paths, numbers = {}, {}
-  for part in name.split(','):
-    directory = hub.resolve(part.strip())
+  paths, numbers, names = {}, {}, {}
+  for part in map(str.strip, name.split(',')):
+    directory = hub.resolve(part)
     values = hf_families.read_config(directory)
     family = hf_families.family_of(values, directory)
     group = hf_families.FAMILIES[family].group
     if group in paths:
       raise UserError(f'{name} names two models that are a {group}')
-    paths[group] = directory
+    paths[group], names[group] = directory, part
     if group == 'decoder':
       numbers[group] = hf_families.decoder_config(values, directory)
     else:
       numbers[group] = hf_families.encoder_config(
         values, hf_families.pooling(directory), directory
       )
-  return Source(name, paths, numbers, {})
+  return Source(name, paths, numbers, {}, names)
 
 
 def _exported(name: str, saved: dict[str, Any]) -> Source:
@@ -108,6 +111,7 @@ def _exported(name: str, saved: dict[str, Any]) -> Source:
       if group in saved['groups']
     },
     saved,
+    {},
   )
 
 
@@ -157,6 +161,26 @@ def read(source: Source, abstract: dict) -> dict:
       if group in SMALL
       else convert_hf.read_params(path, abstract[group])
     )
+    for group, path in source.paths.items()
+  }
+
+
+def base(source: Source) -> dict[str, dict[str, Any]]:
+  """What an export wants to know of the models that training started from.
+
+  Returns:
+    For each group its `name` as the user gave it, its config.json, the types
+    of its tensors and the modules of a sentence encoder.
+  """
+  if source.exported:
+    return source.exported.get('base', {})
+  return {
+    group: {
+      'name': source.names[group],
+      'config': hf_families.read_config(path),
+      'dtypes': convert_hf.dtypes(path),
+      'modules': hf_families.modules(path),
+    }
     for group, path in source.paths.items()
   }
 

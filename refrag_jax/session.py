@@ -175,6 +175,19 @@ def load_params(
   return fresh_params(session, rest) | read, groups
 
 
+def base_models(source: str | None) -> dict[str, Any]:
+  """The pretrained models behind a starting point, as in pretrained.base.
+
+  Args:
+    source: as in `load_params`; None: training starts from nothing.
+  """
+  if source is None:
+    return {}
+  if pretrained.is_source(source):
+    return pretrained.base(pretrained.locate(source))
+  return (checkpoint.read_meta(source) or {}).get('base', {})
+
+
 def trained_groups(session: Session, directory: str, why: str) -> list[str]:
   """The parameter groups that a checkpoint and those before it have trained.
 

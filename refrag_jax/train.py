@@ -43,6 +43,7 @@ from refrag_jax.progress import Progress, machine_peak, say
 from refrag_jax.session import (
   Session,
   abstract_params,
+  base_models,
   checkpoint_beside,
   fresh_params,
   load_params,
@@ -350,6 +351,7 @@ def start_state(
     'frozen': frozen_checksums(params, stage),
     'wall_s': 0.0,
     'compile_s': 0.0,
+    'base': base_models(init_from(session, name)),
     **session.identity,
   }
   return 0, state, meta

@@ -144,7 +144,9 @@ def test_a_host_reads_what_its_own_devices_hold(tmp_path, monkeypatch):
   files = convert_hf.Files(str(tmp_path / 'm'))
   family = hf_families.FAMILIES['llama']
   tensor = convert_hf._tensor_of(family, 'layers/q_proj/kernel')
-  name_of = {hf_families.canonical(n, family): n for n in files.names()}
+  name_of = {
+    hf_families.canonical(n, family.prefix, family): n for n in files.names()
+  }
   parts = convert_hf._read_parts(files, tensor, leaf, name_of, list(bounds))
   assert len(parts) == 4
   whole = np.asarray(params['layers']['q_proj']['kernel'])
@@ -332,6 +334,299 @@ def test_the_type_of_all_tokens_is_folded_into_their_positions(tmp_path):
   read = convert_hf.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
   wanted = tensors['embeddings.position_embeddings.weight'] + rows[:1]
   np.testing.assert_array_equal(read['position_embeddings'], wanted)
+
+
+# --- Directories that hold more, or otherwise named ---------------------------
+
+MESH = dict(data=1, fsdp=4, tensor=2)
+
+
+def read_back(name, directory):
+  mesh = sharding.make_mesh(**MESH)
+  return convert_hf.read_params(str(directory), abstract(name, mesh))
+
+
+def renamed(directory, change):
+  """The model with other names of its tensors; None: without that one."""
+  path = directory / 'model.safetensors'
+  tensors = {change(name): x for name, x in load_file(path).items()}
+  tensors.pop(None, None)
+  save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+  'file',
+  ['adapter_config.json', 'adapter_model.safetensors', 'adapter_model.bin'],
+)
+def test_an_adapter_is_refused_beside_its_base_and_alone(file, tmp_path):
+  write('llama', tmp_path / 'm')
+  write('roberta', tmp_path / 'e')
+  (tmp_path / 'm' / file).write_text('{"peft_type": "LORA"}')
+  pair = f'{tmp_path / "m"},{tmp_path / "e"}'
+  message = f'{tmp_path}/m holds a LoRA adapter: merge it first'
+  with pytest.raises(UserError, match=message):
+    pretrained.locate(pair)
+  with pytest.raises(UserError, match=message):  # of config files
+    hf_families.numbers(str(tmp_path / 'm'), 'decoder')
+  (tmp_path / 'm' / 'config.json').unlink()
+  assert pretrained.is_source(str(tmp_path / 'm'))
+  with pytest.raises(UserError, match=message):
+    pretrained.locate(str(tmp_path / 'm'))
+
+
+def test_an_adapter_within_the_file_is_refused(tmp_path):
+  write('llama', tmp_path / 'm')
+  path = tmp_path / 'm' / 'model.safetensors'
+  q = 'base_model.model.model.layers.0.self_attn.q_proj'
+  more = {f'{q}.lora_A.default.weight': np.zeros((2, 16), 'f4')}
+  save_file(load_file(path) | more, path)
+  with pytest.raises(UserError, match='merge it first'):
+    read_back('llama', tmp_path / 'm')
+
+
+@pytest.mark.parametrize('name', ['tied', 'roberta', 'bert', 'modernbert'])
+def test_a_tied_model_may_have_its_head_alone(name, tmp_path):
+  write(name, tmp_path / 'm')
+  family = hf_families.FAMILIES[
+    hf_families.read_config(str(tmp_path / 'm'))['model_type']
+  ]
+  plain, (embedding, head) = read_back(name, tmp_path / 'm'), family.tied
+  renamed(
+    tmp_path / 'm', lambda n: head if n.endswith(embedding) else n
+  )  # fmt: skip
+  jax.tree.map(
+    np.testing.assert_array_equal, read_back(name, tmp_path / 'm'), plain
+  )
+  path = tmp_path / 'm' / 'config.json'
+  values = json.loads(path.read_text())
+  path.write_text(json.dumps(values | {'tie_word_embeddings': False}))
+  with pytest.raises(UserError, match='lacks 1 tensors'):
+    read_back(name, tmp_path / 'm')
+
+
+@pytest.mark.parametrize(
+  ('prefix', 'of_head'),
+  [
+    ('model.language_model.', ''),
+    ('language_model.model.', 'language_model.'),
+    ('_orig_mod.model.', '_orig_mod.'),
+    ('module.model.', 'module.'),
+    ('base_model.model.model.', 'base_model.model.'),
+    ('', ''),
+  ],
+)
+def test_what_stands_before_all_names_is_left_off(
+  prefix, of_head, tmp_path, capsys
+):
+  _, _, params = write('llama', tmp_path / 'm')
+  read_back('llama', tmp_path / 'm')
+  assert 'are read without' not in capsys.readouterr().out
+  renamed(
+    tmp_path / 'm',
+    lambda name: (
+      f'{of_head}{name}'
+      if name == 'lm_head.weight'
+      else prefix + name.removeprefix('model.')
+    ),
+  )
+  read = read_back('llama', tmp_path / 'm')
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+  shown = f'are read without {prefix!r}' in capsys.readouterr().out
+  assert shown == bool(prefix)
+
+
+def test_two_models_in_one_file_are_refused(tmp_path):
+  write('bert', tmp_path / 'm')
+  path = tmp_path / 'm' / 'model.safetensors'
+  tensors = load_file(path)
+  both = {
+    f'{which}_encoder.{name}': x
+    for which in ('query', 'passage')
+    for name, x in tensors.items()
+  }
+  save_file(both, path)
+  with pytest.raises(UserError, match='two models, whose tensors begin with'):
+    read_back('bert', tmp_path / 'm')
+
+
+def sentence_encoder(directory, pooling='1_Pooling'):
+  """A BERT with pooling by the mean, a dense layer and a norm behind it."""
+  kinds = ('Transformer', ''), ('Pooling', pooling), ('Dense', '2_Dense')
+  kinds = (*kinds, ('Normalize', '3_Normalize'))
+  (directory / 'modules.json').write_text(
+    json.dumps([
+      {'idx': i, 'name': str(i), 'path': path,
+       'type': f'sentence_transformers.models.{kind}'}
+      for i, (kind, path) in enumerate(kinds)
+    ])
+  )  # fmt: skip
+  (directory / pooling).mkdir()
+  (directory / pooling / 'config.json').write_text(
+    json.dumps({'pooling_mode_mean_tokens': True})
+  )
+
+
+def test_what_is_left_out_is_named(tmp_path, capsys):
+  write('bert', tmp_path / 'm')
+  read_back('bert', tmp_path / 'm')
+  assert 'left out' not in capsys.readouterr().out
+  path = tmp_path / 'm' / 'model.safetensors'
+  tensors = {f'bert.{name}': x for name, x in load_file(path).items()}
+  tensors['bert.embeddings.position_ids'] = np.arange(6)  # no weights
+  tensors['bert.pooler.dense.weight'] = np.zeros((8, 8), 'f4')
+  tensors['linear.weight'] = np.zeros((3, 8), 'f4')  # of a ColBERT
+  save_file(tensors, path)
+  sentence_encoder(tmp_path / 'm')
+  read_back('bert', tmp_path / 'm')
+  assert (
+    'left out, not part of what REFRAG runs: 2_Dense (Dense) and 3_Normalize '
+    '(Normalize) and 2 tensors (linear.weight, pooler.dense.weight)'
+  ) in capsys.readouterr().out.replace(
+    '(pooler.dense.weight, linear.weight)',
+    '(linear.weight, pooler.dense.weight)',
+  )
+  # Within the model it is no module behind it.
+  tensors['bert.linear.weight'] = tensors.pop('linear.weight')
+  save_file(tensors, path)
+  with pytest.raises(UserError, match='no place in this model: linear.weight'):
+    read_back('bert', tmp_path / 'm')
+
+
+def test_pooling_is_where_modules_json_says(tmp_path):
+  write('bert', tmp_path / 'm')
+  sentence_encoder(tmp_path / 'm', '5_Pooling')
+  assert hf_families.pooling(str(tmp_path / 'm')) == 'mean'
+  # The older layout, with the model in a directory of its own.
+  top = tmp_path / 'old'
+  shutil.copytree(tmp_path / 'm', top / '0_Transformer')
+  for name in ('modules.json', '5_Pooling'):
+    shutil.move(top / '0_Transformer' / name, top / name)
+  modules = (top / 'modules.json').read_text()
+  (top / 'modules.json').write_text(
+    modules.replace('"path": ""', '"path": "0_Transformer"')
+  )
+  with pytest.raises(UserError, match='name .*/old/0_Transformer'):
+    hf_families.read_config(str(top))
+  assert hf_families.pooling(f'{top}/0_Transformer') == 'mean'
+  (top / 'modules.json').write_text('{"no": "list"}')
+  with pytest.raises(UserError, match='no list of modules'):
+    hf_families.modules(str(top))
+
+
+POINTER = (
+  'version https://git-lfs.github.com/spec/v1\noid sha256:cd\nsize 2690605\n'
+)
+
+
+@pytest.mark.parametrize('file', ['config.json', 'model.safetensors', 'shard'])
+def test_a_pointer_of_git_lfs_is_refused_by_name(file, tmp_path):
+  write('llama', tmp_path / 'm')
+  if file == 'shard':
+    file, index = 'model-1.safetensors', {'norm.weight': 'model-1.safetensors'}
+    (tmp_path / 'm' / 'model.safetensors').unlink()
+    (tmp_path / 'm' / convert_hf.INDEX).write_text(
+      json.dumps({'weight_map': index})
+    )
+  (tmp_path / 'm' / file).write_text(POINTER)
+  message = f'/m/{file} is a Git LFS pointer: run git lfs pull'
+  with pytest.raises(UserError, match=message):
+    read_back('llama', tmp_path / 'm')
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'utf-8'])
+def test_json_is_read_in_any_unicode(encoding, tmp_path, monkeypatch):
+  monkeypatch.setattr(convert_hf, 'SHARD_BYTES', 4000)
+  _, cfg, params = write('llama', tmp_path / 'm')
+  for file in ('config.json', convert_hf.INDEX):
+    path = tmp_path / 'm' / file
+    path.write_text(path.read_text(), encoding=encoding)
+  assert of_directory(tmp_path / 'm') == cfg
+  read = read_back('llama', tmp_path / 'm')
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [('', 'config.json is empty: download'), ('{"a": ', 'damaged or cut off')],
+)
+def test_damaged_json_is_to_be_downloaded_again(text, message, tmp_path):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(UserError, match=f'{message}.*') as e:
+    hf_families.read_config(str(tmp_path))
+  assert str(e.value).endswith('download it again')
+
+
+# --- Out again as it came -----------------------------------------------------
+
+
+def test_the_types_that_a_model_came_in(tmp_path):
+  """One file in two types; what is a sum here stays as exact as it is."""
+  write('bert', tmp_path / 'm', jax.numpy.bfloat16)
+  path = tmp_path / 'm' / 'model.safetensors'
+  tensors = load_file(path)
+  for name in tensors:
+    if 'LayerNorm' in name and '.1.' in name:  # of the second layer
+      tensors[name] = tensors[name].astype('f4')
+  save_file(tensors, path)
+  found = convert_hf.dtypes(str(tmp_path / 'm'))
+  assert set(found.values()) == {'bfloat16'}
+  wide = {tensor.theirs for tensor in hf_families.BERT} - found.keys()
+  assert wide == {
+    'embeddings.position_embeddings.weight',
+    *(
+      f'encoder.layer.{{}}.{place}.LayerNorm.{kind}'
+      for place in ('attention.output', 'output')
+      for kind in ('weight', 'bias')
+    ),
+  }
+
+
+def test_decimals_are_written_as_they_were():
+  through_float32 = float(np.float32(1e-5))
+  assert through_float32 == 9.999999747378752e-06
+  values = {'a': [through_float32, 1e-12, 0.1, 10_000.0], 'b': 3, 'c': None}
+  assert hf_families.shortest(values) == values | {
+    'a': [1e-5, 1e-12, 0.1, 10_000.0]
+  }
+  cfg = config_of('llama')[1].decoder
+  ours = dataclasses.replace(cfg, norm_eps=through_float32)
+  written = hf_families.config_json('decoder', ours, {})
+  assert written['rms_norm_eps'] == 1e-5
+  theirs = hf_families.decoder_config(written, 'm')
+  assert hf_families.differences(ours, theirs) == []  # it fits where it was
+  assert hf_families.differences(ours, dataclasses.replace(ours, norm_eps=2e-5))
+
+
+def test_a_config_that_fits_goes_out_as_it_came():
+  came = LLAMA | {
+    'pad_token_id': 3, 'unk_token_id': 0, 'eos_token_id': [1, 2],
+    'model_type': 'mistral', 'sliding_window': None, 'torch_dtype': 'bfloat16',
+    'auto_map': {'AutoModel': 'a.program'}, 'attention_dropout': 0.0,
+  }  # fmt: skip
+  cfg = hf_families.decoder_config(came, 'm')
+  out = hf_families.config_json('decoder', cfg, came)
+  assert out == {
+    key: value
+    for key, value in came.items()
+    if key not in ('torch_dtype', 'auto_map')
+  } | {'architectures': ['MistralForCausalLM']}
+  other = dataclasses.replace(cfg, mlp_width=8)  # of another model
+  out = hf_families.config_json('decoder', other, came)
+  assert out == hf_families.shortest(hf_families.decoder_json(other))
+
+
+def test_a_full_disk_is_the_disks_error(tmp_path, monkeypatch):
+  """safetensors tells it as one of its own."""
+
+  def full(*_, **__):
+    raise convert_hf.safetensors.SafetensorError(
+      'Error while serializing: I/O error: No space left (os error 28) at path'
+    )
+
+  monkeypatch.setattr(convert_hf, 'save_file', full)
+  with pytest.raises(OSError, match='No space') as e:
+    write('llama', tmp_path / 'm')
+  assert e.value.errno == 28
 
 
 # --- config.json, old and new -------------------------------------------------

@@ -3,17 +3,21 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers as hf_tokenizers
 import toy_config
 import toy_run
+from safetensors.numpy import load_file, save_file
 
 from refrag_jax import (
   checkpoint,
+  cli,
   convert_hf,
   evaluate,
   exchange,
@@ -26,7 +30,7 @@ from refrag_jax import (
 from refrag_jax.data import tokenizers
 from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
-from refrag_jax.models.refrag import init_params
+from refrag_jax.models.refrag import Refrag, init_params
 
 
 @pytest.fixture(scope='module')
@@ -170,7 +174,7 @@ def test_an_export_comes_back_bit_for_bit(cfg, run, exported, tmp_path):
   assert saved['stage'] == 'reconstruct' and saved['chunk_size'] == 4
   assert saved['model']['decoder'] == dataclasses.asdict(cfg.model.decoder)
   assert sorted(os.listdir(exported)) == [
-    'decoder', 'encoder', 'projection.safetensors', 'refrag.json',
+    'README.md', 'decoder', 'encoder', 'projection.safetensors', 'refrag.json',
   ]  # fmt: skip
   # In, and out, and in again.
   target = str(tmp_path / 'imported')
@@ -426,3 +430,349 @@ def test_another_chunk_size_is_refused(folder, exported):
   opened = session.open_model(other)
   with pytest.raises(UserError, match='trained with model.chunk_size 4'):
     session.trained_groups(opened, exported, 'why')
+
+
+# --- Out as it came in --------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def released(cfg, models, tmp_path_factory):
+  """The same models as a publisher has them: bfloat16, with all around them.
+
+  Returns:
+    (The config of a run on them, their directory, what an export of them is.)
+  """
+  folder = tmp_path_factory.mktemp('released')
+  for group in ('decoder', 'encoder'):
+    directory = folder / group
+    shutil.copytree(f'{models[0]}/{group}', directory)
+    path = directory / 'model.safetensors'
+    tensors = {
+      name: x.astype(jnp.bfloat16) for name, x in load_file(path).items()
+    }
+    if group == 'decoder':
+      norm = 'model.norm.weight'
+      tensors[norm] = tensors[norm].astype(np.float32)
+    else:
+      tensors['pooler.dense.weight'] = np.ones((3, 3), jnp.bfloat16)
+    save_file(tensors, path)
+    values = json.loads((directory / 'config.json').read_text())
+    eps = {
+      key: float(np.float32(values[key])) for key in values if 'eps' in key
+    }
+    more = {'pad_token_id': 2, 'unk_token_id': 0, 'torch_dtype': 'bfloat16'}
+    (directory / 'config.json').write_text(json.dumps(values | eps | more))
+    (directory / 'tokenizer.json').write_text(words.to_str())
+    (directory / 'chat_template.jinja').write_text('{{ messages }}')
+    (directory / 'generation_config.json').write_text('{"top_p": 0.9}')
+  (folder / 'encoder' / 'modules.json').write_text(
+    json.dumps([
+      {'idx': 0, 'name': '0', 'path': '', 'type': 'st.models.Transformer'},
+      {'idx': 1, 'name': '1', 'path': '1_Pooling', 'type': 'st.models.Pooling'},
+      {'idx': 2, 'name': '2', 'path': '2_Dense', 'type': 'st.models.Dense'},
+      {'idx': 3, 'name': '3', 'path': '3_N', 'type': 'st.models.Normalize'},
+    ])
+  )  # fmt: skip
+  decoder, encoder = str(folder / 'decoder'), str(folder / 'encoder')
+  data = dataclasses.replace(
+    cfg.data, tokenizer=decoder, encoder_tokenizer=encoder
+  )
+  decoder_cfg, encoder_cfg = (
+    dataclasses.replace(old, norm_eps=float(np.float32(old.norm_eps)))
+    for old in (cfg.model.decoder, cfg.model.encoder)
+  )
+  model = dataclasses.replace(
+    cfg.model, decoder=decoder_cfg, encoder=encoder_cfg
+  )
+  named = dataclasses.replace(cfg, data=data, model=model)
+  target, out = str(folder / 'imported'), str(folder / 'out')
+  exchange.run_import(named, str(folder), f'{decoder},{encoder}', target)
+  mask = os.umask(0o027)
+  try:
+    exchange.run_export(named, str(folder), target, out)
+  finally:
+    os.umask(mask)
+  return named, str(folder), out
+
+
+def test_untouched_weights_go_out_bit_for_bit(released):
+  named, folder, out = released
+  for group in ('decoder', 'encoder'):
+    came = load_file(f'{folder}/{group}/model.safetensors')
+    went = load_file(f'{out}/{group}/model.safetensors')
+    assert came.keys() == went.keys()  # with the pooler
+    for name, tensor in came.items():
+      exact = re.search('(position|token_type)_embed', name)  # a sum here
+      wanted = np.dtype(np.float32) if exact else tensor.dtype
+      assert went[name].dtype == wanted, name
+      np.testing.assert_array_equal(went[name], tensor.astype(wanted))
+    values = json.loads(open(f'{out}/{group}/config.json').read())  # noqa: SIM115
+    assert values['dtype'] == 'bfloat16' and 'torch_dtype' not in values
+  opened = session.open_model(named)
+  there, _ = session.load_params(
+    opened, f'{folder}/decoder,{folder}/encoder', 'test'
+  )
+  for source in (out, f'{out}/decoder,{out}/encoder'):
+    here, groups = session.load_params(opened, source, 'test')
+    for group in groups:
+      equal(here[group], there[group])
+
+
+def test_what_belongs_to_a_model_goes_out_with_it(released):
+  _, _, out = released
+  read = lambda name: json.loads(open(f'{out}/{name}').read())  # noqa: SIM115
+  for group in ('decoder', 'encoder'):
+    assert {
+      'chat_template.jinja', 'generation_config.json', 'tokenizer.json',
+    } <= set(os.listdir(f'{out}/{group}'))  # fmt: skip
+    values = read(f'{group}/config.json')
+    assert (values['pad_token_id'], values['unk_token_id']) == (2, 0)
+    assert all(len(str(v)) < 8 for k, v in values.items() if 'eps' in k)
+  kinds = [(m['type'], m['path']) for m in read('encoder/modules.json')]
+  assert kinds == [
+    ('st.models.Transformer', ''),
+    ('st.models.Pooling', '1_Pooling'),
+    ('st.models.Normalize', '2_Normalize'),
+  ]
+  saved = read('refrag.json')
+  assert saved['max_encoder_tokens'] == 6
+  for group in ('decoder', 'encoder'):
+    assert saved['base'][group]['name'].endswith(f'/{group}')
+    assert 'norm_eps' in saved['model'][group]
+    assert len(str(saved['model'][group]['norm_eps'])) < 8
+
+
+def test_files_have_the_permissions_of_any_new_file(released):
+  _, _, out = released
+  for folder, folders, files in os.walk(out):
+    for name in files:
+      assert os.stat(f'{folder}/{name}').st_mode & 0o777 == 0o640, name
+    for name in ('.', *folders):
+      assert os.stat(f'{folder}/{name}').st_mode & 0o777 == 0o750, name
+
+
+def test_a_trained_run_remembers_what_it_came_from(cfg, released, tmp_path):
+  """Through a run's stage, and in and out once more."""
+  named, folder, _ = released
+  for group in ('decoder', 'encoder'):
+    shutil.copytree(f'{folder}/{group}', tmp_path / group)
+    (tmp_path / group / 'tokenizer.json').unlink()
+  pair = f'{tmp_path}/decoder,{tmp_path}/encoder'
+  started = toy_run.replaced(named, data=cfg.data, init_from=pair, evals=())
+  train.run(started, str(tmp_path / 'run'))
+  source, out = f'{tmp_path}/run/checkpoints/reconstruct', f'{tmp_path}/out'
+  exchange.run_export(started, '', source, out)
+  kinds = lambda of: {
+    name: x.dtype
+    for name, x in load_file(f'{of}/encoder/model.safetensors').items()
+  }
+  assert set(map(str, kinds(out).values())) == {'bfloat16', 'float32'}
+  assert 'was trained in float32, and what training has changed is ' in (
+    open(f'{out}/README.md').read()  # noqa: SIM115
+  )
+  again = str(tmp_path / 'again')
+  exchange.run_export(started, '', out, again)
+  assert kinds(again) == kinds(out)
+  assert os.path.exists(f'{again}/projection.safetensors')
+
+
+def test_float16_that_would_overflow_stays_float32():
+  base = {'dtypes': {'a': 'float16', 'b': 'bfloat16'}}
+  fits = {'x': jnp.array([65504.0, -1.0])}
+  assert exchange._dtypes(fits, base) == base['dtypes']
+  above = {'x': jnp.array([1.0, -70000.0])}
+  assert exchange._dtypes(above, base) == {'b': 'bfloat16'}
+
+
+def test_an_export_of_an_older_version_is_read(cfg, run, exported, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(exported, copy)
+  (copy / 'README.md').unlink()
+  saved = json.loads((copy / 'refrag.json').read_text())
+  del saved['base'], saved['max_encoder_tokens']
+  (copy / 'refrag.json').write_text(json.dumps(saved))
+  opened = session.open_model(cfg)
+  here, groups = session.load_params(opened, str(copy), 'test')
+  whole, _ = session.load_params(opened, exported, 'test')
+  for group in groups:
+    equal(here[group], whole[group])
+  exchange.run_export(cfg, '', str(copy), str(tmp_path / 'again'))
+
+
+def test_the_cards_code_is_our_projection(cfg, exported):
+  torch = pytest.importorskip('torch')
+  pytest.importorskip('safetensors.torch')
+  with open(f'{exported}/README.md') as f:
+    card = f.read()
+  with open(f'{exported}/refrag.json') as f:
+    keys = json.load(f).keys()
+  for key in keys:
+    assert f'`{key}`' in card, key
+  code = card.split('```python\n')[1].split('```')[0]
+  names = {'directory': exported}
+  exec(code, names)
+  opened = session.open_model(cfg)
+  params, _ = session.load_params(opened, exported, 'test')
+  E = cfg.model.encoder.width
+  c_XE = np.random.default_rng(0).normal(size=(5, E)).astype(np.float32)
+  ours = Refrag(cfg.model).apply(
+    {'params': params}, c_XE, method=lambda model, c: model.projection(c)
+  )
+  theirs = names['project'](torch.tensor(c_XE)).numpy()
+  np.testing.assert_allclose(theirs, ours, rtol=2e-5, atol=1e-6)
+
+
+# --- Where it goes ------------------------------------------------------------
+
+
+def refused_target(config, source, target) -> str:
+  with pytest.raises(UserError) as e:
+    exchange.run_export(config, '', source, str(target))
+  assert '\n' not in str(e.value)
+  return str(e.value)
+
+
+def test_a_target_is_checked_before_anything_is_read(
+  run, models, tmp_path, monkeypatch
+):
+  started, workdir = run
+  monkeypatch.setattr(session, 'open_model', lambda *_: pytest.fail('was read'))
+  source = f'{workdir}/checkpoints/reconstruct'
+  there = sorted(os.walk(workdir))
+  full, link, file = (tmp_path / name for name in ('full', 'link', 'file'))
+  full.mkdir()
+  file.write_text('')
+  (full / 'x').write_text('')
+  link.symlink_to(full)
+  (tmp_path / 'dangling').symlink_to(file / 'x')
+  for target, message in (
+    (source, 'lies in'),
+    (f'{source}/out', 'lies in'),
+    (f'{source}/../reconstruct/out', 'lies in'),
+    (workdir, 'not empty'),
+    (full, 'not empty'),
+    (link, 'not empty'),
+    (file, 'is a file'),
+    (file / 'below', 'cannot be written'),
+    (tmp_path / 'dangling', 'cannot be written'),
+    (tmp_path / ('x' * 300), 'cannot be written'),
+    ('/proc/nope/out', 'cannot be written'),
+    ('/', 'not empty'),
+  ):
+    assert message in refused_target(started, source, target), target
+  decoder = f'{models[0]}/decoder'
+  assert 'lies in' in refused_target(started, both(models), f'{decoder}/out')
+  data = dataclasses.replace(started.data, tokenizer=decoder)
+  named = dataclasses.replace(started, data=data)
+  assert 'lies in' in refused_target(named, source, f'{decoder}/out')
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'here').mkdir()
+  monkeypatch.chdir(tmp_path / 'here')
+  assert 'current directory' in refused_target(started, source, '.')
+  assert sorted(os.walk(workdir)) == there
+  assert sorted(os.listdir(tmp_path)) == [
+    'dangling', 'file', 'full', 'here', 'link',
+  ]  # fmt: skip
+
+
+def test_a_wrong_source_leaves_no_directory(cfg, tmp_path):
+  message = refused_target(cfg, f'{tmp_path}/none', tmp_path / 'a' / 'b' / 'c')
+  assert 'no checkpoint in' in message
+  assert os.listdir(tmp_path) == []
+
+
+def test_a_target_is_what_was_meant(released, tmp_path, monkeypatch):
+  """Home, a relative path, a link to an empty directory."""
+  named, folder, _ = released
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'link').symlink_to('empty')
+  for target in ('~/home', 'relative/../there', 'link'):
+    exchange.run_export(named, '', f'{folder}/imported', target)
+  for name in ('home', 'there', 'empty'):
+    assert (tmp_path / name / 'refrag.json').exists(), name
+  assert (tmp_path / 'link').is_symlink()
+  assert sorted(os.listdir(tmp_path)) == ['empty', 'home', 'link', 'there']
+
+
+def test_a_disk_without_room_is_told_before(released, tmp_path, monkeypatch):
+  named, folder, _ = released
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
+  message = refused_target(named, f'{folder}/imported', tmp_path / 'out')
+  assert 'the export needs' in message and os.listdir(tmp_path) == []
+
+
+# --- Whose config -------------------------------------------------------------
+
+
+def loaded(*argv):
+  return cli.load(cli.parse(list(argv)))
+
+
+@pytest.fixture
+def with_config(run):
+  started, workdir = run
+  path = f'{workdir}/config.json'
+  record = {'config': dataclasses.asdict(started), 'sources': {'seed': 'x.py'}}
+  train.results.write_json(path, record)
+  yield started, workdir
+  os.unlink(path)
+
+
+def test_an_export_finds_the_config_of_its_run(with_config, tmp_path, capsys):
+  started, workdir = with_config
+  source = f'--from={workdir}/checkpoints/reconstruct'
+  found = loaded('--mode=export', source, '--to=x')
+  assert found.config == started
+  assert found.command.workdir == workdir
+  # A step of it, and with a value of one's own.
+  found = loaded('--mode=export', f'{source}/2/', '--config.seed=9')
+  assert found.config == dataclasses.replace(started, seed=9)
+  assert found.sources['seed'] == 'command line'
+  before = sorted(os.listdir(workdir))
+  out = f'--to={tmp_path}/out'
+  assert main.main(['--mode=export', source, out]) == 0
+  assert (tmp_path / 'out' / 'projection.safetensors').exists()
+  assert sorted(os.listdir(workdir)) == before
+  assert 'seed ' in capsys.readouterr().out  # it is shown
+  path = f'{workdir}/config.json'
+  train.results.write_json(path, {'model_type': 'llama'})
+  with pytest.raises(UserError, match='holds no config of a run'):
+    loaded('--mode=export', source)
+
+
+def test_an_imported_checkpoint_has_the_config_of_its_import(cfg, tmp_path):
+  for name, seed in (('config.json', 1), ('config_import.json', 2)):
+    saved = dataclasses.replace(cfg, seed=seed)
+    record = {'config': dataclasses.asdict(saved), 'sources': {}}
+    train.results.write_json(tmp_path / name, record)
+  for stage, seed in (('imported', 2), ('reconstruct', 1)):
+    source = f'--from={tmp_path}/checkpoints/{stage}'
+    assert loaded('--mode=export', source).config.seed == seed
+
+
+def test_a_pair_is_its_own_config(models):
+  decoder, encoder = both(models).split(',')
+  argv = (
+    '--mode=import',
+    '--config.data.tokenizer=bytes',
+    '--config.data.encoder_tokenizer=bytes',
+    *SMALL,
+  )
+  named = loaded(
+    f'--config={ROOT}/configs/pair.py:{decoder},{encoder}',
+    f'--from={decoder},{encoder}',
+    *argv,
+  )
+  for source in (f'{decoder},{encoder}', f'{encoder}, {decoder}'):
+    found = loaded(f'--from={source}', *argv)
+    assert found.config == named.config
+  with pytest.raises(UserError, match='is no directory'):
+    loaded(f'--from={decoder},/nowhere', *argv)
+  for source in (decoder, f'{decoder},{decoder}', '/nowhere', 'a/checkpoints'):
+    with pytest.raises(UserError, match=r'no config: add --config=FILE.py'):
+      loaded(f'--from={source}', *argv)
+  with pytest.raises(UserError, match='no config'):
+    loaded('--mode=import')

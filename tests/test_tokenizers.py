@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -297,3 +298,46 @@ def test_not_a_tokenizer(tmp_path):
   (tmp_path / 'tokenizer.json').write_text(json.dumps({'model': 1}))
   with pytest.raises(UserError, match='no tokenizer could be read'):
     tokenizers.load(str(tmp_path))
+
+
+# --- Files that are not what they seem ----------------------------------------
+
+MARK = b'\xef\xbb\xbf'
+
+
+@pytest.mark.parametrize(
+  'file', ['tokenizer.json', 'tokenizer_config.json', 'config.json']
+)
+def test_a_mark_before_the_json_is_no_part_of_it(file, byte_level, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(byte_level, copy)
+  (copy / 'config.json').write_text('{"model_type": "llama"}')
+  (copy / file).write_bytes(MARK + (copy / file).read_bytes())
+  marked, plain = tokenizers.load(str(copy)), tokenizers.load(byte_level)
+  assert marked.fingerprint == plain.fingerprint
+  assert marked.name == str(copy)  # not that of a copy
+
+
+def test_a_mark_before_a_vocabulary_is_no_part_of_its_first_word(tmp_path):
+  words = '[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nwords\n##y\n'
+  ids = []
+  for name, mark in (('plain', b''), ('marked', MARK)):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'vocab.txt').write_bytes(mark + words.encode())
+    ids.append(tokenizers.load(str(tmp_path / name)))
+  assert ids[0].pad_id == ids[1].pad_id == 0
+  assert ids[0].fingerprint == ids[1].fingerprint
+
+
+@pytest.mark.parametrize(
+  'file', ['tokenizer.json', 'tokenizer_config.json', 'vocab.txt']
+)
+def test_a_pointer_of_git_lfs_is_named(file, byte_level, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(byte_level, copy)
+  (copy / file).write_text(
+    'version https://git-lfs.github.com/spec/v1\noid sha256:cd\nsize 9\n'
+  )
+  message = f'/copy/{file} is a Git LFS pointer: run git lfs pull'
+  with pytest.raises(UserError, match=message):
+    tokenizers.load(str(copy))

@@ -19,6 +19,8 @@ import functools
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -32,6 +34,12 @@ FILES = (
   'tokenizer_config.json', 'vocab.json', 'merges.txt', 'vocab.txt',
   'special_tokens_map.json', 'added_tokens.json',
 )  # fmt: skip
+# What lies beside it in the directory of a model, for chat and for sentences.
+BESIDE = (
+  'chat_template.jinja', 'chat_template.json', 'generation_config.json',
+  'sentence_bert_config.json', 'config_sentence_transformers.json',
+)  # fmt: skip
+MARK = b'\xef\xbb\xbf'  # of UTF-8, which some editors put before a text
 # ids and starts, both int32[n].
 Encoded = tuple[np.ndarray, np.ndarray]
 
@@ -72,7 +80,33 @@ def load(name: str) -> Tokenizer:
       f'tokenizer {name!r}: neither "bytes" nor a directory; give the '
       'directory of a Hugging Face tokenizer (with its tokenizer.json)'
     )
-  return _hugging_face(hub.resolve(name, weights=False))
+  path = hub.resolve(name, weights=False)
+  read = (*FILES, 'config.json')  # the last by transformers, in passing
+  there = [os.path.join(path, file) for file in read]
+  there = [file for file in there if os.path.exists(file)]
+  for file in there:
+    hub.refuse_pointer(file)
+  if not any(_is_marked(file) for file in there):
+    return _hugging_face(path, path)
+  with tempfile.TemporaryDirectory() as unmarked:
+    copy_files(path, unmarked, read)
+    return _hugging_face(path, unmarked)
+
+
+def _is_marked(path: str) -> bool:
+  with open(path, 'rb') as f:
+    return f.read(len(MARK)) == MARK
+
+
+def copy_files(source: str, target: str, names: Sequence[str]) -> None:
+  """Copies those of the files that are there, without a byte-order mark."""
+  for name in names:
+    path = os.path.join(source, name)
+    if os.path.exists(path):
+      with open(path, 'rb') as of, open(os.path.join(target, name), 'wb') as to:
+        begin = of.read(len(MARK))
+        to.write(b'' if begin == MARK else begin)
+        shutil.copyfileobj(of, to)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int, which: str) -> None:
@@ -155,30 +189,31 @@ def _decode_bytes(ids: Sequence[int]) -> str:
   return data.decode('utf-8', errors='replace')
 
 
-def _hugging_face(path: str) -> Tokenizer:
+def _hugging_face(path: str, files: str) -> Tokenizer:
+  """The tokenizer of directory `path`, read from `files`, a copy or itself."""
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # no torch: silence
   import transformers  # a second of import that byte runs do not pay
 
   from refrag_jax.data import vocabularies
 
   try:
-    there = lambda name: os.path.exists(os.path.join(path, name))
+    there = lambda name: os.path.exists(os.path.join(files, name))
     fast = transformers.PreTrainedTokenizerFast
     if there('tokenizer.json'):
       # Not AutoTokenizer: the classes that a tokenizer_config.json names make
       # a tokenizer of their own from its words, with other spaces and digits
       # (transformers 5).
-      hf = fast.from_pretrained(path, local_files_only=True)
+      hf = fast.from_pretrained(files, local_files_only=True)
     else:
-      found = vocabularies.sentencepiece(path)
+      found = vocabularies.sentencepiece(files)
       if found is not None:
         return _sentencepiece(path, *found)
       bare = None
       if not there('tokenizer_config.json'):  # which may say more
-        bare = vocabularies.fast(path)
+        bare = vocabularies.fast(files)
       if bare is None:
         auto = transformers.AutoTokenizer
-        hf = auto.from_pretrained(path, local_files_only=True)
+        hf = auto.from_pretrained(files, local_files_only=True)
       else:
         hf = fast(tokenizer_object=bare)
     if not (hf.bos_token or hf.cls_token or hf.eos_token):

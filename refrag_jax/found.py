@@ -1,0 +1,49 @@
+"""The config of an import or an export that names none: it is in what is read.
+
+Needs no JAX: the config says how JAX is to be started.
+"""
+
+import os
+from typing import Any
+
+from refrag_jax import hf_families, hub, results
+from refrag_jax.errors import UserError
+
+SAVED = ('config.json', 'config_import.json')  # beside a run's checkpoints
+
+
+def of_run(source: str) -> tuple[str, dict[str, Any]] | None:
+  """The run that a checkpoint lies in, and the record of its config.
+
+  Args:
+    source: RUN/checkpoints/STAGE, or a step in there.
+  """
+  checkpoint = os.path.realpath(source)
+  while os.path.basename(os.path.dirname(checkpoint)) != 'checkpoints':
+    checkpoint, before = os.path.dirname(checkpoint), checkpoint
+    if checkpoint == before:
+      return None
+  run = os.path.dirname(os.path.dirname(checkpoint))
+  imported = os.path.basename(checkpoint) == 'imported'
+  for name in SAVED[::-1] if imported else SAVED:
+    path = os.path.join(run, name)
+    if os.path.exists(path):
+      record = results.read_json(path)
+      if not (isinstance(record, dict) and {'config', 'sources'} <= {*record}):
+        raise UserError(
+          f'{path} holds no config of a run: add --config=FILE.py'
+        )
+      return run, record
+  return None
+
+
+def pair(source: str) -> str:
+  """'DECODER,ENCODER' of two models in any order; '' where it is not two."""
+  names = [name.strip() for name in source.split(',')]
+  group_of = {}
+  for name in names if len(names) == 2 else ():
+    directory = hub.resolve(name, weights=False)
+    values = hf_families.read_config(directory)
+    family = hf_families.family_of(values, directory)
+    group_of[hf_families.FAMILIES[family].group] = name
+  return ','.join(group_of[group] for group in sorted(group_of))
