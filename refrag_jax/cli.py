@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from refrag_jax import config as config_lib
 from refrag_jax import environment, paths, typed
+from refrag_jax import workdir as workdir_lib
 from refrag_jax.errors import UserError
 
 _FLAGS = ('--config', '--workdir', '--mode', '--help')
@@ -389,16 +390,7 @@ def save_config(loaded: Loaded, workdir: str) -> str:
     'versions': environment.versions(),
     'git': environment.git_commit(),
   }
-  try:
-    os.makedirs(workdir, exist_ok=True)
-  except (FileExistsError, NotADirectoryError):
-    raise UserError(
-      f'--workdir={workdir} is, or lies below, a file: name a directory'
-    ) from None
-  except FileNotFoundError as e:  # as below /proc, where nothing can be made
-    raise UserError(
-      f'--workdir={workdir} cannot be made ({e.strerror}): name another'
-    ) from None
+  workdir_lib.make(workdir)
   temporary = f'{path}.{os.getpid()}.tmp'
   try:
     with open(temporary, 'w', encoding='utf-8') as f:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,16 @@ from refrag_jax.session import (
 )
 from refrag_jax.stopping import stop_on_signal
 
+# Of the config: what is said, saved and drawn on the way changes no result.
+UNSEEN = (
+  'evals',
+  'log_every_steps',
+  'eval_every_steps',
+  'checkpoint_every_steps',
+  'checkpoint_every_seconds',
+  'sample_every_steps',
+  'tensorboard',
+)
 HELDOUT = 'heldout'  # in eval.data: the held-out side of data.text
 
 
@@ -94,6 +104,7 @@ def run(config: Config, workdir: str) -> int:
   old = results.read_json(path) if os.path.exists(path) else {}
   if jax.process_index() == 0:
     new = head(session)
+    del new['result_fingerprint']
     if _is_of_run(old, config, workdir):  # its head says what made the rest
       made = {key: new[key] for key in ('git', 'device', 'date')}
       added = old.get('added', {}) | dict.fromkeys(evals, made)
@@ -115,20 +126,31 @@ def write_results(session: Session, stop: threading.Event) -> None:
   """The end of a training run: evals, and `results.json` whole."""
   paths = _stages_beside(os.path.join(session.workdir, 'checkpoints'))
   paths = with_decoder_before(session, paths, session.workdir)
-  evals, left_out = run_evals(session, paths, stop)
   stages = {
     name: results.read_json(session.record_path(name))
     for name in session.config.stages
   }
   for record in stages.values():
     del record['settings']
+  path = os.path.join(session.workdir, 'results.json')
+  old = results.read_json(path) if os.path.exists(path) else {}
+  if not (
+    old.get('result_fingerprint') == result_fingerprint(session.config)
+    and is_of_stages(old, stages)
+    and is_of_contents(old, session)
+  ):
+    old = {}
+  kept = old.get('evals', {})  # which would come out the same
+  missing = [name for name in session.config.evals if name not in kept]
+  evals, left_out = run_evals(session, paths, stop, missing)
   out = head(session) | {
+    'contents': old.get('contents', {}) | contents(session),
     'stages': stages,
-    'evals': evals,
-    'left_out': left_out,
+    'evals': kept | evals,
+    'left_out': [*old.get('left_out', []), *left_out],
   }
   if jax.process_index() == 0:
-    results.write_json(os.path.join(session.workdir, 'results.json'), out)
+    results.write_json(path, out)
 
 
 def is_complete(config: Config, workdir: str) -> bool:
@@ -137,17 +159,26 @@ def is_complete(config: Config, workdir: str) -> bool:
   if not os.path.exists(path):
     return False
   done = results.read_json(path)
+  mine = (fingerprint(config), result_fingerprint(config))
   return (
-    done.get('fingerprint') == fingerprint(config)
-    and set(config.stages) <= done.get('stages', {}).keys()
+    done.get('fingerprint') == mine[0]
+    or done.get('result_fingerprint') == mine[1]
+  ) and (
+    set(config.stages) <= done.get('stages', {}).keys()
     and set(config.evals) <= done.get('evals', {}).keys()
   )
 
 
 def run_evals(
-  session: Session, paths: dict[str, str], stop: threading.Event
+  session: Session,
+  paths: dict[str, str],
+  stop: threading.Event,
+  names: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-  """Runs `config.evals` on the checkpoints at `paths`, by stage.
+  """Runs evals on the checkpoints at `paths`, by stage.
+
+  Args:
+    names: which; None takes `config.evals`.
 
   Returns:
     The tables, eval -> data set, and what was left out of them, and why.
@@ -156,7 +187,7 @@ def run_evals(
     session, _loader(session, paths), _datasets(session), stop, {}, {}, []
   )
   evals = {}
-  for name in session.config.evals:
+  for name in session.config.evals if names is None else names:
     say(f'eval {name}')
     watchdog.phase(f'eval {name}, start')
     evals[name] = {}
@@ -301,6 +332,8 @@ def write_documents(context: Context) -> None:
   new = head(session)
   if _is_of_run(old, session.config, session.workdir):
     documents, new = _by_dataset(old['evals'], documents), old
+  elif old.get('result_fingerprint') == new['result_fingerprint']:
+    documents = _by_dataset(old['evals'], documents)
   hashes = {name: of.hash for name, of in context.datasets.items()}
   new['datasets'] = new.get('datasets', {}) | hashes
   text = results.json_line(new | {'evals': _rounded(documents)})
@@ -322,6 +355,7 @@ def head(session: Session) -> dict[str, Any]:
   return {
     'config': session.config.name,
     'fingerprint': fingerprint(session.config),
+    'result_fingerprint': result_fingerprint(session.config),
     'versions': environment.versions(),
     'git': environment.git_commit(),
     'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
@@ -345,6 +379,44 @@ def _fingerprint(values: dict[str, Any]) -> str:
     del values['model'][name]
   text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def result_fingerprint(config: Config) -> str:
+  """As `fingerprint`, without what is only seen while a run is under way.
+
+  And without the evals that it ends in, which change no number of each other.
+  """
+  values = dataclasses.asdict(config)
+  for name in UNSEEN:
+    del values[name]
+  return _fingerprint(values)
+
+
+def is_of_stages(done: Mapping[str, Any], records: Mapping[str, Any]) -> bool:
+  """Whether a results.json is of these records: none was trained since."""
+  stages = done.get('stages', {})
+  return all(
+    stages.get(name) == {k: v for k, v in record.items() if k != 'settings'}
+    for name, record in records.items()
+  )
+
+
+def contents(session: Session) -> dict[str, Any]:
+  """What the evals' texts and questions say, by hashes of it."""
+  config = session.config
+  out = {}
+  if set(config.evals) - set(WITHOUT_TEXT):
+    datasets = _datasets(session).items()
+    out['datasets'] = {name: corpus.hash for name, corpus in datasets}
+  if 'qa' in config.evals:
+    out['questions'] = questions_lib.fingerprint(config)
+  return out
+
+
+def is_of_contents(done: Mapping[str, Any], session: Session) -> bool:
+  """Whether a results.json measured what the evals would read now."""
+  then, now = done.get('contents', {}), contents(session)
+  return all(then[key] == now[key] for key in then.keys() & now.keys())
 
 
 def _is_of_run(

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 
 from refrag_jax import cli, environment, stopping, typed, watchdog
+from refrag_jax import workdir as workdir_lib
 from refrag_jax.errors import NonFinite, Stopped, UserError
 
 # mode: (module, function called with (config, workdir), what it does)
@@ -54,6 +55,7 @@ LATER = {
 }
 ALONE = ('data', 'plan')  # need no other process of a cluster
 # The plan's devices are not there; the doctor starts JAX as its last check.
+WRITERS = ('train', 'eval', 'repro')  # one of them a workdir at a time
 NO_DEVICES = ('plan', 'doctor')
 # Flags of one's own, handed over in this order.
 FLAGS = {
@@ -198,10 +200,12 @@ def _dispatch(argv: list[str]) -> int | None:
     if command.mode not in NO_DEVICES:
       with watchdog.watch(config.cluster.hang_seconds):
         environment.start_jax()
-    if first:
-      cli.announce(loaded, workdir)
-    run = getattr(importlib.import_module(module), function)
-    return run(config, workdir, *(command.flags[flag] for flag in own))
+    writes = first and command.mode in WRITERS
+    with workdir_lib.held(workdir) if writes else contextlib.nullcontext():
+      if first:
+        cli.announce(loaded, workdir)
+      run = getattr(importlib.import_module(module), function)
+      return run(config, workdir, *(command.flags[flag] for flag in own))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,9 +39,19 @@ class Programs(NamedTuple):
 
 
 def compile_stage(
-  session: Session, name: str, state: TrainState, start: int
+  session: Session,
+  name: str,
+  state: TrainState,
+  start: int,
+  between: Callable[[], None] = lambda: None,
 ) -> Programs:
-  """Compiles what steps `start`.. need; `state` may be abstract."""
+  """Compiles what steps `start`.. need.
+
+  Args:
+    state: may be abstract.
+    between: called between two programs; what it raises ends it here, without
+      those that are not begun.
+  """
   clock = time.monotonic()
   key_of_step = step_keys(session, name)
   traced, tokens = {}, {}
@@ -48,15 +59,24 @@ def compile_stage(
     batch = abstract_batch(session, name, key[0])
     traced[key] = trace_step(session, name, state, batch, key[1])
     tokens[key] = text_tokens(batch)
+    between()
   # XLA compiles outside the interpreter lock; tracing must stay in here. Large
   # programs take gigabytes each while they are compiled.
   with concurrent.futures.ThreadPoolExecutor(
     min(4, os.cpu_count() or 1)
   ) as pool:
-    lowered = {key: t.lower() for key, t in traced.items()}
-    compiled = dict(
-      zip(lowered, pool.map(lambda low: low.compile(), lowered.values()))
-    )
+    futures = {
+      key: pool.submit(lambda low: low.compile(), t.lower())
+      for key, t in traced.items()
+    }
+    compiled = {}
+    try:
+      for key, future in futures.items():
+        compiled[key] = future.result()
+        between()
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
   plain = plain_model(session.config.model) == session.config.model
   cost = {
     key: flops.count(t.jaxpr)

@@ -52,9 +52,12 @@ def run(config: Config, workdir: str) -> int:
     say(f'-- arm {arm}, seed {seed}')
     folder = os.path.join(workdir, f'seed{seed}', arm)
     try:
-      if not evaluate.is_complete(cfg, folder):  # else it says what made it
-        save_config(config, arm, cfg, folder)
-        train_sources_again(config, cfg, seed, workdir)
+      # Complete is what has its results: records travel without checkpoints.
+      if evaluate.is_complete(cfg, folder):
+        train.say_done(folder)
+        continue
+      save_config(config, arm, cfg, folder)
+      train_sources_again(config, cfg, seed, workdir)
       train.run(cfg, folder)
     except (UserError, NonFinite) as e:
       failures[f'seed{seed}/{arm}'] = str(e)

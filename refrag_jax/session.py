@@ -57,6 +57,13 @@ def open_session(
   return session._replace(corpus=corpus)
 
 
+def open_data(config: Config, workdir: str) -> Session:
+  """A session with the text and nothing that needs a device."""
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  corpus = pipeline.prepare_corpus(config, os.path.join(workdir, 'data'))
+  return Session(config, workdir, None, None, tokenizer, corpus, {})
+
+
 def check_batches(session: Session) -> None:
   """Refuses batches that the devices cannot share out evenly."""
   ways = sharding.axis_size('batch', session.mesh)

@@ -34,6 +34,7 @@ from refrag_jax import (
 from refrag_jax import state as state_lib
 from refrag_jax.config import Config, context_chunks
 from refrag_jax.data import curriculum, pipeline, retrieval
+from refrag_jax.data import questions as questions_lib
 from refrag_jax.errors import NonFinite, Stopped, UserError
 from refrag_jax.metrics import Writer, import_tensorboard
 from refrag_jax.models.cepe import copy_self_attention
@@ -47,6 +48,7 @@ from refrag_jax.session import (
   checkpoint_beside,
   fresh_params,
   load_params,
+  open_data,
   open_session,
   to_device,
   trained_groups,
@@ -59,9 +61,9 @@ from refrag_jax.stopping import stop_on_signal
 from refrag_jax.validate import asks_questions
 
 HELDOUT_ROWS = 256  # rows of the one fixed held-out batch of a stage
-# What of config.data the batches of `sft` and its twins depend on.
+# What of config.data the batches of `sft` and its twins depend on, beside the
+# questions themselves.
 QUESTION_SETTINGS = (
-  'questions',
   'question_template',
   'passage_template',
   'answer_template',
@@ -75,16 +77,44 @@ QUESTION_SETTINGS = (
 
 def run(config: Config, workdir: str) -> int:
   """`--mode=train`: the stages in order, then the evals, then the report."""
-  if evaluate.is_complete(config, workdir):
-    if not os.path.exists(os.path.join(workdir, 'report.html')):
-      report.write(workdir)  # killed between the two
-    say(f'all done: {workdir}/results.json, {workdir}/report.html')
+  if all_done(config, workdir):
+    say_done(workdir)
     return 0
   run_stages(config, workdir, evaluate.write_results)
   if jax.process_index() == 0:
     report.write(workdir)
   say(f'done: {workdir}/results.json, {workdir}/report.html')
   return 0
+
+
+def all_done(config: Config, workdir: str) -> bool:
+  """Whether the same command would come to the same results.json.
+
+  So what it was made of must still be there: the stages' records and
+  checkpoints, and text, questions and models with the content that they had.
+  """
+  if not evaluate.is_complete(config, workdir):
+    return False
+  done = results.read_json(os.path.join(workdir, 'results.json'))
+  records = {name: finished(workdir, name) for name in config.stages}
+  if not all(records.values()) or not evaluate.is_of_stages(done, records):
+    return False  # what is missing is said where it is trained again
+  try:
+    session = open_data(config, workdir)
+    return evaluate.is_of_contents(done, session) and not any(
+      changes(record['settings'], stage_settings(session, name))
+      for name, record in records.items()
+    )
+  except UserError as e:  # results need no text any more
+    say(f'not compared with what the run was made of: {e}')
+    return True
+
+
+def say_done(workdir: str) -> None:
+  """Says where the results are, and writes the page if it is not there."""
+  if not os.path.exists(os.path.join(workdir, 'report.html')):
+    report.write(workdir)  # killed between the two
+  say(f'all done: {workdir}/results.json, {workdir}/report.html')
 
 
 def run_stages(
@@ -155,20 +185,34 @@ def train_stage(
   if os.path.exists(session.record_path(name)):
     record = results.read_json(session.record_path(name))
     check_settings(record['settings'], settings, name)
-    say(f'{name}  done before')
-    return
+    if finished(session.workdir, name):
+      say(f'{name}  done before')
+      return
+    say(f'{name}  has its record but no checkpoint: trained again')
 
   watchdog.phase(f'{name}, start')
   clock = time.monotonic()
+  vote = sharding.Vote(session.mesh)
+
+  def heed_stop():
+    if any(vote.now(stop.is_set())):
+      raise Stopped(
+        f'stopped in stage {name} before its first step; run the same command '
+        'to continue'
+      )
+
+  heed_stop()
   heldout = fixed_heldout(session, name)
   start, state, meta = start_state(session, name, settings, heldout)
   manager = checkpoint.open_manager(session.checkpoint_dir(name))
+  heed_stop()
   writer.truncate_from(name, start + 1 if start else 0)
   if not start:
     before = {stage.measures: np.mean(meta['before_B'])}
     writer.scalars(name, 0, 'heldout', before)
   watchdog.phase(f'{name}, compilation')
-  compiled = programs.compile_stage(session, name, state, start)
+  compiled = programs.compile_stage(session, name, state, start, heed_stop)
+  heed_stop()
   say(f'{name}  compiled {len(compiled.compiled)} step programs in '
       f'{compiled.compile_s:.1f} s')  # fmt: skip
   meta = meta | {'compile_s': meta['compile_s'] + compiled.compile_s}
@@ -186,7 +230,7 @@ def train_stage(
       name, cfg.num_train_steps, start,
       compiled.tokens_of_step, compiled.flops_of_step, peak,
   )  # fmt: skip
-  vote = sharding.Vote(session.mesh)
+  vote = sharding.Vote(session.mesh)  # a new one: with other questions
   rows = sharding.local_rows(session.mesh, cfg.batch_size)
   pending = after_B = None
   saved = start or None
@@ -351,7 +395,7 @@ def start_state(
     'frozen': frozen_checksums(params, stage),
     'wall_s': 0.0,
     'compile_s': 0.0,
-    'base': base_models(init_from(session, name)),
+    'base': base_models(init_from(session, name, check=False)),
     **session.identity,
   }
   return 0, state, meta
@@ -399,7 +443,7 @@ def init_from(session: Session, name: str, check: bool = True) -> str | None:
     return checkpoint_beside(session.workdir, explicit)
   if explicit or predecessor is None:
     return explicit or None
-  if check and not os.path.exists(session.record_path(predecessor)):
+  if check and not finished(session.workdir, predecessor):
     raise no_predecessor(name, session.workdir)
   return session.checkpoint_dir(predecessor)
 
@@ -410,8 +454,7 @@ def check_order(config: Config, workdir: str) -> None:
     before = STAGES[name].predecessor
     if before is None or init_from_config(config, name):
       continue
-    there = os.path.exists(os.path.join(workdir, 'stages', f'{before}.json'))
-    if before not in config.stages[:i] and not there:
+    if before not in config.stages[:i] and not finished(workdir, before):
       raise no_predecessor(name, workdir)
 
 
@@ -421,6 +464,16 @@ def check_extras(config: Config) -> None:
     import_tensorboard()
   if asks_questions(config):
     retrieval.require()
+
+
+def finished(workdir: str, name: str) -> dict[str, Any] | None:
+  """A stage's record, where the checkpoint of its last step is there too."""
+  path = os.path.join(workdir, 'stages', f'{name}.json')
+  if not os.path.exists(path):
+    return None
+  record = results.read_json(path)
+  newest = checkpoint.latest_step(os.path.join(workdir, 'checkpoints', name))
+  return record if newest == record['steps'] else None
 
 
 def no_predecessor(name: str, workdir: str) -> UserError:
@@ -453,6 +506,7 @@ def stage_settings(session: Session, name: str) -> dict[str, Any]:
     settings['max_encoder_tokens'] = config.data.max_encoder_tokens
   if name.startswith('sft'):
     settings |= {key: getattr(config.data, key) for key in QUESTION_SETTINGS}
+    settings['questions_content'] = questions_lib.fingerprint(config)
   return results.plain(settings)
 
 
@@ -476,12 +530,17 @@ def origin(session: Session, name: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_settings(old: dict, new: dict, name: str) -> None:
-  changed = [
+def changes(old: dict, new: dict) -> list[str]:
+  """What settings differ in; an older record lacks what came in since."""
+  return [
     f'{key} was {old[key]!r} and is {new[key]!r}'
     for key in new
-    if key in old and old[key] != new[key]
+    if key in old and old[key] != new[key] and key != 'accumulation_steps'
   ]
+
+
+def check_settings(old: dict, new: dict, name: str) -> None:
+  changed = changes(old, new)
   if changed:
     raise UserError(
       f'stage {name} was trained here with other settings: '

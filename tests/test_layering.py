@@ -69,6 +69,7 @@ LEVELS = {
   'validate': 0,
   'typed': 0,
   'paths': 0,
+  'workdir': 0,
   'errors': 0,
 }
 # library: the only modules that may import it

@@ -259,7 +259,10 @@ def test_an_arm_that_fails_lets_the_others_run(
 
 
 @pytest.mark.slow
-def test_a_source_without_checkpoint_is_trained_again(folder, tmp_path, capsys):
+@pytest.mark.parametrize('lost', [('checkpoints', 'stages'), ('checkpoints',)])
+def test_a_source_without_checkpoint_is_trained_again(
+  folder, tmp_path, capsys, lost
+):
   """Records came from elsewhere; the numbers that follow are the same."""
   (tmp_path / 'claims.toml').write_text(EMPTY_CLAIMS)
   cfg = toy_run.config(folder, repro__claims=str(tmp_path / 'claims.toml'))
@@ -271,7 +274,7 @@ def test_a_source_without_checkpoint_is_trained_again(folder, tmp_path, capsys):
   whole, moved = tmp_path / 'whole', tmp_path / 'moved'
   repro.run(cfg, str(whole))
   shutil.copytree(whole, moved)
-  for name in ('checkpoints', 'stages'):
+  for name in lost:
     shutil.rmtree(moved / 'seed0' / 'main' / name)
   shutil.rmtree(moved / 'seed0' / 'next')
   record = (moved / 'seed0' / 'main' / 'results.json').read_text()

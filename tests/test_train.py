@@ -1,12 +1,16 @@
 """The loop: what a stage starts from, resumes bitwise, refuses, compiles."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -17,6 +21,8 @@ import toy_run
 
 from refrag_jax import (
   checkpoint,
+  evaluate,
+  metrics,
   optimizer,
   programs,
   results,
@@ -24,6 +30,7 @@ from refrag_jax import (
   sharding,
   train,
 )
+from refrag_jax.data import pipeline
 from refrag_jax.environment import ROOT
 from refrag_jax.errors import NonFinite, Stopped, UserError
 from refrag_jax.stages import STAGES
@@ -256,6 +263,166 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(
   monkeypatch.undo()
   toy_run.train(session, 'lm', workdir=str(tmp_path))
   assert checkpoint.latest_step(directory) == 8
+
+
+@pytest.mark.parametrize('at', ['start', 'start_state', 'between', 'after'])
+def test_a_stop_before_the_first_step_is_heard(
+  session, tmp_path, monkeypatch, at
+):
+  """In a stage's start, between two compilations, before its first step."""
+  stop, compiled = threading.Event(), []
+
+  def then(function):
+    def call(*args):
+      out = function(*args)
+      stop.set()
+      return out
+
+    return call
+
+  if at == 'start':
+    stop.set()
+  elif at == 'start_state':
+    monkeypatch.setattr(train, 'start_state', then(train.start_state))
+  elif at == 'between':
+    monkeypatch.setattr(programs, 'trace_step', then(programs.trace_step))
+  else:
+    monkeypatch.setattr(programs.flops, 'count', then(programs.flops.count))
+  batches = lambda *args: compiled.append(args) or iter(())
+  monkeypatch.setattr(pipeline, 'train_batches', batches)
+  fresh = toy_run.fresh_params(session)
+  monkeypatch.setattr(train, 'initial_params', lambda *_: fresh)
+  monkeypatch.setattr(train, 'groups_after', lambda *_: {'decoder'})
+  session = session._replace(workdir=str(tmp_path))
+  writer = metrics.Writer(str(tmp_path))
+  with jax.set_mesh(session.mesh), contextlib.closing(writer):
+    with pytest.raises(Stopped, match='before its first step'):
+      train.train_stage(session, 'cpt', writer, stop, None)
+  assert not compiled
+
+
+def finished_run(tmp_path, **changes):
+  folder = toy_config.write_data(tmp_path)
+  cfg = toy_run.config(
+    folder,
+    **{'stages': ('lm', 'reconstruct'), 'evals': ('copying', 'reconstruction'),
+       'stage__lm__num_train_steps': 2,
+       'stage__reconstruct__num_train_steps': 2} | changes,
+  )  # fmt: skip
+  workdir = str(tmp_path / 'run')
+  train.run(cfg, workdir)
+  return cfg, workdir, results.read_json(f'{workdir}/results.json')
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+  return finished_run(tmp_path_factory.mktemp('done'))
+
+
+def copied(done, tmp_path):
+  cfg, workdir, numbers = done
+  shutil.copytree(workdir, tmp_path / 'run')
+  return cfg, str(tmp_path / 'run'), numbers
+
+
+def evals_run(monkeypatch):
+  """The evals that are really run from here on."""
+  seen = []
+  run_evals = evaluate.run_evals
+  monkeypatch.setattr(
+    evaluate, 'run_evals',
+    lambda *args: seen.append(tuple(args[3])) or run_evals(*args),
+  )  # fmt: skip
+  return seen
+
+
+def test_a_finished_run_is_done(done, tmp_path, monkeypatch, capsys):
+  cfg, workdir, _ = copied(done, tmp_path)
+  monkeypatch.setattr(train, 'run_stages', None)
+  train.run(cfg, workdir)
+  assert 'all done' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('gone', ['checkpoints', 'both'])
+def test_what_was_deleted_is_made_again(
+  done, tmp_path, monkeypatch, capsys, gone
+):
+  """As the error message advises; and where the checkpoint alone is gone."""
+  cfg, workdir, numbers = copied(done, tmp_path)
+  shutil.rmtree(f'{workdir}/checkpoints/reconstruct')
+  if gone == 'both':
+    os.remove(f'{workdir}/stages/reconstruct.json')
+  seen = evals_run(monkeypatch)
+  train.run(cfg, workdir)
+  said = capsys.readouterr().out
+  assert 'lm  done before' in said and 'all done' not in said
+  assert ('no checkpoint: trained again' in said) == (gone == 'checkpoints')
+  assert checkpoint.latest_step(f'{workdir}/checkpoints/reconstruct') == 2
+  assert seen == [('copying', 'reconstruction')]
+  again = results.read_json(f'{workdir}/results.json')
+  assert again['evals'] == numbers['evals']  # training is a function of these
+
+
+def test_fewer_evals_throw_no_result_away(done, tmp_path, monkeypatch):
+  cfg, workdir, numbers = copied(done, tmp_path)
+  seen = evals_run(monkeypatch)
+  train.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
+  assert results.read_json(f'{workdir}/results.json') == numbers
+  more = toy_run.replaced(
+    cfg, evals=('copying', 'regeneration'), log_every_steps=5,
+    checkpoint_every_steps=1,
+  )  # fmt: skip
+  train.run(more, workdir)
+  assert seen == [('regeneration',)]
+  after = results.read_json(f'{workdir}/results.json')
+  assert after['evals'].keys() == {'copying', 'reconstruction', 'regeneration'}
+  documents = results.read_json(f'{workdir}/documents.json')
+  assert documents['evals'].keys() == after['evals'].keys()
+  assert documents['fingerprint'] == after['fingerprint']
+  for name in numbers['evals']:
+    assert after['evals'][name] == numbers['evals'][name]
+
+
+def test_what_is_only_seen_makes_no_result_stale(done, tmp_path, monkeypatch):
+  cfg, workdir, _ = copied(done, tmp_path)
+  monkeypatch.setattr(train, 'run_stages', None)
+  changed = toy_run.replaced(
+    cfg, log_every_steps=7, sample_every_steps=-1, checkpoint_every_seconds=9.0,
+  )  # fmt: skip
+  train.run(changed, workdir)
+  for name in evaluate.UNSEEN:
+    assert hasattr(cfg, name)
+
+
+def test_other_text_under_the_same_name_is_not_done(tmp_path):
+  cfg, workdir, _ = finished_run(tmp_path, stages=('lm',), evals=('copying',))
+  with open(cfg.data.text[0], 'a') as f:
+    f.write(json.dumps({'text': 'One more document. ' * 9}) + '\n')
+  with pytest.raises(UserError, match='corpus was'):
+    train.run(cfg, workdir)
+
+
+def test_other_questions_under_the_same_name_are_other_settings(
+  session, tmp_path
+):
+  """Changed answers resumed without a word."""
+  path = tmp_path / 'q.jsonl'
+  shutil.copyfile(session.config.data.questions, path)
+  data = dataclasses.replace(session.config.data, questions=str(path))
+  cfg = toy_run.replaced(session.config, data=data)
+  mine = session._replace(config=cfg, workdir=str(tmp_path))
+  old = train.stage_settings(mine, 'sft')
+  train.check_settings(old, train.stage_settings(mine, 'sft'), 'sft')
+  path.write_text(path.read_text().replace('"answers": ["', '"answers": ["x'))
+  with pytest.raises(UserError, match='questions_content was'):
+    train.check_settings(old, train.stage_settings(mine, 'sft'), 'sft')
+  done = {'contents': {'questions': old['questions_content']}}
+  asked = mine._replace(config=toy_run.replaced(cfg, evals=('qa',)))
+  assert not evaluate.is_of_contents(done, asked)
+  # A file that has only moved is the same.
+  moved = dataclasses.replace(data, questions=session.config.data.questions)
+  moved = mine._replace(config=toy_run.replaced(cfg, data=moved))
+  train.check_settings(old, train.stage_settings(moved, 'sft'), 'sft')
 
 
 def test_a_stop_during_the_last_step_ends_the_stage(session, whole, tmp_path):

@@ -8,7 +8,9 @@ file has a record a line, or is one JSON array; it may be packed (.gz, .zst).
 What cannot be used is skipped and counted, with the first line that had it.
 """
 
+import hashlib
 import json
+import platform
 import re
 import string
 from collections import Counter
@@ -76,6 +78,16 @@ def check_there(config: Config) -> None:
         f'data.questions: {path} cannot be read ({error.strerror}); give'
         " 'stdlib' or a JSONL file"
       ) from None
+
+
+def fingerprint(config: Config) -> str:
+  """Changes with what the questions say, wherever they lie."""
+  path = config.data.questions
+  if path == 'stdlib':
+    return f'stdlib of Python {platform.python_version()}'
+  check_there(config)
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def read(config: Config, skipped: Skipped) -> Iterator[Record]:
