@@ -43,13 +43,17 @@ def prepare_once(source: str, cache: str, tokenizer: str, workers: int) -> None:
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
   )
   print(
-    json.dumps({
-      'wall': wall,
-      'cpu': of_workers.ru_utime + of_workers.ru_stime,
-      'peak': of_workers.ru_maxrss / 1024 if workers else own.ru_maxrss / 1024,
-      'tokens': len(made.tokens),
-      'hash': made.hash,
-    })
+    json.dumps(
+      {
+        'wall': wall,
+        'cpu': of_workers.ru_utime + of_workers.ru_stime,
+        'peak': of_workers.ru_maxrss / 1024
+        if workers
+        else own.ru_maxrss / 1024,
+        'tokens': len(made.tokens),
+        'hash': made.hash,
+      }
+    )
   )
 
 

@@ -63,7 +63,11 @@ def _slots(count: int | None) -> list[str]:
   if count is not None:
     return [f'worker-{uuid.uuid4().hex}' for _ in range(count)]
   machine = hashlib.sha256(workers.machine().encode()).hexdigest()[:16]
-  return [f'core-{machine}-{k}' for k in sorted(os.sched_getaffinity(0))]
+  if hasattr(os, 'sched_getaffinity'):
+    cores = sorted(os.sched_getaffinity(0))
+  else:
+    cores = range(os.cpu_count() or 1)
+  return [f'core-{machine}-{k}' for k in cores]
 
 
 def _free(claims: workers.Claims, names: list[str]) -> str | None:

@@ -22,7 +22,7 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from refrag_jax.errors import UserError
 
@@ -50,8 +50,15 @@ class Document:
   text: str
 
 
-def documents(source: str, skipped: Counter) -> Iterator[Document]:
-  """Yields a source's documents, and counts in `skipped` what it left out."""
+def documents(
+  source: str, skipped: Counter, paths: Sequence[str] | None = None
+) -> Iterator[Document]:
+  """Yields a source's documents, and counts in `skipped` what it left out.
+
+  Args:
+    paths: of its files, read these alone; () reads none, and counts what is
+      left out whatever they hold.
+  """
   if source == 'stdlib':
     from refrag_jax.data import stdlib
 
@@ -60,14 +67,14 @@ def documents(source: str, skipped: Counter) -> Iterator[Document]:
   if source.startswith('tfds:'):
     yield from _documents(_tfds(source), source, skipped)
     return
-  paths = files(source)
-  for path in paths:
+  found = files(source)
+  for path in found if paths is None else paths:
     name = (
       os.path.relpath(path, source)
       if path != source
       else (os.path.basename(path))
     )
-    yield from read(path, name, len(paths) == 1, skipped)
+    yield from read(path, name, len(found) == 1, skipped)
 
 
 def read(

@@ -14,6 +14,7 @@ As a program, `python -m refrag_jax.data.workers` reads a job from its standard
 input, and ends when that closes: no worker outlives the run that started it.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -104,10 +105,8 @@ class Claims:
 
 
 def _unlink(path: str) -> None:
-  try:
+  with contextlib.suppress(FileNotFoundError):
     os.unlink(path)
-  except FileNotFoundError:
-    pass
 
 
 @functools.cache
@@ -141,12 +140,16 @@ def work(
   Args:
     tell: is called after each unit and while others work.
   """
-  for tries in range(1, 11):
+  tries = 0
+  while True:
     try:
       for stage in index.STAGES:
         _complete(stage, job, claims, tokenizer, tell)
       return
+    except index.DamagedError:
+      continue  # each one is away, and is made again
     except OSError as e:
+      tries += 1
       # Who is done renames what others still look at.
       if e.errno not in VANISHED or tries == 10:
         raise
