@@ -191,9 +191,11 @@ def test_a_killed_run_leaves_shards_and_no_worker(sources, tmp_path, runs):
   while len(list(cache.glob('.building-*/*/*-*.npz'))) < 5:
     assert time.monotonic() < deadline and run.poll() is None
     time.sleep(0.001)
+  started = [n for n in os.listdir('/proc') if stat(n)[1:2] == [str(run.pid)]]
+  assert len(started) == 2
   run.kill()
   run.wait()
-  while any(map(cache_is_open, os.listdir('/proc'))):
+  while any(stat(n)[:1] not in ([], ['Z']) for n in started):
     assert time.monotonic() < deadline
     time.sleep(0.01)
   made = prepare(sources, cache)
@@ -202,14 +204,13 @@ def test_a_killed_run_leaves_shards_and_no_worker(sources, tmp_path, runs):
   assert len(os.listdir(cache)) == 2
 
 
-def cache_is_open(process):
-  """Whether this is a worker's number."""
+def stat(process):
+  """State and parent of a process, and more; [] if there is none."""
   try:
-    command = pathlib.Path('/proc', process, 'cmdline').read_bytes()
-    parent = pathlib.Path('/proc', process, 'stat').read_text().split()[3]
+    text = pathlib.Path('/proc', process, 'stat').read_text()
   except OSError:
-    return False
-  return b'refrag_jax.data.workers' in command and parent == '1'
+    return []
+  return text.rpartition(')')[2].split()
 
 
 DAMAGES = ('', '{}', '[]', 'null', '{"index": 3}', '{"index": "gone"}', '{"')
@@ -328,8 +329,7 @@ def claims(tmp_path):
 
 
 def write_claim(tmp_path, machine, process):
-  path = tmp_path / 'claims' / 'unit'
-  path.write_text(json.dumps([machine, process]))
+  os.symlink(f'{machine} {process}', tmp_path / 'claims' / 'unit')
 
 
 def test_a_claim_is_one_process_s(claims, tmp_path):
@@ -342,25 +342,26 @@ def test_a_claim_is_one_process_s(claims, tmp_path):
 
 def test_a_claim_of_a_dead_process_is_free(claims, tmp_path):
   dead = subprocess.Popen(['true'])
-  dead.wait()
-  write_claim(tmp_path, workers.machine(), dead.pid)
-  assert claims.take('unit')
+  while stat(str(dead.pid))[0] != 'Z':  # of whom nobody took note yet
+    time.sleep(0.01)
+  for _ in range(2):
+    write_claim(tmp_path, workers.machine(), dead.pid)
+    assert claims.take('unit')
+    claims.release('unit')
+    dead.wait()
 
 
-@pytest.mark.parametrize('who', [('other', 1), ('here', os.getppid()), None])
-def test_a_claim_lasts_as_long_as_it_beats(claims, tmp_path, monkeypatch, who):
+@pytest.mark.parametrize('here', [False, True])
+def test_a_claim_lasts_as_long_as_it_beats(claims, tmp_path, monkeypatch, here):
   now = [1000.0]
   monkeypatch.setattr(workers.time, 'monotonic', lambda: now[0])
-  if who:
-    machine = workers.machine() if who[0] == 'here' else who[0]
-    write_claim(tmp_path, machine, who[1])
-  else:
-    (tmp_path / 'claims' / 'unit').write_text('')  # cut off
+  machine = workers.machine() if here else 'another machine'
+  write_claim(tmp_path, machine, os.getppid())
+  path = tmp_path / 'claims' / 'unit'
   for beat in range(3):
-    if who:
-      os.utime(tmp_path / 'claims' / 'unit', (beat, beat))
+    os.utime(path, (beat, beat), follow_symlinks=False)
     assert not claims.take('unit')
-    now[0] += workers.LEASE * (0.9 if who else 0.3)
+    now[0] += workers.LEASE * 0.9
   assert not claims.take('unit')
   now[0] += workers.LEASE
   assert claims.take('unit')
@@ -370,9 +371,9 @@ def test_claims_beat(tmp_path, monkeypatch):
   monkeypatch.setattr(workers, 'BEAT', 0.01)
   with workers.Claims(str(tmp_path)) as claims:
     claims.take('unit')
-    os.utime(tmp_path / 'unit', (1, 1))
+    os.utime(tmp_path / 'unit', (1, 1), follow_symlinks=False)
     deadline = time.monotonic() + 10
-    while os.stat(tmp_path / 'unit').st_mtime < 2:
+    while os.lstat(tmp_path / 'unit').st_mtime < 2:
       assert time.monotonic() < deadline
       time.sleep(0.01)
 
@@ -394,7 +395,7 @@ def test_errors_of_a_worker_are_those_of_the_run(tmp_path, sources):
   with pytest.raises(UserError, match=r'a.jsonl.gz: damaged after line'):
     prepare([str(path)], tmp_path / 'cache', 1)
   assert os.listdir(tmp_path / 'cache') == []
-  full = pool._error('noise\n{"disk": [28, "No space", "/a/b"]}\n', 1)
+  full = pool._error('{"disk": [28, "No space", "/a/b"]}\n', 1)
   assert isinstance(full, OSError)
   assert (full.errno, full.filename) == (28, '/a/b')
   assert 'signal 9' in str(pool._error('', -9))

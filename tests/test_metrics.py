@@ -171,15 +171,15 @@ def test_parts_of_work_are_told_now_and_then(monkeypatch, capsys):
   monkeypatch.setattr(progress.watchdog, 'phase', phases.append)
   tally = progress.Tally('preparing text')
   tally('reading', 7, 8)
-  for done in (0, 2, 2, 4, 6, 8):
-    tally('tokenising', done, 10)
+  for done, sign in ((0, 0), (2, 0), (2, 1), (4, 1), (4, 1), (8, 1)):
+    tally('tokenising', done, 10, sign)
     clock.sleep(4.0)
   # After 12 seconds, and not again within 10; at the speed of the stage.
   assert capsys.readouterr().out == (
     'preparing text: tokenising  4 of 10 shards  eta 0:00:18\n'
   )
   assert phases == ['preparing text, reading, 7 of 8'] + [
-    f'preparing text, tokenising, {n} of 10' for n in (0, 2, 4, 6, 8)
+    f'preparing text, tokenising, {n} of 10' for n in (0, 2, 2, 4, 8)
   ]
 
 

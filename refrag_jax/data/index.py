@@ -697,14 +697,20 @@ STAGES = (
 )
 
 
-def stands_at(job: Job) -> tuple[str, int, int]:
-  """Returns the stage that is under way, and its units: done, of how many."""
+def stands_at(job: Job) -> tuple[str, int, int, int]:
+  """Returns the stage that is under way, and how far it is.
+
+  Its units that are done, of how many, and its files: one unit may be a file
+  that is read for hours.
+  """
+  units, left, files = [], 0, 0
   for stage in STAGES:
     try:
       units = stage.units(job)
       left = len(stage.left(job))
-    except OSError:  # done by now, or not begun
+      files = len(os.listdir(job.path(os.path.dirname(stage.file))))
+    except OSError:  # all is done by now
       break
     if left:
       break
-  return stage.name, len(units) - left, len(units)
+  return stage.name, len(units) - left, len(units), files

@@ -131,8 +131,8 @@ class _Workers:
 def _error(said: str, code: int) -> Exception:
   """What a worker said last, as it would have been raised here."""
   try:
-    error = json.loads(said.splitlines()[-1])
-  except (ValueError, IndexError):
+    error = json.loads(said)
+  except ValueError:
     how = f'signal {-code}' if code < 0 else f'exit code {code}'
     return RuntimeError(
       f'a process that prepared text ended with {how}; the same command goes '
