@@ -123,10 +123,11 @@ def _is_alive(process: int) -> bool:
     return False
   except PermissionError:
     pass  # another user's
-  with contextlib.suppress(OSError):
+  try:
     with open(f'/proc/{process}/stat', encoding='utf-8') as f:
       return f.read().rpartition(')')[2].split()[0] not in 'ZX'  # ended
-  return True
+  except OSError:
+    return True
 
 
 def work(
