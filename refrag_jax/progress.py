@@ -151,17 +151,21 @@ class Tally:
 
   def __init__(self, what: str):
     self._what = what
-    self._last: tuple[str, int] | None = None
+    self._last: tuple | None = None
     self._began = self._said = time.monotonic()
     self._done_before = 0
 
-  def __call__(self, stage: str, done: int, total: int) -> None:
-    """Takes note that a stage of the work has so many parts done."""
+  def __call__(self, stage: str, done: int, total: int, sign: int = 0) -> None:
+    """Takes note that a stage of the work has so many parts done.
+
+    Args:
+      sign: of life within a part: anything that changes.
+    """
     now = time.monotonic()
     if self._last is None or stage != self._last[0]:
       self._began, self._done_before = now, done
-    if (stage, done) != self._last:
-      self._last = stage, done
+    if (stage, done, sign) != self._last:
+      self._last = stage, done, sign
       watchdog.phase(f'{self._what}, {stage}, {done} of {total}')
     if now - self._said < SAY_EVERY:
       return

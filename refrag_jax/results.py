@@ -92,11 +92,12 @@ def plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-  """A file that appears whole or not at all, also if the power is cut.
+def writing(path: str | os.PathLike, sync: bool = True) -> Iterator[BinaryIO]:
+  """A binary file that appears whole or not at all: then with a rename.
 
-  A temporary file, synced before the rename; then the directory is, which
-  holds the name.
+  Args:
+    sync: put it on disk before the rename, so that it is whole after a power
+      cut as well; that the name is there then takes `sync_directory`.
   """
   folder = os.path.dirname(os.path.abspath(path))
   handle, temporary = tempfile.mkstemp(dir=folder, prefix='.writing-')
@@ -104,13 +105,14 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     with os.fdopen(handle, 'wb') as f:
       yield f
       f.flush()
-      os.fsync(f.fileno())
+      if sync:
+        os.fsync(f.fileno())
     os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 hides results
     os.replace(temporary, path)
   except BaseException:
-    os.unlink(temporary)
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(temporary)
     raise
-  sync_directory(folder)
 
 
 def sync_directory(folder: str | os.PathLike) -> None:
@@ -126,9 +128,11 @@ def sync_directory(folder: str | os.PathLike) -> None:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes a whole file or nothing, and its directory if that lacks."""
-  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+  folder = os.path.dirname(os.path.abspath(path))
+  os.makedirs(folder, exist_ok=True)
   with writing(path) as f:
     f.write(text.encode('utf-8'))
+  sync_directory(folder)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -147,14 +147,13 @@ def test_cache(tmp_path, monkeypatch):
   ]
   assert len({made.directory, *(o.directory for o in others)}) == 4
   assert len({made.hash, *(o.hash for o in others)}) == 4
+  assert [n for n in os.listdir(cache) if n.startswith('.')] == []
   # The same files: not even read.
-  monkeypatch.setattr(text_lib, 'documents', None)
+  monkeypatch.setattr(text_lib, 'read', None)
   assert prepare(source, cache).hash == made.hash
   os.utime(source, (1, 1))
   with pytest.raises(TypeError):
     prepare(source, cache)
-  left = [n for n in os.listdir(cache) if n.startswith('.')]
-  assert left == []
 
 
 def test_damaged_index_is_built_again(tmp_path):
@@ -170,14 +169,15 @@ def test_damaged_index_is_built_again(tmp_path):
 
 def test_another_process_may_be_quicker(tmp_path, monkeypatch):
   source = write(tmp_path / 'a.jsonl', TEXTS)
-  build = index.build
+  *stages, closing = index.STAGES
 
-  def slow_build(*args):
-    monkeypatch.setattr(index, 'build', build)
-    prepare(source, tmp_path / 'cache')  # the other process
-    build(*args)
+  def slow(job, unit, tokenizer):
+    monkeypatch.setattr(index, 'STAGES', (*stages, closing))
+    index.STAGES[-1].run(job, unit, tokenizer)  # the other process
+    closing.run(job, unit, tokenizer)
 
-  monkeypatch.setattr(index, 'build', slow_build)
+  slowly = (*stages, closing._replace(run=slow))
+  monkeypatch.setattr(index, 'STAGES', slowly)
   made = prepare(source, tmp_path / 'cache')
   assert made.document_text(3) == TEXTS[3]
 
@@ -185,34 +185,29 @@ def test_another_process_may_be_quicker(tmp_path, monkeypatch):
 def test_disk_errors_pass_and_leave_nothing(tmp_path, monkeypatch):
   source = write(tmp_path / 'a.jsonl', TEXTS)
   cache = tmp_path / 'cache'
-  append, save = index._Column.append, np.save
 
-  def full(*args):
+  def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  for owner, name, real in (
-    (index._Column, 'append', append),
-    (np, 'save', save),
-    (index, 'write_json', index.write_json),
-    (os, 'rename', os.rename),
-    (os, 'mkdir', os.mkdir),
+  for owner, name in (
+    (os, 'makedirs'),
+    (np, 'savez'),
+    (np, 'save'),
+    (os, 'fsync'),
+    (os, 'replace'),
+    (os, 'rename'),
   ):
-    monkeypatch.setattr(owner, name, full)
-    with pytest.raises(OSError, match='No space left'):
-      prepare(source, cache)
-    monkeypatch.setattr(owner, name, real)
-    assert not cache.exists() or os.listdir(cache) == []
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, name, full)
+      with pytest.raises(OSError, match='No space left'):
+        prepare(source, cache)
+    # Nothing but whole shards, for the next start.
+    left = [n for _, _, names in os.walk(cache) for n in names]
+    assert not [n for n in left if n.startswith('.')]
+    if cache.exists():
+      assert all(n.startswith('.building-') for n in os.listdir(cache))
   assert len(prepare(source, cache).source) == len(TEXTS)
-
-
-def test_json_appears_whole(tmp_path, monkeypatch):
-  path = str(tmp_path / 'a.json')
-  index.write_json(path, {'a': 1})
-  with pytest.raises(TypeError):
-    index.write_json(path, {'a': 2, 'b': object()})
-  with open(path) as f:
-    assert json.load(f) == {'a': 1}
-  assert os.listdir(tmp_path) == ['a.json']
+  assert len(os.listdir(cache)) == 2
 
 
 def test_empty_and_unusable_corpora(tmp_path):

@@ -166,20 +166,21 @@ def test_the_plain_line(monkeypatch, capsys):
   assert bar.excluded_s == {'compile': 60.0}
 
 
-def test_documents_pass_with_a_line_now_and_then(monkeypatch, capsys):
+def test_parts_of_work_are_told_now_and_then(monkeypatch, capsys):
   clock, phases = Clock(monkeypatch), []
   monkeypatch.setattr(progress.watchdog, 'phase', phases.append)
-  documents = [b'12345678'] * 5
-  passed = []
-  for document in progress.passing(documents, 'tokenising', total=40):
-    passed.append(document)
+  tally = progress.Tally('preparing text')
+  tally('reading', 7, 8)
+  for done, sign in ((0, 0), (2, 0), (2, 1), (4, 1), (4, 1), (8, 1)):
+    tally('tokenising', done, 10, sign)
     clock.sleep(4.0)
-  assert passed == documents
-  # After 12 seconds, and not again within 10.
+  # After 12 seconds, and not again within 10; at the speed of the stage.
   assert capsys.readouterr().out == (
-    'tokenising  3 documents  24B  2B/s  eta 0:00:08\n'
+    'preparing text: tokenising  4 of 10 shards  eta 0:00:18\n'
   )
-  assert phases == [f'tokenising, document {n}' for n in range(1, 7)]
+  assert phases == ['preparing text, reading, 7 of 8'] + [
+    f'preparing text, tokenising, {n} of 10' for n in (0, 2, 2, 4, 8)
+  ]
 
 
 def test_evaluations_slow_the_eta_but_no_rate(monkeypatch):

@@ -20,6 +20,7 @@ units and shards depends on the text alone.
 Nothing here imports JAX, so that a worker starts quickly.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -29,6 +30,7 @@ import math
 import os
 import shutil
 import struct
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -64,6 +66,7 @@ class Job:
   sources: list[str]
   units: list[list]  # as `_units` gives them
   size: int  # bytes of the files, as they lie there
+  shard_bytes: int
   tokenizer: str
   fingerprint: str
   vocab_size: int
@@ -103,6 +106,7 @@ def job(
     sources=list(sources),
     units=units,
     size=sum(entry[1] for entry in files if isinstance(entry, list)),
+    shard_bytes=SHARD_BYTES,
     tokenizer=tokenizer.name,
     fingerprint=tokenizer.fingerprint,
     vocab_size=tokenizer.vocab_size,
@@ -125,7 +129,7 @@ def _units(source: str) -> Iterator[list]:
   end), and `alone` is whether the source is a single file. Small files come
   together and large ones in spans, where their kind can be cut.
   """
-  if source == 'stdlib' or source.startswith('tfds:'):
+  if _is_whole(source):
     yield [None, False]
     return
   paths = text_lib.files(source)
@@ -145,6 +149,11 @@ def _units(source: str) -> Iterator[list]:
       size += length
   if spans:
     yield [spans, alone]
+
+
+def _is_whole(source: str) -> bool:
+  """Whether a source is no files of its own, and read by one worker."""
+  return source == 'stdlib' or source.startswith('tfds:')
 
 
 def load(directory: str) -> tuple[dict, dict[str, np.ndarray]] | None:
@@ -196,10 +205,31 @@ def open_directory(job: Job) -> None:
     os.makedirs(folder, exist_ok=True)
 
 
-def _save(path: str, **arrays: np.ndarray) -> None:
-  """Writes arrays into one file with a checksum of each."""
-  with results.writing(path) as f:
+class DamagedError(Exception):
+  """A shard was, and is not any more: its unit is to be worked on again."""
+
+
+def _save(job: Job, folder: str, name: str, **arrays: Any) -> None:
+  """Writes arrays into one file with a checksum of each.
+
+  Not synced, for that costs more than a small shard: what a power cut leaves
+  of one is found by `_load`.
+  """
+  with results.writing(job.path(folder, f'{name}.npz'), sync=False) as f:
     np.savez(f, **arrays)
+
+
+def _load(job: Job, folder: str, name: str, *arrays: str) -> list[np.ndarray]:
+  path = job.path(folder, f'{name}.npz')
+  try:
+    with open(path, 'rb') as file, np.load(file) as f:
+      return [f[array] for array in arrays]
+  except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as e:
+    # And what tells that all parts of a unit, or of the split, are there.
+    for file in (f'{name}.npz', f'{name.split("-")[0]}.npz', 'split.json'):
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(job.path(folder, file))
+    raise DamagedError(name) from e
 
 
 # -- reading ------------------------------------------------------------------
@@ -221,19 +251,20 @@ def _read(job: Job, unit: str, _) -> None:
       for path, begin, end in spans
     )
   parts = 0
-  for shard in _cut(document.text.encode('utf-8') for document in documents):
-    path = job.path('read', f'{unit}-{parts:06}.npz')
-    if not os.path.exists(path):
-      _save(path, **_hashed(shard, job.compares))
+  texts = (document.text.encode('utf-8') for document in documents)
+  for shard in _cut(texts, job.shard_bytes):
+    name = f'{unit}-{parts:06}'
+    if not os.path.exists(job.path('read', f'{name}.npz')):
+      _save(job, 'read', name, **_hashed(shard, job.compares))
     parts += 1
-  done = {'parts': parts, 'skipped': skipped}
-  results.write_json(job.path('read', f'{unit}.json'), done)
+  reasons, counts = list(skipped), list(skipped.values())
+  _save(job, 'read', unit, parts=parts, reasons=reasons, counts=counts)
 
 
-def _cut(texts: Iterator[bytes]) -> Iterator[list[bytes]]:
+def _cut(texts: Iterator[bytes], most: int) -> Iterator[list[bytes]]:
   shard, size = [], 0
   for text in texts:
-    if shard and size + len(text) > SHARD_BYTES:
+    if shard and size + len(text) > most:
       yield shard
       shard, size = [], 0
     shard.append(text)
@@ -287,14 +318,15 @@ def _split(job: Job, unit: str, _) -> None:
   shards, skipped = [], [text_lib.left_out(source) for source in job.sources]
   total, first, hashes = hashlib.sha256(), 0, []
   for u, (number, *_) in enumerate(job.units):
-    read = results.read_json(job.path('read', f'{u:06}.json'))
-    skipped[number].update(read['skipped'])  # adds
-    for part in range(read['parts']):
+    parts, *left = _load(job, 'read', f'{u:06}', 'parts', 'reasons', 'counts')
+    for reason, count in zip(*(values.tolist() for values in left)):
+      skipped[number][reason] += count
+    for part in range(parts):
       name = f'{u:06}-{part:06}'
-      with np.load(job.path('read', f'{name}.npz')) as shard:
-        hashes.append(shard['hashes'])
-        for of_one in shard['digests']:
-          total.update(of_one.tobytes() + struct.pack('<q', number))
+      of_shard, digests = _load(job, 'read', name, 'hashes', 'digests')
+      hashes.append(of_shard)
+      for of_one in digests:
+        total.update(of_one.tobytes() + struct.pack('<q', number))
       shards.append([name, number, first, len(hashes[-1])])
       first += len(hashes[-1])
   if not shards:
@@ -306,9 +338,10 @@ def _split(job: Job, unit: str, _) -> None:
   heldout = sides(source, np.concatenate(hashes), job.fraction)
   held = [_lines_of(job, shard, heldout) for shard in shards if job.compares]
   held = np.unique(np.concatenate([np.zeros(0, np.uint64), *held]))
-  for name, values in (('heldout', heldout), ('held_lines', held)):
-    with results.writing(job.path('split', f'{name}.npy')) as f:
-      np.save(f, values)
+  _save(job, 'split', 'heldout', sides=heldout)
+  # No worker has memory for all of them: synced, because not read in whole.
+  with results.writing(job.path('split', 'lines.npy')) as f:
+    np.save(f, held)
   results.write_json(
     job.path('split', 'split.json'),
     {
@@ -352,8 +385,8 @@ def _lines_of(job: Job, shard: list, side: np.ndarray) -> np.ndarray:
   of_documents = side[first : first + count]
   if not of_documents.any():
     return np.zeros(0, np.uint64)
-  with np.load(job.path('read', f'{name}.npz')) as read:
-    lines = read['lines'][np.repeat(of_documents, read['line_counts'])]
+  lines, counts = _load(job, 'read', name, 'lines', 'line_counts')
+  lines = lines[np.repeat(of_documents, counts)]
   return np.unique(lines[lines > 0])
 
 
@@ -373,10 +406,6 @@ def _shards(job: Job) -> list[str]:
   return [name for name, *_ in _split_of(job)['shards']]
 
 
-def _of(job: Job, name: str) -> np.ndarray:
-  return np.load(job.path('split', f'{name}.npy'), mmap_mode='r')
-
-
 # -- lines on both sides ------------------------------------------------------
 
 
@@ -390,35 +419,29 @@ def _among(values: np.ndarray, of_sorted: np.ndarray) -> np.ndarray:
 
 def _compare(job: Job, unit: str, _) -> None:
   (shard,) = (s for s in _split_of(job)['shards'] if s[0] == unit)
-  lines = _lines_of(job, shard, ~_of(job, 'heldout'))
-  found = lines[_among(lines, _of(job, 'held_lines'))]
-  with results.writing(job.path('compared', f'{unit}.npy')) as f:
-    np.save(f, found)
+  (heldout,) = _load(job, 'split', 'heldout', 'sides')
+  lines = _lines_of(job, shard, ~heldout)
+  held = np.load(job.path('split', 'lines.npy'), mmap_mode='r')
+  _save(job, 'compared', unit, lines=lines[_among(lines, held)])
 
 
 def _share(job: Job, unit: str, _) -> None:
-  found = [np.load(job.path('compared', f'{s}.npy')) for s in _shards(job)]
-  with results.writing(job.path('shared', f'{unit}.npy')) as f:
-    np.save(f, np.unique(np.concatenate(found)))
+  found = [_load(job, 'compared', s, 'lines')[0] for s in _shards(job)]
+  _save(job, 'shared', unit, lines=np.unique(np.concatenate(found)))
 
 
 # -- tokenising ---------------------------------------------------------------
 
 
 def _tokenise(job: Job, unit: str, tokenizer: Callable[[], Tokenizer]) -> None:
-  with np.load(job.path('read', f'{unit}.npz')) as read:
-    read = dict(read)
-  if job.compares:
-    shared = np.load(job.path('shared', 'lines.npy'), mmap_mode='r')
-    drops = _among(read['lines'], shared)
-  else:
-    drops = np.zeros(len(read['lines']), bool)
-  texts = _pieces(read['text'], read['lengths'])
-  marks = _pieces(drops, read['line_counts'])
-  _save(
-    job.path('tokens', f'{unit}.npz'),
-    **tokenised(texts, marks, tokenizer()),
+  text, lengths, lines, counts = _load(
+    job, 'read', unit, 'text', 'lengths', 'lines', 'line_counts'
   )
+  drops = np.zeros(len(lines), bool)
+  if job.compares:
+    drops = _among(lines, *_load(job, 'shared', 'lines', 'lines'))
+  made = tokenised(_pieces(text, lengths), _pieces(drops, counts), tokenizer())
+  _save(job, 'tokens', unit, **made)
 
 
 def _pieces(values: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
@@ -429,7 +452,7 @@ def tokenised(
   texts: Iterator[np.ndarray],
   drops: Iterator[np.ndarray],
   tokenizer: Tokenizer,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
   """Cleans and encodes documents.
 
   Args:
@@ -469,8 +492,8 @@ def tokenised(
     'text_lengths': np.asarray([len(text) for _, text in kept], np.int64),
     'kept': np.asarray([d for d, _ in kept], np.int64),
     'digests': _digests([text for _, text in kept]),
-    'dropped': np.asarray(dropped),
-    'skipped': np.asarray([skipped[why] for why in (SHARED, ZERO_TOKENS)]),
+    'dropped': dropped,
+    'skipped': [skipped[why] for why in (SHARED, ZERO_TOKENS)],
   }
 
 
@@ -489,8 +512,7 @@ def _bytes_of(chars_N: np.ndarray, data: bytes) -> np.ndarray:
 def _tokenised(job: Job, *names: str) -> Iterator[list[np.ndarray]]:
   """Yields these arrays of each shard, in order."""
   for unit in _shards(job):
-    with np.load(job.path('tokens', f'{unit}.npz')) as shard:
-      yield [shard[name] for name in names]
+    yield _load(job, 'tokens', unit, *names)
 
 
 def _join(job: Job, unit: str, _) -> None:
@@ -523,6 +545,7 @@ def _close(job: Job, unit: str, _) -> None:
   target = _target(job)
   if load(target) is None:
     _write_rest(job)
+    results.sync_directory(job.path('index'))
     shutil.rmtree(target, ignore_errors=True)  # damaged, if there
     # Another process may have been quicker: then theirs is as good.
     try:
@@ -539,7 +562,7 @@ def _close(job: Job, unit: str, _) -> None:
 
 def _write_rest(job: Job) -> None:
   split = _split_of(job)
-  heldout = _of(job, 'heldout')
+  (heldout,) = _load(job, 'split', 'heldout', 'sides')
   skipped = [Counter(of_one) for of_one in split['skipped']]
   dropped = [0] * len(skipped)
   total = hashlib.sha256(job.fingerprint.encode())
@@ -632,20 +655,20 @@ STAGES = (
   Stage(
     'reading',
     lambda job: [f'{n:06}' for n in range(len(job.units))],
-    'read/{}.json',
+    'read/{}.npz',
     _read,
   ),
   Stage('splitting', lambda job: ['split'], 'split/{}.json', _split),
   Stage(
     'comparing',
     lambda job: _shards(job) if job.compares else [],
-    'compared/{}.npy',
+    'compared/{}.npz',
     _compare,
   ),
   Stage(
     'sharing',
     lambda job: ['lines'] if job.compares and _shards(job) else [],
-    'shared/{}.npy',
+    'shared/{}.npz',
     _share,
   ),
   Stage('tokenising', _shards, 'tokens/{}.npz', _tokenise),
@@ -665,14 +688,20 @@ STAGES = (
 )
 
 
-def stands_at(job: Job) -> tuple[str, int, int]:
-  """Returns the stage that is under way, and its units: done, of how many."""
+def stands_at(job: Job) -> tuple[str, int, int, int]:
+  """Returns the stage that is under way, and how far it is.
+
+  Its units that are done, of how many, and its files: one unit may be a file
+  that is read for hours.
+  """
+  units, left, files = [], 0, 0
   for stage in STAGES:
     try:
       units = stage.units(job)
       left = len(stage.left(job))
-    except OSError:  # done by now, or not begun
+      files = len(os.listdir(job.path(os.path.dirname(stage.file))))
+    except OSError:  # all is done by now
       break
     if left:
       break
-  return stage.name, len(units) - left, len(units)
+  return stage.name, len(units) - left, len(units), files

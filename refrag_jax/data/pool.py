@@ -63,7 +63,11 @@ def _slots(count: int | None) -> list[str]:
   if count is not None:
     return [f'worker-{uuid.uuid4().hex}' for _ in range(count)]
   machine = hashlib.sha256(workers.machine().encode()).hexdigest()[:16]
-  return [f'core-{machine}-{k}' for k in sorted(os.sched_getaffinity(0))]
+  if hasattr(os, 'sched_getaffinity'):
+    cores = sorted(os.sched_getaffinity(0))
+  else:
+    cores = range(os.cpu_count() or 1)
+  return [f'core-{machine}-{k}' for k in cores]
 
 
 def _free(claims: workers.Claims, names: list[str]) -> str | None:
@@ -127,8 +131,8 @@ class _Workers:
 def _error(said: str, code: int) -> Exception:
   """What a worker said last, as it would have been raised here."""
   try:
-    error = json.loads(said.splitlines()[-1])
-  except (ValueError, IndexError):
+    error = json.loads(said)
+  except ValueError:
     how = f'signal {-code}' if code < 0 else f'exit code {code}'
     return RuntimeError(
       f'a process that prepared text ended with {how}; the same command goes '

@@ -5,8 +5,9 @@ is left. All that workers share is the directory of the job: so they may be
 processes of one run, of all hosts of a cluster, or of runs that know nothing
 of each other.
 
-A unit that is worked on has a claim: a file that names the machine and the
-process and whose time is set again every BEAT seconds. Of a process that is no
+A unit that is worked on has a claim: a symbolic link, because its text is there
+from the first moment, that names the machine and the process. Its time is set
+again every BEAT seconds. Of a process that is no
 more, or that gave no sign for LEASE seconds, others take the unit over. That
 two do the same is harmless, if it should happen: both make the same file.
 
@@ -14,6 +15,7 @@ As a program, `python -m refrag_jax.data.workers` reads a job from its standard
 input, and ends when that closes: no worker outlives the run that started it.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -32,7 +34,7 @@ from refrag_jax.errors import UserError
 BEAT = 10.0
 # Several beats, and longer than a network file system keeps a file's time.
 LEASE = 120.0
-PAUSE = 1.0  # the longest between two looks at what others do
+PAUSE = 2.0  # the longest between two looks at what others do
 VANISHED = (errno.ENOENT, errno.ESTALE)
 
 
@@ -44,15 +46,16 @@ class Claims:
     self._held: set[str] = set()
     self._seen: dict[str, tuple[float, float]] = {}
     self._closed = threading.Event()
-    self._me = [machine(), os.getpid()]
+    self._thread = threading.Thread(target=self._beat, daemon=True)
 
   def __enter__(self) -> 'Claims':
     os.makedirs(self._directory, exist_ok=True)
-    threading.Thread(target=self._beat, daemon=True, name='claims').start()
+    self._thread.start()
     return self
 
   def __exit__(self, *exception) -> None:
     self._closed.set()
+    self._thread.join()
     for name in list(self._held):
       self.release(name)
 
@@ -62,11 +65,9 @@ class Claims:
     if self._is_stale(path):
       _unlink(path)
     try:
-      handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+      os.symlink(f'{machine()} {os.getpid()}', path)
     except FileExistsError:
       return False
-    with os.fdopen(handle, 'w') as f:
-      json.dump(self._me, f)
     self._held.add(name)
     return True
 
@@ -77,15 +78,11 @@ class Claims:
   def _is_stale(self, path: str) -> bool:
     """Whether a claim is there, and whoever made it is not."""
     try:
-      with open(path, encoding='utf-8') as f:
-        machine, process = json.load(f)
-      changed = os.stat(path).st_mtime
+      where, _, process = os.readlink(path).rpartition(' ')
+      changed = os.lstat(path).st_mtime
     except FileNotFoundError:
       return False
-    except (ValueError, TypeError):  # just being written, or cut off
-      machine = process = None
-      changed = 0.0
-    if machine == self._me[0] and not _is_alive(process):
+    if where == machine() and not _is_alive(int(process)):
       return True
     # By this machine's clock: those of others may go wrong.
     before, since = self._seen.get(path, (None, 0.0))
@@ -98,16 +95,15 @@ class Claims:
     while not self._closed.wait(BEAT):
       for name in ['', *self._held]:
         try:
-          os.utime(os.path.join(self._directory, name))
+          path = os.path.join(self._directory, name)
+          os.utime(path, follow_symlinks=False)
         except OSError:  # taken over, or all is done
           continue
 
 
 def _unlink(path: str) -> None:
-  try:
+  with contextlib.suppress(FileNotFoundError):
     os.unlink(path)
-  except FileNotFoundError:
-    pass
 
 
 @functools.cache
@@ -126,8 +122,12 @@ def _is_alive(process: int) -> bool:
   except ProcessLookupError:
     return False
   except PermissionError:
+    pass  # another user's
+  try:
+    with open(f'/proc/{process}/stat', encoding='utf-8') as f:
+      return f.read().rpartition(')')[2].split()[0] not in 'ZX'  # ended
+  except OSError:
     return True
-  return True
 
 
 def work(
@@ -141,16 +141,18 @@ def work(
   Args:
     tell: is called after each unit and while others work.
   """
-  for tries in range(1, 11):
+  tries = 0
+  while index.follow(job.pointer) is None:
     try:
       for stage in index.STAGES:
         _complete(stage, job, claims, tokenizer, tell)
-      return
+    except index.DamagedError:
+      continue  # each one is away, and is made again
     except OSError as e:
       # Who is done renames what others still look at.
-      if e.errno not in VANISHED or tries == 10:
+      if e.errno not in VANISHED or (tries := tries + 1) == 10:
         raise
-      if not os.path.isdir(job.directory) or index.follow(job.pointer):
+      if not os.path.isdir(job.directory):
         return
       time.sleep(0.1 * tries)
 
@@ -181,6 +183,9 @@ def _complete(stage, job, claims, tokenizer, tell) -> None:
 def main() -> int:
   """Reads a job, works on it, and says by its output what went wrong."""
   job = index.Job(**json.loads(sys.stdin.readline()))
+  # What libraries print must not fill a pipe that is read at the end.
+  answer = os.fdopen(os.dup(sys.stdout.fileno()), 'w')
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
   @functools.cache
@@ -197,10 +202,11 @@ def main() -> int:
     with Claims(job.path('claims')) as claims:
       work(job, claims, tokenizer)
   except UserError as e:
-    print(json.dumps({'user': str(e)}))
+    print(json.dumps({'user': str(e)}), file=answer, flush=True)
     return 1
   except OSError as e:
-    print(json.dumps({'disk': [e.errno, e.strerror, e.filename]}))
+    error = {'disk': [e.errno, e.strerror, e.filename]}
+    print(json.dumps(error), file=answer, flush=True)
     return 1
   return 0
 
