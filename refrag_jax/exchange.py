@@ -43,6 +43,17 @@ def run_import(config: Config, workdir: str, source: str, target: str) -> int:
     raise UserError(
       '--mode=import needs --from=DECODER[,ENCODER]: directories or hub names'
     )
+  if target:
+    target = os.path.realpath(os.path.expanduser(target))
+    if os.path.lexists(target) and not os.path.isdir(target):
+      raise UserError(f'--to={target} is a file: name a directory')
+    there = sorted(os.listdir(target)) if os.path.isdir(target) else []
+    others = [name for name in there if not name[0].isdigit()]  # no steps
+    if others:
+      raise UserError(
+        f'--to={target} holds something else ({others[0]}): name a new '
+        'directory, or leave --to out'
+      )
   target = target or os.path.join(workdir, 'checkpoints', 'imported')
   if checkpoint.latest_step(target) is not None:
     raise UserError(f'{target} holds a checkpoint already: name another --to')
@@ -134,6 +145,7 @@ def _appears_whole(target: str, read: Iterable[str]) -> Iterator[str]:
         f'{why} cannot be written ({e.strerror}): name another --to'
       ) from None
     yield os.path.join(outer, name)
+    _sync(outer)
     try:
       os.rename(os.path.join(outer, name), target)
     except OSError as e:
@@ -148,6 +160,17 @@ def _appears_whole(target: str, read: Iterable[str]) -> Iterator[str]:
     for directory in new:
       with contextlib.suppress(OSError):  # not made, or no longer empty
         os.rmdir(directory)
+
+
+def _sync(directory: str) -> None:
+  """Puts all in it on the disk, so that the rename is not there before it."""
+  for folder, _, files in os.walk(directory):
+    for path in (folder, *(os.path.join(folder, name) for name in files)):
+      handle = os.open(path, os.O_RDONLY)
+      try:
+        os.fsync(handle)
+      finally:
+        os.close(handle)
 
 
 def _check_room(params: dict, dtypes: dict, directory: str) -> None:

@@ -14,10 +14,9 @@ tags: [refrag, retrieval-augmented-generation]
 
 # REFRAG ({stage})
 
-A decoder that reads retrieved text as one vector per {k} tokens, in the manner
-of REFRAG (arXiv 2509.01092), written by `refrag_jax --mode=export`. It is a
-starting point for `refrag_jax` again (`--config.init_from=DIRECTORY`); each
-part can be used by itself.
+{what}, written by `refrag_jax --mode=export`. This directory is a starting
+point for `refrag_jax` again (`--config.init_from=DIRECTORY`); each part can be
+used by itself.
 
 | file | what it is |
 | --- | --- |
@@ -108,6 +107,14 @@ _KEYS = """\
 """
 
 
+_WHAT = """\
+A decoder that reads retrieved text as one vector per {k} tokens, in the manner
+of REFRAG (arXiv 2509.01092)"""
+_BEFORE = """\
+Models to train with REFRAG (arXiv 2509.01092), as they are before a projection
+joins them"""
+
+
 def text(exported: Mapping[str, Any]) -> str:
   """The card.
 
@@ -116,7 +123,9 @@ def text(exported: Mapping[str, Any]) -> str:
   """
   groups, base = exported['groups'], exported['base']
   model = exported['model']
+  whole = 'projection' in groups
   values = dict(
+    what=(_WHAT if whole else _BEFORE).format(k=exported['chunk_size']),
     stage=exported['stage'] or 'untrained',
     k=exported['chunk_size'],
     m=exported['max_encoder_tokens'],
@@ -127,7 +136,7 @@ def text(exported: Mapping[str, Any]) -> str:
     names=', '.join(f'{g} {of["name"]}' for g, of in base.items()) or 'none',
     types=' '.join(_types(groups, base)),
   )
-  parts = [_FRONT, *([_PROJECTION] if 'projection' in groups else []), _KEYS]
+  parts = [_FRONT, *([_PROJECTION] if whole else []), _KEYS]
   return ''.join(part.format(**values) for part in parts)
 
 
@@ -143,7 +152,7 @@ def _types(groups, base):
       continue
     kinds = set(base.get(group, {}).get('dtypes', {}).values()) or {'float32'}
     if kinds == {'float32'}:
-      yield f'The {group} is in float32, as it was trained.'
+      yield f'The {group} is in float32.'
     else:
       yield (
         f'The {group} is in {" and ".join(sorted(kinds))}, as the model came '

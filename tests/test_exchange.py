@@ -465,6 +465,8 @@ def released(cfg, models, tmp_path_factory):
     (directory / 'tokenizer.json').write_text(words.to_str())
     (directory / 'chat_template.jinja').write_text('{{ messages }}')
     (directory / 'generation_config.json').write_text('{"top_p": 0.9}')
+    (directory / 'additional_chat_templates').mkdir()
+    (directory / 'additional_chat_templates' / 'rag.jinja').write_text('x')
   (folder / 'encoder' / 'modules.json').write_text(
     json.dumps([
       {'idx': 0, 'name': '0', 'path': '', 'type': 'st.models.Transformer'},
@@ -524,6 +526,7 @@ def test_what_belongs_to_a_model_goes_out_with_it(released):
   for group in ('decoder', 'encoder'):
     assert {
       'chat_template.jinja', 'generation_config.json', 'tokenizer.json',
+      'additional_chat_templates',
     } <= set(os.listdir(f'{out}/{group}'))  # fmt: skip
     values = read(f'{group}/config.json')
     assert (values['pad_token_id'], values['unk_token_id']) == (2, 0)
@@ -694,6 +697,20 @@ def test_a_target_is_what_was_meant(released, tmp_path, monkeypatch):
     assert (tmp_path / name / 'refrag.json').exists(), name
   assert (tmp_path / 'link').is_symlink()
   assert sorted(os.listdir(tmp_path)) == ['empty', 'home', 'link', 'there']
+
+
+def test_an_import_writes_into_nothing_of_the_users(cfg, models, tmp_path):
+  """A model's directory would take the checkpoint in, and be none after."""
+  decoder = f'{models[0]}/decoder'
+  before = sorted(os.walk(models[0]))
+  (tmp_path / 'file').write_text('')
+  for target, message in (
+    (decoder, r'holds something else \(config.json\)'),
+    (str(tmp_path / 'file'), 'is a file'),
+  ):
+    with pytest.raises(UserError, match=message):
+      exchange.run_import(cfg, str(tmp_path), both(models), target)
+  assert sorted(os.walk(models[0])) == before
 
 
 def test_a_disk_without_room_is_told_before(released, tmp_path, monkeypatch):

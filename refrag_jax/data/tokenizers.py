@@ -36,8 +36,9 @@ FILES = (
 )  # fmt: skip
 # What lies beside it in the directory of a model, for chat and for sentences.
 BESIDE = (
-  'chat_template.jinja', 'chat_template.json', 'generation_config.json',
-  'sentence_bert_config.json', 'config_sentence_transformers.json',
+  'chat_template.jinja', 'chat_template.json', 'additional_chat_templates',
+  'generation_config.json', 'sentence_bert_config.json',
+  'config_sentence_transformers.json',
 )  # fmt: skip
 MARK = b'\xef\xbb\xbf'  # of UTF-8, which some editors put before a text
 # ids and starts, both int32[n].
@@ -102,7 +103,10 @@ def copy_files(source: str, target: str, names: Sequence[str]) -> None:
   """Copies those of the files that are there, without a byte-order mark."""
   for name in names:
     path = os.path.join(source, name)
-    if os.path.exists(path):
+    if os.path.isdir(path):
+      os.mkdir(os.path.join(target, name))
+      copy_files(path, os.path.join(target, name), os.listdir(path))
+    elif os.path.exists(path):
       with open(path, 'rb') as of, open(os.path.join(target, name), 'wb') as to:
         begin = of.read(len(MARK))
         to.write(b'' if begin == MARK else begin)
