@@ -186,8 +186,8 @@ def _dispatch(argv: list[str]) -> int | None:
   first = False
   if command.mode != 'doctor':  # which looks at all this as it is
     cluster, hardware = config.cluster, environment.accelerator()
-    environment.set_compilation_cache(os.environ)
     environment.set_platform(os.environ, hardware)
+    environment.set_compilation_cache(os.environ)
     environment.set_flags(
       os.environ, hardware, cluster.xla_flags, cluster.libtpu_flags
     )
