@@ -12,13 +12,13 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
+from refrag_jax.data import text
 from refrag_jax.errors import UserError
 
 # No pickles: what could run a program is not even fetched.
 SMALL = ('*.json', '*.model', '*.jinja', 'vocab.txt', 'merges.txt')
 WEIGHTS = ('*.safetensors',)
 TWICE = ('consolidated*', 'original/*')  # the same weights in another layout
-POINTER = b'version https://git-lfs.github.com/spec/'
 NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w./-]+)?')
 
 
@@ -83,17 +83,9 @@ def resolve(name: str, weights: bool = True) -> str:
     ) from e
 
 
-def refuse_pointer(path: str) -> None:
-  """Refuses what stands for a file that Git LFS has not fetched."""
-  with open(path, 'rb') as f:
-    pointer = f.read(len(POINTER)) == POINTER
-  if pointer:
-    raise UserError(f'{path} is a Git LFS pointer: run git lfs pull')
-
-
 def read_json(path: str) -> Any:
   """A JSON file of a model's directory, in any Unicode, marked or not."""
-  refuse_pointer(path)
+  text.refuse_pointer(path)
   with open(path, 'rb') as f:
     data = f.read()
   try:

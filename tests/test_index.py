@@ -264,24 +264,6 @@ def test_an_empty_array_is_built_again(small, tmp_path, name):
   assert files(prepare(small, tmp_path / 'cache')) == want
 
 
-def test_what_a_source_left_out_is_told_from_the_cache_too(
-  sources, tmp_path, monkeypatch
-):
-  documents = text_lib.documents
-
-  def telling(source, skipped, paths=None):
-    if os.path.isdir(source):
-      skipped['an unknown kind (first: a.pdf)'] += 3
-    yield from documents(source, skipped, paths)
-
-  monkeypatch.setattr(text_lib, 'documents', telling)
-  made = prepare(sources, tmp_path / 'cache')
-  assert '3 with an unknown kind (first: a.pdf)' in made.summary()
-  for name in ('documents', 'read'):
-    monkeypatch.setattr(text_lib, name, None)
-  assert prepare(sources, tmp_path / 'cache').summary() == made.summary()
-
-
 @pytest.mark.parametrize('bom', [b'', b'\xef\xbb\xbf'])
 def test_spans_are_the_whole_file(tmp_path, bom):
   lines = [json.dumps({'text': f'text {i} ' * (i % 5)}) for i in range(40)]
