@@ -28,6 +28,9 @@ if importlib.util.find_spec('refrag_jax') is None:
 # %%
 # A run's directory, on a mounted drive for example, and the config it had.
 WORKDIR = ''  # @param {type:"string"}
+# Other text to measure: paths to text, JSON lines or parquet, by commas; without
+# any, what the run has held out.
+TEXT = ''  # @param {type:"string"}
 CONFIG = 'tiny'  # @param {type:"string"}
 PRESET = 'smoke'  # @param {type:"string"}
 
@@ -55,25 +58,33 @@ if made_here:
 # %% [markdown]
 # ## Restore and evaluate
 #
-# `--mode=eval` on the command line does the same. Other text: `eval.data`, paths
-# to text, JSON lines, parquet or a Hugging Face directory, by commas.
+# `--mode=eval` on the command line does the same, with TEXT as
+# `--config.eval.data`.
 
 # %%
 values.evals = ('log_perplexity',)  # with a policy also 'selection'
+values.eval.data = tuple(TEXT.split(',')) if TEXT else ()
 evaluate.run(config.build(values), WORKDIR)
 
 # %%
 with open(os.path.join(WORKDIR, 'results.json')) as f:
   results = json.load(f)
+
+
+def shown(stat):
+  # Of one document there is no standard error, of what overflowed no mean.
+  mean, se = ('?' if x is None else f'{x:.3f}' for x in
+              (stat['mean'], stat['se']))  # fmt: skip
+  return f'{mean} ± {se} (n = {stat["n"]})'
+
+
 for dataset, rows in results['evals']['log_perplexity'].items():
   print(dataset)
   for row, cells in rows.items():
-    shown = '  '.join(
-      f'{cell}: {stat["mean"]:.3f} ± {stat["se"]:.3f} (n = {stat["n"]})'
-      for cell, stat in cells.items()
-      if 'mean' in stat
+    line = '  '.join(
+      f'{cell}: {shown(stat)}' for cell, stat in cells.items() if 'mean' in stat
     )
-    print(f'  {row:<28} {shown}')
+    print(f'  {row:<28} {line}')
 
 # %% [markdown]
 # A row without its `_trained` control says little: continued training alone

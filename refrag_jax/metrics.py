@@ -162,6 +162,6 @@ def import_tensorboard() -> Any:
     import tensorboardX
   except ImportError as e:
     raise UserError(
-      'tensorboard = True needs tensorboardX: pip install refrag_jax[tb]'
+      'tensorboard = True needs tensorboardX: pip install tensorboardX'
     ) from e
   return tensorboardX.SummaryWriter

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.interpreters import partial_eval
 
 from refrag_jax import (
   collectives,
@@ -157,16 +158,17 @@ def plan_stage(
     compile_s = time.monotonic() - clock
   devices = len(there.devices)
   batch = programs.abstract_batch(session, name, key[0])
-  trainable, _ = partition(state.params, STAGES[name].trainable)
+  trainable, frozen = partition(state.params, STAGES[name].trainable)
   sent = collectives.read(
     text, session.mesh.axis_names, session.mesh.devices.shape
   )
   per_device = cost[key] / devices
   compute_s = per_device / there.chip.flops
-  # What is trained is read and written once at least, with its moments. Of
-  # the rest a stage may read a part only.
+  # What is trained is read and written once at least, with its moments; what is
+  # frozen and multiplied with is read. Of an embedding a stage may read a part.
   changing = device_bytes((trainable, state.opt_state))
-  hbm_s = 2 * changing / there.chip.hbm_rate
+  read = device_bytes(_multiplied(traced[key].jaxpr.jaxpr, state, frozen))
+  hbm_s = (2 * changing + read) / there.chip.hbm_rate
   # Of a program that the compiler refused nobody knows what it sends.
   network_s = network_seconds(sent, session.mesh, there) if text else math.nan
   bounds = {'compute': compute_s, 'hbm': hbm_s, 'network': network_s}
@@ -252,6 +254,31 @@ def _compile(
     'temp_bytes': temp,
     'peak_bytes': kept + temp + fresh,
   }, compiled.as_text()
+
+
+def _multiplied(jaxpr: Any, state: TrainState, frozen: dict) -> list[Any]:
+  """The frozen parameters that a step reads to come by the others, no tables.
+
+  Args:
+    jaxpr: of the step, (state, ...) to (state, ...).
+  """
+  names = [
+    jax.tree_util.keystr(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(state)
+  ]
+  leaves = {
+    f'.params{jax.tree_util.keystr(path)}': leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
+  }
+  # That they come out again is no use of them.
+  wanted = [name not in leaves for name in names]
+  wanted += [True] * (len(jaxpr.outvars) - len(names))
+  _, used = partial_eval.dce_jaxpr(jaxpr, wanted)
+  return [
+    leaves[name]
+    for name, read in zip(names, used)
+    if read and name in leaves and 'embed' not in name
+  ]
 
 
 def device_bytes(tree: Any) -> int:

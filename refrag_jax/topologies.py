@@ -285,6 +285,6 @@ def _where(package: str) -> str:
 def _lacks(name: str, extra: str) -> UserError:
   return UserError(
     f'--topology={name} needs a compiler that is not installed: '
-    f'pip install "refrag_jax[{extra}]", or in this folder '
-    f'.venv/bin/python -m pip install ".[{extra}]"'
+    f'in the folder of refrag_jax, {sys.executable} -m pip install '
+    f'".[{extra}]"'
   )

@@ -106,6 +106,23 @@ def test_bounds_by_hand(planned):
   assert {c['axis'] for c in stage.collectives} >= {'fsdp', 'tensor'}
 
 
+def test_frozen_weights_that_are_multiplied_with_are_read(cfg):
+  """`grpo` trains next to nothing, and reads a whole decoder and encoder."""
+  session = plan.open_planned(cfg, eight())
+  stage = plan.plan_stage(session, eight(), 'grpo')
+  changing = stage.optimizer_bytes + stage.gradient_bytes
+  rest = stage.parameter_bytes - stage.gradient_bytes
+  tables = plan.device_bytes([
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      programs.abstract_state(session, 'grpo').params
+    )
+    if 'embed' in jax.tree_util.keystr(path)
+  ])  # fmt: skip
+  assert tables < rest
+  assert stage.hbm_s == pytest.approx((2 * changing + rest - tables) / 1e9)
+
+
 def test_model_flops_are_of_nothing_twice(cfg):
   """However a step comes by them: the MFU of plans and of log lines."""
   model = dataclasses.replace(
