@@ -98,6 +98,7 @@ _DISK = {
 def main(argv: list[str]) -> int:
   """Runs one mode and returns the exit code: 0, 1, 2 or 75."""
   _take_any_text()
+  stopping.heard.clear()
   try:
     code = _dispatch(argv) or 0
     sys.stdout.flush()
@@ -179,20 +180,23 @@ def _dispatch(argv: list[str]) -> int | None:
     if value and flag not in own:
       raise UserError(f'--mode={command.mode} takes no --{flag}')
   config, workdir = None, command.workdir
-  if command.config_file or command.mode != 'doctor':
-    loaded = cli.load(command)
-    config = loaded.config
-    workdir = loaded.command.workdir or f'runs/{config.name}'
+  with _stopping():
+    if command.config_file or command.mode != 'doctor':
+      loaded = cli.load(command)
+      config = loaded.config
+      workdir = loaded.command.workdir or f'runs/{config.name}'
+    if command.mode != 'doctor':  # which looks at all this as it is
+      cluster, hardware = config.cluster, environment.accelerator()
+      environment.set_platform(os.environ, hardware)
+      environment.set_compilation_cache(os.environ)
+      environment.set_flags(
+        os.environ, hardware, cluster.xla_flags, cluster.libtpu_flags
+      )
+      if problem := environment.bad_flags(os.environ.get('XLA_FLAGS', '')):
+        raise UserError(problem)
   first = False
-  if command.mode != 'doctor':  # which looks at all this as it is
-    cluster, hardware = config.cluster, environment.accelerator()
-    environment.set_platform(os.environ, hardware)
-    environment.set_compilation_cache(os.environ)
-    environment.set_flags(
-      os.environ, hardware, cluster.xla_flags, cluster.libtpu_flags
-    )
-    if problem := environment.bad_flags(os.environ.get('XLA_FLAGS', '')):
-      raise UserError(problem)
+  if command.mode != 'doctor':
+    # Here JAX waits outside Python: a signal ends the process at once.
     first = command.mode in ALONE or environment.join_cluster(
       cluster.join_seconds, cluster.heartbeat_seconds
     )
@@ -225,7 +229,6 @@ def _stopping() -> Iterator[None]:
     stopping.heard.set()
     raise Stopped(f'{name}: stopped; the same command starts this again')
 
-  stopping.heard.clear()
   with stopping.handling(stopping.SIGNALS, stop):
     yield
 

@@ -151,8 +151,19 @@ def test_a_stop_that_a_library_swallowed_is_not_forgotten():
       time.sleep(5)
     with stopping.stop_on_signal() as stop:
       assert stop.is_set()
-  with main._stopping(), stopping.stop_on_signal() as stop:
+  assert main.main(['--help']) == 0  # another run begins anew
+  with stopping.stop_on_signal() as stop:
     assert not stop.is_set()
+
+
+def test_a_signal_while_the_config_is_read(monkeypatch, capsys):
+  def load(command):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(5)
+
+  monkeypatch.setattr(main.cli, 'load', load)
+  assert main.main([TINY]) == 75
+  assert 'SIGUSR1: stopped' in capsys.readouterr().err
 
 
 def test_other_errors_are_not_swallowed(monkeypatch):
