@@ -9,7 +9,6 @@ whole number and knows nothing of the `--config FILE` form.
 import contextlib
 import dataclasses
 import inspect
-import json
 import os
 import runpy
 import sys
@@ -391,13 +390,7 @@ def save_config(loaded: Loaded, workdir: str) -> str:
     'git': environment.git_commit(),
   }
   workdir_lib.make(workdir)
-  temporary = f'{path}.{os.getpid()}.tmp'
-  try:
-    with open(temporary, 'w', encoding='utf-8') as f:
-      json.dump(record, f, indent=2)
-      f.write('\n')
-    os.replace(temporary, path)
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(temporary)
+  from refrag_jax import results  # its NumPy is more than --help needs
+
+  results.write_json(path, record)
   return path

@@ -25,6 +25,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from refrag_jax import hf_families, hub, results
+from refrag_jax.data import text
 from refrag_jax.errors import UserError
 from refrag_jax.hf_families import FAMILIES, Family, Tensor
 from refrag_jax.progress import say
@@ -106,7 +107,7 @@ class Files:
   def _opened(self, file: str):
     path = os.path.join(self.directory, file)
     try:
-      hub.refuse_pointer(path)
+      text.refuse_pointer(path)
       return safetensors.safe_open(path, 'numpy')
     except (safetensors.SafetensorError, OSError) as e:
       raise UserError(

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refrag_jax import config as config_lib
+from refrag_jax import results
 from refrag_jax.config import Config
 from refrag_jax.data import curriculum, pipeline, rag, tokenizers, windows
 from refrag_jax.data.corpus import Corpus
@@ -79,9 +80,7 @@ def _curriculum(
   console.rule(f'curriculum of {name}')
   console.print(curriculum.table(*arguments))
   path = os.path.join(workdir, f'curriculum_{name}.svg')
-  with open(f'{path}.tmp', 'w', encoding='utf-8') as file:
-    file.write(curriculum.plot(*arguments))
-  os.replace(f'{path}.tmp', path)
+  results.write_text(path, curriculum.plot(*arguments))
   console.print(f'drawn in {path}', soft_wrap=True)
 
 

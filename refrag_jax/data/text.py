@@ -219,9 +219,7 @@ def is_lfs_pointer(path: str) -> bool:
 
 def refuse_pointer(path: str) -> None:
   if is_lfs_pointer(path):
-    raise UserError(
-      f'{path} is a Git LFS pointer, not the file itself: run git lfs pull'
-    )
+    raise UserError(f'{path} is a Git LFS pointer: run git lfs pull')
 
 
 def stat(source: str) -> list:
