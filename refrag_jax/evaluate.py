@@ -110,9 +110,9 @@ def run(config: Config, workdir: str) -> int:
       added = old.get('added', {}) | dict.fromkeys(evals, made)
       new = {'added': added}
     else:
-      old.pop('corpus', None)
-      # The stages in there are not of this config.
-      old.pop('evals', None)
+      # The stages in there are not of this config: no training is done by them.
+      for key in ('corpus', 'evals', 'contents', 'result_fingerprint'):
+        old.pop(key, None)
       new |= {'fingerprint': ''}
     new['evals'] = _by_dataset(old.get('evals', {}), evals)
     new['left_out'] = left_out

@@ -651,6 +651,7 @@ def test_one_more_eval_keeps_the_others(session, monkeypatch, tmp_path):
   )
   done = {
     'fingerprint': evaluate.fingerprint(cfg),
+    'result_fingerprint': evaluate.result_fingerprint(cfg),
     'git': 'then',
     'corpus': 'text',
     'stages': {'lm': {}},
