@@ -190,7 +190,7 @@ def shown_interval(value: Estimate | None, digits: int) -> str:
 def shown_stat(value: Mapping[str, Any] | None, digits: int = 3) -> str:
   """Mean ± standard error; what has none is missing."""
   if not value or value.get('mean') is None:
-    return page.measured(value)
+    return page.NOT_FINITE if value and value.get('n') else MISSING
   se = value.get('se')
   shown = '?' if se is None else page.number(float(se), digits)
   return f'{page.number(float(value["mean"]), digits)} ± {shown}'

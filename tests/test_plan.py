@@ -293,7 +293,7 @@ def test_a_missing_compiler_is_an_install_line(monkeypatch):
   monkeypatch.setattr(topologies, '_where', lambda package: '')
   for name, extra in (('h100:1x8', 'plan-gpu'), ('v5e:2x2', 'plan-tpu')):
     with pytest.raises(
-      UserError, match=rf'pip install "refrag_jax\[{extra}\]"'
+      UserError, match=rf'python\S* -m pip install "\.\[{extra}\]"'
     ):
       topologies.load(name)
 
