@@ -261,6 +261,10 @@ def _read(
       tree = reader.restore(path, args=args)
   except Exception as e:  # whatever a library makes of bytes that are not its
     raise Damaged(f'{item}: {_one_line(e)}') from e
+  # What a damaged list of arrays lacks comes back as it was asked for.
+  for name, leaf in _flat(tree).items():
+    if not isinstance(leaf, jax.Array):
+      raise Damaged(f'array {name} is missing in {item}/')
   wanted = meta.get('digests')
   if wanted is None:
     say(f'{path} has no digests (an older format): read without a check')
