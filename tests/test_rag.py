@@ -9,6 +9,7 @@ import pytest
 import zstandard
 
 from refrag_jax.data import chunking, corpus, rag, tokenizers
+from refrag_jax.data import text as text_lib
 from refrag_jax.errors import UserError
 
 TOKENIZER = tokenizers.load('bytes')
@@ -442,3 +443,41 @@ def test_long_questions_keep_their_end_and_long_passages_their_start(tmp_path):
   assert text == 'Q: x\nsystem: I see.\nuser: And {title}?\n'
   assert context_text(batch, 0) == ['T.' + 'y' * 126]
   assert any('question cut' in line for line in source.skipped)
+
+
+def test_what_all_are_asked_leaves_them_apart(tmp_path):
+  """An instruction is no question of its own; with its answer it is."""
+  records = [record(i, question='Summarise this.') for i in range(20)]
+  records.append(record(20, question='summarise this', answers=['3.']))
+  path = write(tmp_path / 'q.jsonl', records)
+  train, heldout = (
+    {q.answers[0].strip('.') for q in build(split, questions=path).questions}
+    for split in ('train', 'heldout')
+  )
+  assert not train & heldout and len(train | heldout) == 20
+
+
+@pytest.mark.parametrize('name', ['isGold', 'Has Answer'])
+def test_names_like_a_flag_in_any_spelling(tmp_path, name):
+  records = [record(i, ctxs=[{'text': str(i), name: True}]) for i in range(9)]
+  source = build(questions=write(tmp_path / 'q.jsonl', records))
+  assert any(name in line for line in source.skipped)
+
+
+def test_every_flag_of_a_passage_is_one_and_the_message_is_short(tmp_path):
+  ctx = {'text': 'x', 'gold': True, 'has_answer': 'no' * 5000}
+  path = write(tmp_path / 'q.jsonl', [record(1), record(2, ctxs=[ctx])])
+  with pytest.raises(UserError, match="record 2: has_answer is 'nono") as e:
+    build(questions=path)
+  assert len(str(e.value)) < 200
+
+
+@pytest.mark.parametrize('pack', [bytes, zstandard.compress])
+def test_blank_lines_before_records_count_for_their_numbers(tmp_path, pack):
+  path = tmp_path / ('q.jsonl' if pack is bytes else 'q.jsonl.zst')
+  path.write_bytes(pack(b'\n\n[\n{"a": 1}\n]\n'))
+  assert list(text_lib.json_values(str(path))) == [(1, {'a': 1})]
+  path.write_bytes(pack(b'\n\n{"a": 1}\n'))
+  assert list(text_lib.json_values(str(path))) == [(3, {'a': 1})]
+  path.write_bytes(pack(b'[1]\n{"a": 1}\n'))
+  assert list(text_lib.json_values(str(path))) == [(1, [1]), (2, {'a': 1})]

@@ -14,7 +14,7 @@ import platform
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from refrag_jax.config import Config
@@ -106,7 +106,9 @@ def read(config: Config, skipped: Skipped) -> Iterator[Record]:
       flagged |= record.gold is not None
       for ctx in value['ctxs']:
         likely.update(
-          key for key in ctx if key not in FLAGS and LIKE_FLAGS.search(key)
+          key
+          for key in ctx
+          if key not in FLAGS and LIKE_FLAGS.search(key.lower())
         )
   if likely and not flagged:
     skipped.notes.append(
@@ -128,6 +130,23 @@ def _without_nulls(value: Any) -> Any:
 def _joined(records: list[Record]) -> list[Record]:
   """The records, those with a question or gold text in common of one document.
 
+  A question that all ask, such as "Summarise this.", tells nothing about any
+  one: where it would make one document of all, it counts with its answers.
+  """
+  joined = _components(records, lambda r: [_normal(r.question)])
+  if len({record.document for record in joined}) > 1:
+    return joined
+  return _components(
+    records,
+    lambda r: [f'{_normal(r.question)}\n{_normal(a)}' for a in r.answers],
+  )
+
+
+def _components(
+  records: list[Record], asked: Callable[[Record], list[str]]
+) -> list[Record]:
+  """The records, those with what is `asked` or a gold text in common joined.
+
   A document's name is the least of those that came together, so that it stays
   what it was where nothing is shared.
   """
@@ -140,7 +159,7 @@ def _joined(records: list[Record]) -> list[Record]:
 
   first: dict[tuple[str, str], str] = {}
   for record in records:
-    shared = [('question', _normal(record.question))]
+    shared = [('question', key) for key in asked(record)]
     if record.gold is not None:
       shared.append(('gold', _normal(record.passages[record.gold][1])))
     for key in shared:
@@ -233,17 +252,14 @@ def _flag(ctx: dict[str, Any], line: int) -> bool:
   Raises:
     UserError: the mark is neither a boolean nor 0 or 1.
   """
-  for key in FLAGS:
-    value = ctx.get(key)
-    if value is None:
-      continue
+  marks = {key: ctx[key] for key in FLAGS if ctx.get(key) is not None}
+  for key, value in marks.items():
     if not isinstance(value, bool | int | float) or value not in (0, 1):
       raise UserError(
-        f'data.questions, record {line}: {key} is {value!r}: write true or '
+        f'data.questions, record {line}: {key} is {value!r:.60}: write true or '
         'false (or 1 or 0)'
       )
-    return bool(value)
-  return False
+  return bool(next(iter(marks.values()), False))
 
 
 def _conversation(turns: Any) -> str:

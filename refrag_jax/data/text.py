@@ -372,13 +372,14 @@ def json_values(path: str) -> Iterator[tuple[int, Any]]:
   Raises:
     UserError: the file is damaged.
   """
-  lines = (line for _, line in _numbered(path, (0, None)))
-  first = next(lines, b'')
-  while first and not first.strip():
-    first = next(lines, b'')
-  rest = itertools.chain([first], lines)
-  if first.lstrip().startswith(b'['):
-    whole = b''.join(rest)
+  # Lines of some files come with their ends, of others without.
+  lines = (line.rstrip(b'\r\n') for _, line in _numbered(path, (0, None)))
+  blank, first = 0, next(lines, None)
+  while first is not None and not first.strip():
+    blank, first = blank + 1, next(lines, None)
+  rest = itertools.chain([first or b''], lines)
+  if first and first.lstrip().startswith(b'['):
+    whole = b'\n'.join(rest)
     try:
       values = parse(whole.decode('utf-8'))
     except (UnicodeError, _SkipError):
@@ -387,8 +388,8 @@ def json_values(path: str) -> Iterator[tuple[int, Any]]:
     if isinstance(values, list):
       yield from enumerate(values, 1)
       return
-    rest = whole.splitlines(keepends=True)
-  for number, line in enumerate(rest, 1):
+    rest = whole.split(b'\n')
+  for number, line in enumerate(rest, blank + 1):
     if line.strip():
       try:
         yield number, parse(line.decode('utf-8'))
