@@ -3,6 +3,7 @@
 Which weights answer for which rows is in evals/common.py.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -138,8 +139,12 @@ def write_results(session: Session, stop: threading.Event) -> None:
     old.get('result_fingerprint') == result_fingerprint(session.config)
     and is_of_stages(old, stages)
     and is_of_contents(old, session)
+    and _has_documents(old, session.workdir)
   ):
     old = {}
+    if jax.process_index() == 0:  # what lies there is of another training
+      with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(session.workdir, 'documents.json'))
   kept = old.get('evals', {})  # which would come out the same
   missing = [name for name in session.config.evals if name not in kept]
   evals, left_out = run_evals(session, paths, stop, missing)
@@ -398,6 +403,14 @@ def is_of_stages(done: Mapping[str, Any], records: Mapping[str, Any]) -> bool:
   return all(
     stages.get(name) == {k: v for k, v in record.items() if k != 'settings'}
     for name, record in records.items()
+  )
+
+
+def _has_documents(done: Mapping[str, Any], workdir: str) -> bool:
+  """Whether documents.json has the documents behind a results.json."""
+  path = os.path.join(workdir, 'documents.json')
+  return os.path.exists(path) and (
+    results.read_json(path).get('fingerprint') == done.get('fingerprint')
   )
 
 

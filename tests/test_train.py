@@ -361,6 +361,11 @@ def test_what_was_deleted_is_made_again(
   assert seen == [('copying', 'reconstruction')]
   again = results.read_json(f'{workdir}/results.json')
   assert again['evals'] == numbers['evals']  # training is a function of these
+  # Trained again for fewer evals, the others' documents go with their results.
+  shutil.rmtree(f'{workdir}/checkpoints/reconstruct')
+  train.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
+  documents = results.read_json(f'{workdir}/documents.json')
+  assert list(documents['evals']) == ['copying']
 
 
 def test_fewer_evals_throw_no_result_away(done, tmp_path, monkeypatch):
