@@ -41,11 +41,18 @@ def _regenerated(config: Config) -> tuple[int, int]:
   return 0, max(config.eval.reconstruct_lengths)
 
 
+def _one_passage(config: Config) -> tuple[int, int]:
+  """The useful one of a context of `passages`; without any it is skipped."""
+  P, k = config.eval.num_passages, config.model.chunk_size
+  chunks = config.stage['mixed'].context_length // k // P if P else 0
+  return chunks * k, max(config.eval.output_lengths)
+
+
 # (context, output) tokens of the windows that an eval cuts from held-out text.
 WINDOWS: dict[str, Callable[[Config], tuple[int, int]]] = {
   'log_perplexity': _continued('cpt'),
   'selection': _continued('mixed'),
-  'passages': _continued('mixed'),
+  'passages': _one_passage,
   'details': _continued('cpt'),
   'reconstruction': _regenerated,
   'regeneration': _regenerated,
