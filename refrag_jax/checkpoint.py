@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -310,8 +311,12 @@ def _steps(directory: str) -> list[int]:
 
 
 def _put_aside(path: str) -> None:
-  """Renames a damaged step, once for all processes."""
+  """Renames a damaged step, once for all processes.
+
+  One that lies there from an earlier time goes: a step is kept once.
+  """
   if jax.process_index() == 0:
+    shutil.rmtree(path + DAMAGED, ignore_errors=True)
     os.rename(path, path + DAMAGED)
     say(f'{path} is now {path}{DAMAGED}: delete it when you have looked at it')
   if jax.process_count() > 1:

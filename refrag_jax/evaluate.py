@@ -164,10 +164,10 @@ def is_complete(config: Config, workdir: str) -> bool:
   if not os.path.exists(path):
     return False
   done = results.read_json(path)
-  mine = (fingerprint(config), result_fingerprint(config))
+  # Records of before have the first alone.
   return (
-    done.get('fingerprint') == mine[0]
-    or done.get('result_fingerprint') == mine[1]
+    done.get('fingerprint') == fingerprint(config)
+    or done.get('result_fingerprint') == result_fingerprint(config)
   ) and (
     set(config.stages) <= done.get('stages', {}).keys()
     and set(config.evals) <= done.get('evals', {}).keys()

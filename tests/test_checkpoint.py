@@ -295,6 +295,16 @@ def test_a_damaged_step_is_named_and_the_one_before_taken(
   assert checkpoint.restore(tmp_path, shapes(small_state(0)))[0] == 2
 
 
+def test_the_same_step_may_be_damaged_twice(tmp_path):
+  two_steps(tmp_path)
+  for _ in range(2):
+    flip(data_file(tmp_path / '2'))
+    assert checkpoint.restore(tmp_path, shapes(small_state(0)))[0] == 1
+    with checkpoint.open_manager(tmp_path) as manager:
+      save(manager, 2, small_state(2), 2.0)
+  assert checkpoint.restore(tmp_path, shapes(small_state(0)))[0] == 2
+
+
 def test_damaged_parameters_are_not_loaded(tmp_path, capsys):
   """An eval reads the sound step, and moves nothing."""
   two_steps(tmp_path)
