@@ -30,7 +30,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from refrag_jax.errors import UserError
 from refrag_jax.progress import say
-from refrag_jax.sharding import path_str
+from refrag_jax.sharding import any_process, path_str
 from refrag_jax.state import TrainState, checksums
 
 FORMAT = 5
@@ -236,7 +236,7 @@ def _newest_sound(
     except Damaged as e:
       found = str(e)
     # Each process reads a part of the files.
-    if _any_process(bool(found)):
+    if any_process(bool(found)):
       found = found or 'another process says how'
       problem = f'checkpoint {path} is damaged or incomplete ({found})'
       continue
@@ -321,12 +321,6 @@ def _put_aside(path: str) -> None:
     say(f'{path} is now {path}{DAMAGED}: delete it when you have looked at it')
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'put aside {path}')
-
-
-def _any_process(value: bool) -> bool:
-  if jax.process_count() == 1:
-    return value
-  return bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
 def _digests(tree: Any) -> dict[str, int]:

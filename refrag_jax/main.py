@@ -55,7 +55,7 @@ LATER = {
 }
 ALONE = ('data', 'plan')  # need no other process of a cluster
 # The plan's devices are not there; the doctor starts JAX as its last check.
-WRITERS = ('train', 'eval', 'repro')  # one of them a workdir at a time
+WRITERS = ('train', 'eval')  # one of them a workdir; of repro's, one an arm
 NO_DEVICES = ('plan', 'doctor')
 # Flags of one's own, handed over in this order.
 FLAGS = {

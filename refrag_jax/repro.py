@@ -4,15 +4,18 @@ An arm is the config with some values changed (`config.repro.arm`), and its run
 an ordinary one in a workdir of its own, `<workdir>/seed<S>/<arm>`: resumable,
 independent of the others but for the checkpoints that it starts from
 (`init_from='@main/lm'`), and done when its results.json is. So arms can be
-spread over days and machines: copy their directories together and call this
+spread over days and machines, also into one workdir at once, where each run
+holds the arm that it is at: copy their directories together and call this
 again. What is judged are the records that lie there, whoever made them.
 """
 
+import contextlib
 import dataclasses
 import graphlib
 import os
 import sys
 import tomllib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,9 +29,11 @@ from refrag_jax import (
   results,
   train,
 )
+from refrag_jax import workdir as workdir_lib
 from refrag_jax.config import Config, changed
 from refrag_jax.errors import NonFinite, UserError
 from refrag_jax.progress import say
+from refrag_jax.sharding import any_process
 
 
 def run(config: Config, workdir: str) -> int:
@@ -56,9 +61,10 @@ def run(config: Config, workdir: str) -> int:
       if evaluate.is_complete(cfg, folder):
         train.say_done(folder)
         continue
-      save_config(config, arm, cfg, folder)
-      train_sources_again(config, cfg, seed, workdir)
-      train.run(cfg, folder)
+      with _held(folder):
+        save_config(config, arm, cfg, folder)
+        train_sources_again(config, cfg, seed, workdir)
+        train.run(cfg, folder)
     except (UserError, NonFinite) as e:
       failures[f'seed{seed}/{arm}'] = str(e)
       say(f'arm {arm}, seed {seed} failed: {e}')
@@ -100,10 +106,30 @@ def train_sources_again(
       continue
     say(f'{other}/{stage} has its record but no checkpoint: trained again')
     again = arm_config(config, other, seed, workdir)
-    train_sources_again(config, again, seed, workdir)
-    chain = again.stages[: again.stages.index(stage) + 1]
-    again = dataclasses.replace(again, stages=chain)
-    train.run_stages(again, folder, lambda *_: None)
+    with _held(folder):
+      train_sources_again(config, again, seed, workdir)
+      chain = again.stages[: again.stages.index(stage) + 1]
+      again = dataclasses.replace(again, stages=chain)
+      train.run_stages(again, folder, lambda *_: None)
+
+
+@contextlib.contextmanager
+def _held(folder: str) -> Iterator[None]:
+  """An arm's workdir, held by the first process of a run for all of them.
+
+  Raises:
+    UserError: another run holds it, on every process.
+  """
+  with contextlib.ExitStack() as stack:
+    problem = ''
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(workdir_lib.held(folder))
+      except UserError as e:
+        problem = str(e)
+    if any_process(bool(problem)):
+      raise UserError(problem or f'{folder} is held by another run')
+    yield
 
 
 def in_order(config: Config) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from refrag_jax.errors import UserError
@@ -216,6 +216,13 @@ def fetch(x: jax.Array) -> np.ndarray:
     whole = NamedSharding(x.sharding.mesh, PartitionSpec())
     x = jax.jit(lambda x: x, out_shardings=whole)(x)
   return np.asarray(x)
+
+
+def any_process(value: bool) -> bool:
+  """Whether it is true on any process; waits for all of them."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
 class Vote:

@@ -12,7 +12,16 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import checkpoint, cli, config, repro, results, sharding, train
+from refrag_jax import (
+  checkpoint,
+  cli,
+  config,
+  repro,
+  results,
+  sharding,
+  train,
+  workdir,
+)
 from refrag_jax.config import ArmConfig
 from refrag_jax.environment import ROOT
 from refrag_jax.errors import Stopped, UserError
@@ -305,6 +314,30 @@ def test_a_stop_is_no_failure(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'run', stopped)
   with pytest.raises(Stopped):
     repro.run(cfg, str(tmp_path / 'run'))
+
+
+def test_two_runs_share_a_workdir_and_no_arm(folder, tmp_path, monkeypatch):
+  """As arms are spread over machines; each run holds the one that it is at."""
+  (tmp_path / 'claims.toml').write_text(EMPTY_CLAIMS)
+  cfg = toy_run.config(folder, repro__claims=str(tmp_path / 'claims.toml'))
+  cfg = with_arms(cfg, main=arm(('lm',)), other=arm(('lm',)))
+  trained = []
+
+  def trains(_, folder):
+    with pytest.raises(UserError, match='is held by another run'):
+      with workdir.held(folder):
+        pass
+    trained.append(os.path.basename(folder))
+
+  monkeypatch.setattr(train, 'run', trains)
+  run = tmp_path / 'run'
+  with workdir.held(str(run / 'seed0' / 'main')):
+    with pytest.raises(UserError, match=r'1 of 2 arms failed \(seed0/main\)'):
+      repro.run(cfg, str(run))
+  assert trained == ['other']
+  assert 'is held by another run' in (run / 'RESULTS.md').read_text()
+  # Nothing of the held arm was touched.
+  assert os.listdir(run / 'seed0' / 'main') == [workdir.NAME]
 
 
 def test_claims_that_cannot_be_read(folder, tmp_path):
