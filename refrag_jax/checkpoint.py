@@ -28,10 +28,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from refrag_jax.checksums import checksums
 from refrag_jax.errors import UserError
 from refrag_jax.progress import say
 from refrag_jax.sharding import any_process, path_str
-from refrag_jax.state import TrainState, checksums
+from refrag_jax.state import TrainState
 
 FORMAT = 5
 READABLE = (4, 5)  # 4 has no digests
@@ -325,8 +326,7 @@ def _put_aside(path: str) -> None:
 
 def _digests(tree: Any) -> dict[str, int]:
   """Path: digest of each array, the same on any mesh."""
-  sums = _flat(jax.device_get(checksums(tree)))
-  return {path: int(x) for path, x in sums.items()}
+  return {path: int(x) for path, x in _flat(checksums(tree)).items()}
 
 
 def _digest(meta: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 
 from refrag_jax.sharding import path_str
 
@@ -43,25 +42,6 @@ def merge(trainable: dict, frozen: dict) -> dict:
     frozen,
     is_leaf=lambda x: x is None,
   )
-
-
-@jax.jit
-def checksums(params: dict) -> dict:
-  """uint32 per leaf, another one whenever a single element differs in a bit.
-
-  Several that differ are missed once in 2^32. Computed where the leaves lie.
-  """
-
-  def of_leaf(x):
-    size = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, size).astype(jnp.uint32)
-    for axis in range(x.ndim):  # no reshape: that would gather the shards
-      place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-      bits = (bits ^ place) * jnp.uint32(0x9E3779B1)  # odd: one to one
-      bits ^= bits >> 15
-    return bits.sum(dtype=jnp.uint32)
-
-  return jax.tree.map(of_leaf, params)
 
 
 def count(params: dict) -> int:

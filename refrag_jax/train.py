@@ -32,6 +32,7 @@ from refrag_jax import (
   watchdog,
 )
 from refrag_jax import state as state_lib
+from refrag_jax.checksums import checksums
 from refrag_jax.config import Config, context_chunks
 from refrag_jax.data import curriculum, pipeline, retrieval
 from refrag_jax.data import questions as questions_lib
@@ -375,6 +376,8 @@ def start_state(
     )
     check_settings(meta['settings'], settings, name)
     start, state, meta = checkpoint.restore(directory, abstract)
+    if meta['format'] != checkpoint.FORMAT:  # its checksums were others
+      meta['frozen'] = frozen_checksums(state.params, stage)
     say(f'{name}  resumes at step {start}')
     return start, state, meta
   params = initial_params(session, name)
@@ -593,10 +596,9 @@ def stage_record(
 def frozen_checksums(params: dict, stage: Stage) -> dict[str, int]:
   """Path: checksum of each parameter that a stage must not change."""
   _, frozen = state_lib.partition(params, stage.trainable)
-  sums = jax.device_get(state_lib.checksums(frozen))
   return {
     path_str(path): int(x)
-    for path, x in jax.tree_util.tree_leaves_with_path(sums)
+    for path, x in jax.tree_util.tree_leaves_with_path(checksums(frozen))
   }
 
 
