@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,10 +106,8 @@ def run(config: Config, workdir: str) -> int:
   if jax.process_index() == 0:
     new = head(session)
     del new['result_fingerprint']
-    if _is_of_run(old, config, workdir):  # its head says what made the rest
-      made = {key: new[key] for key in ('git', 'device', 'date')}
-      added = old.get('added', {}) | dict.fromkeys(evals, made)
-      new = {'added': added}
+    if _is_of_run(old, config, workdir):
+      new = _added(old, evals, new)
     else:
       # The stages in there are not of this config: no training is done by them.
       for key in ('corpus', 'evals', 'contents', 'result_fingerprint'):
@@ -148,7 +146,10 @@ def write_results(session: Session, stop: threading.Event) -> None:
   kept = old.get('evals', {})  # which would come out the same
   missing = [name for name in session.config.evals if name not in kept]
   evals, left_out = run_evals(session, paths, stop, missing)
-  out = head(session) | {
+  new = head(session)
+  if kept:
+    new |= _added(old, evals, new)
+  out = new | {
     'contents': old.get('contents', {}) | contents(session),
     'stages': stages,
     'evals': kept | evals,
@@ -156,6 +157,17 @@ def write_results(session: Session, stop: threading.Event) -> None:
   }
   if jax.process_index() == 0:
     results.write_json(path, out)
+
+
+def _added(
+  old: dict[str, Any], evals: Iterable[str], new: dict[str, Any]
+) -> dict[str, Any]:
+  """Of a head: what made the evals that were there, and what these."""
+  made = ('git', 'device', 'date')
+  later = {key: new[key] for key in made}
+  added = old.get('added', {}) | dict.fromkeys(evals, later)
+  kept = {key: old[key] for key in made if key in old}
+  return kept | {'added': added} if added else kept
 
 
 def is_complete(config: Config, workdir: str) -> bool:

@@ -370,6 +370,8 @@ def test_what_was_deleted_is_made_again(
 
 def test_fewer_evals_throw_no_result_away(done, tmp_path, monkeypatch):
   cfg, workdir, numbers = copied(done, tmp_path)
+  numbers['date'] = '2025-09-01 12:00 UTC'  # as if of a while ago
+  results.write_json(f'{workdir}/results.json', numbers)
   seen = evals_run(monkeypatch)
   train.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
   assert results.read_json(f'{workdir}/results.json') == numbers
@@ -381,6 +383,9 @@ def test_fewer_evals_throw_no_result_away(done, tmp_path, monkeypatch):
   assert seen == [('regeneration',)]
   after = results.read_json(f'{workdir}/results.json')
   assert after['evals'].keys() == {'copying', 'reconstruction', 'regeneration'}
+  # What made the others is still said, and of the new one apart.
+  assert after['date'] == numbers['date']
+  assert after['added'].keys() == {'regeneration'}
   documents = results.read_json(f'{workdir}/documents.json')
   assert documents['evals'].keys() == after['evals'].keys()
   assert documents['fingerprint'] == after['fingerprint']
