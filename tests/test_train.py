@@ -370,7 +370,7 @@ def test_what_was_deleted_is_made_again(
 
 def test_fewer_evals_throw_no_result_away(done, tmp_path, monkeypatch):
   cfg, workdir, numbers = copied(done, tmp_path)
-  numbers['date'] = '2025-09-01 12:00 UTC'  # as if of a while ago
+  numbers = numbers | {'date': '2025-09-01 12:00 UTC'}  # of a while ago
   results.write_json(f'{workdir}/results.json', numbers)
   seen = evals_run(monkeypatch)
   train.run(toy_run.replaced(cfg, evals=('copying',)), workdir)

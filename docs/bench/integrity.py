@@ -231,8 +231,8 @@ def time_all(folder: str) -> None:
     statistics.median(seconds[what, kind])
     for what, kind in (('digests', 'with'), ('save', 'without'))
   )
-  print(f'\nThe digests alone take {alone:.4f} s, {alone / plain:.1%} of a save '
-        'without.')  # fmt: skip
+  print(f'\nThe digests alone take {alone:.4f} s, '
+        f'{alone / plain:.1%} of a save without.')  # fmt: skip
 
 
 if __name__ == '__main__':
