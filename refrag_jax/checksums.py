@@ -38,10 +38,12 @@ def checksums(params: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _of_leaves(leaves: list, shardings: tuple) -> jax.Array:
-  # In one array, which comes to the host in one piece.
+  # In one array, which comes to the host in one piece. Leaves that are alike,
+  # as parameters and their moments are, are traced once.
   return jnp.stack([_of_leaf(x, y) for x, y in zip(leaves, shardings)])
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _of_leaf(x: jax.Array, sharding: Any) -> jax.Array:
   if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
     return _sum(x, [0] * x.ndim)

@@ -1,9 +1,10 @@
 """What training and evaluation both start from: mesh, model, data, shapes."""
 
 import dataclasses
+import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -232,8 +233,10 @@ def trained_groups(session: Session, directory: str, why: str) -> list[str]:
   return groups
 
 
-def fresh_params(session: Session, groups: Iterable[str]) -> dict:
+def fresh_params(session: Session, groups: Collection[str]) -> dict:
   """Initial parameters of some groups, on the mesh; the seed fixes them."""
+  if not groups:  # of the whole model nothing would be left to compile
+    return {}
   cfg, abstract = session.config.model, abstract_params(session)
 
   def init(key):
@@ -250,10 +253,12 @@ def fresh_params(session: Session, groups: Iterable[str]) -> dict:
 
 def abstract_params(session: Session) -> dict:
   """Shapes and shardings of the parameters; nothing is allocated."""
-  shapes = jax.eval_shape(
-    lambda key: init_params(session.config.model, key), jax.random.key(0)
-  )
-  return with_shardings(shapes, session.mesh)
+  return with_shardings(_shapes(session.config.model), session.mesh)
+
+
+@functools.cache
+def _shapes(cfg: ModelConfig) -> dict:
+  return jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
 
 
 def with_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -14,6 +14,7 @@ import tokenizers as hf_tokenizers
 import toy_config
 import toy_run
 from safetensors.numpy import load_file, save_file
+from toy_run import one_device  # noqa: F401
 
 from refrag_jax import (
   checkpoint,

@@ -70,6 +70,7 @@ LEVELS = {
   'typed': 0,
   'paths': 0,
   'workdir': 0,
+  'checksums': 0,
   'errors': 0,
 }
 # library: the only modules that may import it

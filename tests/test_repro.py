@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import toy_config
 import toy_run
+from toy_run import one_device  # noqa: F401
 
 from refrag_jax import (
   checkpoint,
@@ -18,7 +19,6 @@ from refrag_jax import (
   config,
   repro,
   results,
-  sharding,
   train,
   workdir,
 )
@@ -26,12 +26,6 @@ from refrag_jax.config import ArmConfig
 from refrag_jax.environment import ROOT
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.session import abstract_params, fresh_params
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  """Runs by themselves take all 8 of conftest.py, and long to compile."""
-  monkeypatch.setattr(sharding, 'make_mesh', lambda **_: toy_run.mesh())
 
 
 @pytest.fixture(scope='module')

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import toy_config
 import toy_run
+from toy_run import one_device  # noqa: F401
 
 from refrag_jax import (
   checkpoint,

@@ -54,6 +54,17 @@ def mesh(
   )
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_device():
+  """For a module to import whose runs are of one device, as on most machines.
+
+  Those by themselves take all 8 of conftest.py, and long to compile and save.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'make_mesh', lambda **_: mesh())
+    yield
+
+
 def open_session(cfg: config_lib.Config, workdir, on: jax.sharding.Mesh):
   """A session on a mesh of our choice."""
   opened = session_lib.open_session(cfg, str(workdir))
