@@ -11,13 +11,10 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # Programs of toy sizes that run a few times: compiling them well costs twice
 # what it costs without, and saves nothing. The slow tests train in earnest.
 # (Worker processes inherit what is set here.)
-os.environ.setdefault(
-  'XLA_FLAGS',
-  ''
-  if 'slow' in sys.argv
-  else '--xla_backend_optimization_level=0 '
-  '--xla_llvm_disable_expensive_passes=true',
+UNOPTIMISED = (
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )
+os.environ.setdefault('XLA_FLAGS', '' if 'slow' in sys.argv else UNOPTIMISED)
 # Many tests compile the same programs; one process keeps them for all.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ |= {
@@ -29,8 +26,8 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True
   )
 
-import jax
-from absl import flags
+import jax  # noqa: E402
+from absl import flags  # noqa: E402
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import UNOPTIMISED
 
 from configs import tiny
 from refrag_jax import validate
@@ -29,7 +30,7 @@ def command(tmp_path_factory):
   cache = tmp_path_factory.mktemp('xla')
 
   def run(workdir, *arguments, devices=1):
-    flags = f'--xla_force_host_platform_device_count={devices}'
+    flags = f'{UNOPTIMISED} --xla_force_host_platform_device_count={devices}'
     return subprocess.run(
       [
         *(sys.executable, '-m', 'refrag_jax.main'),

@@ -261,21 +261,31 @@ def test_an_arm_that_fails_lets_the_others_run(
   assert lost['command_line'][-1] == '--second'
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('lost', [('checkpoints', 'stages'), ('checkpoints',)])
-def test_a_source_without_checkpoint_is_trained_again(
-  folder, tmp_path, capsys, lost
-):
-  """Records came from elsewhere; the numbers that follow are the same."""
-  (tmp_path / 'claims.toml').write_text(EMPTY_CLAIMS)
-  cfg = toy_run.config(folder, repro__claims=str(tmp_path / 'claims.toml'))
+@pytest.fixture(scope='module')
+def chained(folder, tmp_path_factory):
+  """Two arms, of which one starts from the other, and where they were run."""
+  root = tmp_path_factory.mktemp('chained')
+  (root / 'claims.toml').write_text(EMPTY_CLAIMS)
+  cfg = toy_run.config(
+    folder, evals=('copying',), repro__claims=str(root / 'claims.toml')
+  )
   arms = {
     'main': arm(('lm', 'reconstruct')),
     'next': arm(('cpt',), (), ('stage.cpt.init_from=@main/lm',)),
   }
   cfg = with_arms(cfg, **arms)
-  whole, moved = tmp_path / 'whole', tmp_path / 'moved'
-  repro.run(cfg, str(whole))
+  repro.run(cfg, str(root / 'whole'))
+  return cfg, root / 'whole'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('lost', [('checkpoints', 'stages'), ('checkpoints',)])
+def test_a_source_without_checkpoint_is_trained_again(
+  chained, tmp_path, capsys, lost
+):
+  """Records came from elsewhere; the numbers that follow are the same."""
+  cfg, whole = chained
+  moved = tmp_path / 'moved'
   shutil.copytree(whole, moved)
   for name in lost:
     shutil.rmtree(moved / 'seed0' / 'main' / name)

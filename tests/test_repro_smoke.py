@@ -8,16 +8,13 @@ import time
 
 import fake_arms
 import pytest
+from conftest import UNOPTIMISED
 
 from configs import repro
 from refrag_jax import records, results
 from refrag_jax.environment import ROOT
 
 MINUTES = 5  # on two cores, cold compilation cache
-# As in conftest.py for the quick tests.
-UNOPTIMISED = (
-  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-)
 ARMS = tuple(repro.get_config('smoke').repro.arm)
 
 
