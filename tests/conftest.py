@@ -3,18 +3,17 @@
 import atexit
 import os
 import shutil
-import sys
 import tempfile
 
 # Also for the processes that tests start; an accelerator is not touched.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Programs of toy sizes that run a few times: compiling them well costs twice
-# what it costs without, and saves nothing. The slow tests train in earnest.
-# (Worker processes inherit what is set here.)
+# what it costs without, and saves nothing, not even where a test trains for
+# minutes. (Worker processes inherit what is set here.)
 UNOPTIMISED = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )
-os.environ.setdefault('XLA_FLAGS', '' if 'slow' in sys.argv else UNOPTIMISED)
+os.environ.setdefault('XLA_FLAGS', UNOPTIMISED)
 # Many tests compile the same programs; one process keeps them for all.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ |= {
