@@ -46,7 +46,9 @@ import difflib
 import importlib
 import tempfile
 
-from refrag_jax import checkpoint, config, plan, programs, sharding, topologies
+from refrag_jax import checkpoint, config, programs, sharding
+from refrag_jax.plan import plan
+from refrag_jax.plan import topologies
 
 MODEL = 'tiny'  # @param ["tiny", "repro", "llama2_7b"]
 DATA, FSDP, TENSOR, SEQUENCE = -1, 2, 2, 1

@@ -28,7 +28,7 @@ refrag_setup() {
   local python hardware build stamp
   python=$venv_python
   [ -x "$python" ] || python=$(refrag_find_python) || return 2
-  hardware=$(PYTHONPATH=$root "$python" -m refrag_jax.environment) || return 1
+  hardware=$(PYTHONPATH=$root "$python" -m refrag_jax.runtime.environment) || return 1
   build=jax
   [ "$hardware" = nvidia ] && build='jax[cuda12]'
   [ "$hardware" = tpu ] && build='jax[tpu]'

@@ -30,7 +30,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from refrag_jax.checksums import checksums
 from refrag_jax.errors import UserError
-from refrag_jax.progress import say
+from refrag_jax.runtime.progress import say
 from refrag_jax.sharding import any_process, path_str
 from refrag_jax.state import TrainState
 

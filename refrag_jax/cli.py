@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from refrag_jax import config as config_lib
-from refrag_jax import environment, paths, typed
-from refrag_jax import workdir as workdir_lib
+from refrag_jax import typed
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import environment, paths
+from refrag_jax.runtime import workdir as workdir_lib
 
 _FLAGS = ('--config', '--workdir', '--mode', '--help')
 # Flags of some modes only; see `Command.flags`.
@@ -184,7 +185,7 @@ def load(command: Command) -> Loaded:
 
 def _load_found(command: Command) -> Loaded:
   """The config in what --from names: a run's, or that of a pair of models."""
-  from refrag_jax import found  # its NumPy is more than --help needs
+  from refrag_jax.hf import found
 
   source = command.flags['from']
   if ',' in source:

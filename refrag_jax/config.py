@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from refrag_jax import paths, typed
+from refrag_jax import typed
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Config:
   stages: tuple[str, ...]  # run order, control arms included
   evals: tuple[str, ...]  # of EVALS in evals/__init__.py
   # eval: the checkpoint or export; train: the start of the first stage, which
-  # may also be Hugging Face models (pretrained.py).
+  # may also be Hugging Face models (hf/sources.py).
   init_from: str
   log_every_steps: int
   eval_every_steps: int

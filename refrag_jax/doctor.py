@@ -13,9 +13,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 
-from refrag_jax import environment
 from refrag_jax.config import Config
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import environment
 
 # Runs need room for two checkpoints at least; less is worth a warning.
 _LOW_DISK_BYTES = 5 * 2**30
@@ -301,8 +301,9 @@ def run_checks(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
   """(what holds if it raises nothing, check); none reads a text to its end."""
   # Here: they import JAX, which a broken machine cannot.
-  from refrag_jax import evaluate, hub, sharding, train
+  from refrag_jax import evaluate, sharding, train
   from refrag_jax.data import questions, text, tokenizers
+  from refrag_jax.hf import hub
   from refrag_jax.session import (
     check_batches,
     open_model,

@@ -17,14 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from refrag_jax import (
-  checkpoint,
-  environment,
-  pretrained,
-  report,
-  results,
-  watchdog,
-)
+from refrag_jax import checkpoint, results
 from refrag_jax.config import Config
 from refrag_jax.data import corpus as corpus_lib
 from refrag_jax.data import questions as questions_lib
@@ -34,7 +27,11 @@ from refrag_jax.data import windows as windows_lib
 from refrag_jax.errors import UserError
 from refrag_jax.evals import EVALS, WINDOWS, WITHOUT_TEXT, selection
 from refrag_jax.evals.common import ROLES, Context
-from refrag_jax.progress import say
+from refrag_jax.hf import sources as pretrained
+from refrag_jax.report import report
+from refrag_jax.runtime import environment, watchdog
+from refrag_jax.runtime.progress import say
+from refrag_jax.runtime.stopping import stop_on_signal
 from refrag_jax.session import (
   Session,
   checkpoint_beside,
@@ -42,7 +39,6 @@ from refrag_jax.session import (
   open_session,
   trained_groups,
 )
-from refrag_jax.stopping import stop_on_signal
 
 # Of the config: what is said, saved and drawn on the way changes no result.
 UNSEEN = (

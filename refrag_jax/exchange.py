@@ -10,21 +10,16 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from refrag_jax import (
-  checkpoint,
-  convert_hf,
-  environment,
-  hf_families,
-  hub,
-  model_card,
-  pretrained,
-  results,
-  session,
-)
+from refrag_jax import checkpoint, results, session
 from refrag_jax.config import Config
 from refrag_jax.data import tokenizers
 from refrag_jax.errors import UserError
-from refrag_jax.progress import say
+from refrag_jax.hf import families as hf_families
+from refrag_jax.hf import hub, model_card
+from refrag_jax.hf import safetensors as convert_hf
+from refrag_jax.hf import sources as pretrained
+from refrag_jax.runtime import environment
+from refrag_jax.runtime.progress import say
 from refrag_jax.state import TrainState
 
 
@@ -32,7 +27,7 @@ def run_import(config: Config, workdir: str, source: str, target: str) -> int:
   """Hugging Face models to a checkpoint that a stage can start from.
 
   Args:
-    source: as in pretrained.py.
+    source: as in hf/sources.py.
     target: the checkpoint's directory; '' is <workdir>/checkpoints/imported.
 
   Raises:

@@ -8,7 +8,7 @@ tokens kept.
 import jax
 import jax.numpy as jnp
 
-from refrag_jax import losses
+from refrag_jax.models import losses
 from refrag_jax.models.cepe import Cepe
 from refrag_jax.models.refrag import Refrag
 

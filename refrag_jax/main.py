@@ -14,16 +14,17 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from refrag_jax import cli, environment, stopping, typed, watchdog
-from refrag_jax import workdir as workdir_lib
+from refrag_jax import cli, typed
 from refrag_jax.errors import NonFinite, Stopped, UserError
+from refrag_jax.runtime import environment, stopping, watchdog
+from refrag_jax.runtime import workdir as workdir_lib
 
 # mode: (module, function called with (config, workdir), what it does)
 MODES = {
   'train': ('refrag_jax.train', 'run', 'run the stages, then the evals'),
   'eval': ('refrag_jax.evaluate', 'run', 'restore a checkpoint, run the evals'),
   'repro': (
-    'refrag_jax.repro',
+    'refrag_jax.repro.repro',
     'run',
     'run the ablation arms of a config, write verdicts',
   ),
@@ -39,7 +40,7 @@ MODES = {
     'a checkpoint to Hugging Face directories: --from=CHECKPOINT --to=DIR',
   ),
   'plan': (
-    'refrag_jax.plan',
+    'refrag_jax.plan.plan',
     'run',
     'memory and time of every stage on machines that are not there: '
     '--topology=h100:8x8 [--search]',

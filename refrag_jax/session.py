@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from refrag_jax import checkpoint, pretrained, sharding, validate
+from refrag_jax import checkpoint, sharding, validate
 from refrag_jax.config import Config, ModelConfig
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
+from refrag_jax.hf import sources as pretrained
 from refrag_jax.models.refrag import Refrag, init_params
-from refrag_jax.progress import say
+from refrag_jax.runtime.progress import say
 
 PLATFORM_KERNELS = {'gpu': 'cudnn', 'tpu': 'splash'}
 
@@ -167,7 +168,7 @@ def load_params(
   """What a stage's checkpoint has trained, and fresh parameters beside it.
 
   Args:
-    directory: of a checkpoint, or a source as in pretrained.py.
+    directory: of a checkpoint, or a source as in hf/sources.py.
 
   Returns:
     Parameters of all groups, and the names of those that were read.

@@ -23,13 +23,10 @@ from refrag_jax import (
   checkpoint,
   evaluate,
   optimizer,
-  pretrained,
   programs,
-  report,
   results,
   samples,
   sharding,
-  watchdog,
 )
 from refrag_jax import state as state_lib
 from refrag_jax.checksums import checksums
@@ -37,11 +34,15 @@ from refrag_jax.config import Config, context_chunks
 from refrag_jax.data import curriculum, pipeline, retrieval
 from refrag_jax.data import questions as questions_lib
 from refrag_jax.errors import NonFinite, Stopped, UserError
-from refrag_jax.metrics import Writer, import_tensorboard
+from refrag_jax.hf import sources as pretrained
 from refrag_jax.models.cepe import copy_self_attention
 from refrag_jax.models.encoder import take_decoder_embeddings
 from refrag_jax.models.projection import match_embedding_scale
-from refrag_jax.progress import Progress, machine_peak, say
+from refrag_jax.report import report
+from refrag_jax.runtime import watchdog
+from refrag_jax.runtime.metrics import Writer, import_tensorboard
+from refrag_jax.runtime.progress import Progress, machine_peak, say
+from refrag_jax.runtime.stopping import stop_on_signal
 from refrag_jax.session import (
   Session,
   abstract_params,
@@ -58,7 +59,6 @@ from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES, Stage
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state, map_pieces, row_keys
-from refrag_jax.stopping import stop_on_signal
 from refrag_jax.validate import asks_questions
 
 HELDOUT_ROWS = 256  # rows of the one fixed held-out batch of a stage

@@ -11,9 +11,10 @@ import tomllib
 
 import numpy as np
 
-from refrag_jax import claim_tests, results
-from refrag_jax.environment import ROOT
-from refrag_jax.records import Records, Run
+from refrag_jax import results
+from refrag_jax.repro import questions as claim_tests
+from refrag_jax.repro.records import Records, Run
+from refrag_jax.runtime.environment import ROOT
 
 CORPUS = 'c0ffee' * 10
 DATASETS = {'books': 26, 'latex': 44, 'articles': 60, 'papers': 38}

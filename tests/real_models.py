@@ -16,9 +16,10 @@ import struct
 import numpy as np
 from safetensors.numpy import save_file
 
-from refrag_jax import hf_families, results
+from refrag_jax import results
 from refrag_jax.config import DecoderConfig
-from refrag_jax.environment import ROOT
+from refrag_jax.hf import families as hf_families
+from refrag_jax.runtime.environment import ROOT
 
 
 def shared(name: str) -> pathlib.Path | None:

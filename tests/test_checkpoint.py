@@ -16,9 +16,9 @@ import pytest
 import toy_run
 
 from refrag_jax import checkpoint
-from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import init_params
+from refrag_jax.runtime.environment import ROOT
 from refrag_jax.session import with_shardings
 from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES

@@ -9,11 +9,27 @@ import fake_arms
 import numpy as np
 import pytest
 
-from refrag_jax import claim_tests, claims, results
+from refrag_jax import results
 from refrag_jax.errors import UserError
-from refrag_jax.estimate import Rule, contrast, estimates, plus, share, slope
-from refrag_jax.paper_tables import TABLES
-from refrag_jax.records import Records, Run, by_seed, load, measured, over_seeds
+from refrag_jax.repro import questions as claim_tests
+from refrag_jax.repro import verdicts as claims
+from refrag_jax.repro.estimate import (
+  Rule,
+  contrast,
+  estimates,
+  plus,
+  share,
+  slope,
+)
+from refrag_jax.repro.paper_tables import TABLES
+from refrag_jax.repro.records import (
+  Records,
+  Run,
+  by_seed,
+  load,
+  measured,
+  over_seeds,
+)
 
 RULE = Rule(standard_errors=3.0, resamples=2000, level=0.9973, seed=0)
 STATISTICS = RULE._asdict() | {

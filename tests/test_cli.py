@@ -7,8 +7,8 @@ import os
 import pytest
 
 from refrag_jax import cli, results, typed
-from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
+from refrag_jax.runtime.environment import ROOT
 
 TINY = f'--config={ROOT}/configs/tiny.py'
 

@@ -7,7 +7,7 @@ import sys
 import jupytext
 import pytest
 
-from refrag_jax.environment import ROOT
+from refrag_jax.runtime.environment import ROOT
 
 SOURCES = sorted((ROOT / 'colab').glob('*.py'))
 SAYS = {

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from refrag_jax import collectives, sharding
+from refrag_jax import sharding
+from refrag_jax.plan import collectives
 
 NAMES = sharding.MESH_AXES
 

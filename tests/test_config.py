@@ -8,9 +8,9 @@ import pytest
 
 from configs import llama2_7b
 from refrag_jax import cli, config, evals, stages, state, validate
-from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import init_params
+from refrag_jax.runtime.environment import ROOT
 
 CONFIGS = (
   'tiny.py',

@@ -16,8 +16,12 @@ import toy
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from refrag_jax import convert_hf, hf_families, hub, pretrained, sharding
+from refrag_jax import sharding
 from refrag_jax.errors import UserError
+from refrag_jax.hf import families as hf_families
+from refrag_jax.hf import hub
+from refrag_jax.hf import safetensors as convert_hf
+from refrag_jax.hf import sources as pretrained
 from refrag_jax.models.refrag import init_params
 
 QWEN2 = dict(qkv_bias=True)

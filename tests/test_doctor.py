@@ -7,8 +7,9 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import doctor, environment, train
+from refrag_jax import doctor, train
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import environment
 
 GOOD = {
   'python': '3.11.7',

@@ -17,15 +17,7 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import (
-  checkpoint,
-  evaluate,
-  forward,
-  report,
-  results,
-  train,
-  validate,
-)
+from refrag_jax import checkpoint, evaluate, forward, results, train, validate
 from refrag_jax.data import pipeline
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.evals import (
@@ -39,6 +31,7 @@ from refrag_jax.evals import (
   selection,
 )
 from refrag_jax.models.refrag import init_params
+from refrag_jax.report import report
 from refrag_jax.stages import lm
 from refrag_jax.state import TrainState
 

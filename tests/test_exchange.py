@@ -16,22 +16,14 @@ import toy_run
 from safetensors.numpy import load_file, save_file
 from toy_run import one_device  # noqa: F401
 
-from refrag_jax import (
-  checkpoint,
-  cli,
-  convert_hf,
-  evaluate,
-  exchange,
-  hf_families,
-  main,
-  pretrained,
-  session,
-  train,
-)
+from refrag_jax import checkpoint, cli, evaluate, exchange, main, session, train
 from refrag_jax.data import tokenizers
-from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
+from refrag_jax.hf import families as hf_families
+from refrag_jax.hf import safetensors as convert_hf
+from refrag_jax.hf import sources as pretrained
 from refrag_jax.models.refrag import Refrag, init_params
+from refrag_jax.runtime.environment import ROOT
 
 
 @pytest.fixture(scope='module')

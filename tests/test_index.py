@@ -17,8 +17,8 @@ import pytest
 
 from refrag_jax.data import corpus, index, pool, tokenizers, workers
 from refrag_jax.data import text as text_lib
-from refrag_jax.environment import ROOT
 from refrag_jax.errors import Stopped, UserError
+from refrag_jax.runtime.environment import ROOT
 
 BYTES = tokenizers.load('bytes')
 SHARD = 9000

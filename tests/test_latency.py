@@ -7,9 +7,10 @@ import jax
 import pytest
 import toy
 
-from refrag_jax import flops, forward, latency
-from refrag_jax.latency import LLAMA2_7B
+from refrag_jax import flops, forward
 from refrag_jax.models.refrag import init_params
+from refrag_jax.repro import costs as latency
+from refrag_jax.repro.costs import LLAMA2_7B
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 
-from refrag_jax.environment import ROOT
+from refrag_jax.runtime.environment import ROOT
 
 LAUNCH = ROOT / 'launch'
 SCRIPTS = sorted(path.name for path in LAUNCH.glob('*.sh'))

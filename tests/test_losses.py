@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from refrag_jax import losses
-from refrag_jax.models import policy
+from refrag_jax.models import losses, policy
 
 
 def normal(*shape, seed=0):

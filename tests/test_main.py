@@ -14,8 +14,9 @@ import pytest
 import two_processes
 
 from configs import xla_flags
-from refrag_jax import environment, main, stopping
+from refrag_jax import main
 from refrag_jax.errors import Stopped, UserError
+from refrag_jax.runtime import environment, stopping
 
 TINY = f'--config={environment.ROOT}/configs/tiny.py'
 

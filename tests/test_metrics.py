@@ -11,8 +11,8 @@ import pytest
 import rich
 from rich.console import Console
 
-from refrag_jax import metrics, progress
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import metrics, progress
 
 
 def lines(workdir, name='metrics.jsonl'):

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import toy
 
-from refrag_jax import forward, losses
+from refrag_jax import forward
 from refrag_jax.evals import replug
+from refrag_jax.models import losses
 
 torch = pytest.importorskip('torch')
 nn, F = torch.nn, torch.nn.functional

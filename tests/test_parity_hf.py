@@ -15,7 +15,10 @@ hf_torch = pytest.importorskip('hf_torch')
 
 import toy  # noqa: E402
 
-from refrag_jax import convert_hf, generate, hf_families, losses  # noqa: E402
+from refrag_jax import generate  # noqa: E402
+from refrag_jax.hf import families as hf_families  # noqa: E402
+from refrag_jax.hf import safetensors as convert_hf  # noqa: E402
+from refrag_jax.models import losses  # noqa: E402
 from refrag_jax.models.refrag import Refrag  # noqa: E402
 
 # Random ones a family; the whole six in CI.

@@ -18,7 +18,9 @@ hf_torch = pytest.importorskip('hf_torch')
 
 import toy  # noqa: E402
 
-from refrag_jax import convert_hf, forward, losses  # noqa: E402
+from refrag_jax import forward  # noqa: E402
+from refrag_jax.hf import safetensors as convert_hf  # noqa: E402
+from refrag_jax.models import losses  # noqa: E402
 from refrag_jax.models.refrag import Refrag, init_params  # noqa: E402
 from refrag_jax.sharding import path_str  # noqa: E402
 

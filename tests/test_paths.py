@@ -6,8 +6,9 @@ import os
 import pytest
 import toy_run
 
-from refrag_jax import checkpoint, cli, main, paths
+from refrag_jax import checkpoint, cli, main
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import paths
 
 # (key, as written, as it must be with HOME=/home/me)
 FIELDS = [

@@ -17,7 +17,7 @@ from conftest import UNOPTIMISED
 
 from configs import tiny
 from refrag_jax import validate
-from refrag_jax.environment import ROOT
+from refrag_jax.runtime.environment import ROOT
 
 pytestmark = pytest.mark.slow
 STAT = {'mean', 'se', 'n'}

@@ -11,17 +11,10 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import (
-  collectives,
-  evaluate,
-  flops,
-  plan,
-  programs,
-  sharding,
-  topologies,
-)
+from refrag_jax import evaluate, flops, programs, sharding
 from refrag_jax.data import pipeline
 from refrag_jax.errors import UserError
+from refrag_jax.plan import collectives, plan, topologies
 from refrag_jax.session import Session, settle_attention, to_device
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState

@@ -12,8 +12,8 @@ import pytest
 import toy_config
 import two_processes
 
-from refrag_jax.environment import ROOT
 from refrag_jax.evals import EVALS
+from refrag_jax.runtime.environment import ROOT
 
 pytestmark = pytest.mark.slow
 STAGES = ('lm', 'reconstruct', 'cpt')

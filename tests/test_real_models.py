@@ -13,9 +13,11 @@ import real_models
 import toy
 
 from configs import common
-from refrag_jax import convert_hf, generate, pretrained, sharding
+from refrag_jax import generate, sharding
 from refrag_jax.config import DecoderConfig, EncoderConfig
 from refrag_jax.data import tokenizers
+from refrag_jax.hf import safetensors as convert_hf
+from refrag_jax.hf import sources as pretrained
 from refrag_jax.models.encoder import pool
 from refrag_jax.models.refrag import Refrag, init_params
 

@@ -8,7 +8,10 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from refrag_jax import report, report_figures, report_page, results
+from refrag_jax import results
+from refrag_jax.report import figures as report_figures
+from refrag_jax.report import page as report_page
+from refrag_jax.report import report
 
 
 def stat(mean, se=0.012, n=120):

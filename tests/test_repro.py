@@ -13,18 +13,12 @@ import toy_config
 import toy_run
 from toy_run import one_device  # noqa: F401
 
-from refrag_jax import (
-  checkpoint,
-  cli,
-  config,
-  repro,
-  results,
-  train,
-  workdir,
-)
+from refrag_jax import checkpoint, cli, config, results, train
 from refrag_jax.config import ArmConfig
-from refrag_jax.environment import ROOT
 from refrag_jax.errors import Stopped, UserError
+from refrag_jax.repro import repro
+from refrag_jax.runtime import workdir
+from refrag_jax.runtime.environment import ROOT
 from refrag_jax.session import abstract_params, fresh_params
 
 

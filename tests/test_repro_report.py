@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 from test_report import parsed
 
-from refrag_jax import claims, repro_report, repro_tables, results
-from refrag_jax import records as records_lib
-from refrag_jax import report_page as page
-from refrag_jax.repro_page import (
+from refrag_jax import results
+from refrag_jax.report import page
+from refrag_jax.repro import records as records_lib
+from refrag_jax.repro import report as repro_report
+from refrag_jax.repro import tables as repro_tables
+from refrag_jax.repro import verdicts as claims
+from refrag_jax.repro.page import (
   Items,
   Section,
   Table,
   Text,
   markdown,
 )
-from refrag_jax.repro_page import html as html_page
+from refrag_jax.repro.page import html as html_page
 
 COMMAND = ['python', '-m', 'refrag_jax.main', '--mode=repro', '--x=<&>']
 FAILED = {'seed0/k32': 'stage cpt: loss nan at step 7'}

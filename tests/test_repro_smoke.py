@@ -11,8 +11,9 @@ import pytest
 from conftest import UNOPTIMISED
 
 from configs import repro
-from refrag_jax import records, results
-from refrag_jax.environment import ROOT
+from refrag_jax import results
+from refrag_jax.repro import records
+from refrag_jax.runtime.environment import ROOT
 
 MINUTES = 5  # on two cores, cold compilation cache
 ARMS = tuple(repro.get_config('smoke').repro.arm)

@@ -17,8 +17,9 @@ import two_processes
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import llama2_7b, repro, tiny
-from refrag_jax import config, losses, sharding
+from refrag_jax import config, sharding
 from refrag_jax.errors import UserError
+from refrag_jax.models import losses
 from refrag_jax.models.refrag import init_params
 from refrag_jax.session import with_shardings
 from refrag_jax.state import partition

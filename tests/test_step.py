@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import toy
 
-from refrag_jax import flops, forward, losses
-from refrag_jax.models import policy
+from refrag_jax import flops, forward
+from refrag_jax.models import losses, policy
 from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES, compressed, grpo
 from refrag_jax.stages.stage import Stage

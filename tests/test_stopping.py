@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from refrag_jax import progress, stopping
+from refrag_jax.runtime import progress, stopping
 
 ALL = (*stopping.SIGNALS, signal.SIGINT)
 

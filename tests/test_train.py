@@ -23,7 +23,6 @@ from toy_run import one_device  # noqa: F401
 from refrag_jax import (
   checkpoint,
   evaluate,
-  metrics,
   optimizer,
   programs,
   results,
@@ -32,8 +31,9 @@ from refrag_jax import (
   train,
 )
 from refrag_jax.data import pipeline
-from refrag_jax.environment import ROOT
 from refrag_jax.errors import NonFinite, Stopped, UserError
+from refrag_jax.runtime import metrics
+from refrag_jax.runtime.environment import ROOT
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
 from refrag_jax.step import row_keys

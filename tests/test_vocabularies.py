@@ -13,8 +13,8 @@ import sentencepiece as spm
 import tokenizers as hf_tokenizers
 
 from refrag_jax.data import tokenizers, vocabularies
-from refrag_jax.environment import ROOT
 from refrag_jax.errors import UserError
+from refrag_jax.runtime.environment import ROOT
 
 REAL = ROOT / 'data' / 'tokenizers'
 if not REAL.is_dir():

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from refrag_jax import watchdog
+from refrag_jax.runtime import watchdog
 
 
 def sleepily(event):

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from refrag_jax import main, workdir
-from refrag_jax.environment import ROOT
+from refrag_jax import main
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import workdir
+from refrag_jax.runtime.environment import ROOT
 
 HOLDS = """
 import sys, time

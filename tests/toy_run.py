@@ -11,10 +11,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from refrag_jax import config as config_lib
-from refrag_jax import metrics, sharding
 from refrag_jax import session as session_lib
+from refrag_jax import sharding
 from refrag_jax import train as train_lib
 from refrag_jax.data import pipeline
+from refrag_jax.runtime import metrics
 
 
 def config(folder: str, **changes) -> config_lib.Config:

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 
-from refrag_jax.environment import ROOT
+from refrag_jax.runtime.environment import ROOT
 
 
 def free_port() -> int:

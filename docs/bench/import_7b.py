@@ -98,7 +98,8 @@ def read(directory: str) -> int:
   import jax
   import jax.numpy as jnp
 
-  from refrag_jax import cli, convert_hf, sharding
+  from refrag_jax import cli, sharding
+  from refrag_jax.hf import safetensors as convert_hf
   from refrag_jax.models.refrag import init_params
 
   flags = cli.parse([f'--config={ROOT}/configs/llama2_7b.py'])

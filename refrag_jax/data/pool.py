@@ -10,10 +10,10 @@ import time
 import uuid
 from collections.abc import Callable
 
-from refrag_jax import environment, progress
 from refrag_jax.data import index, workers
 from refrag_jax.data.tokenizers import Tokenizer
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import environment, progress
 
 # Files with less text are prepared by this process: it takes no longer than a
 # worker takes to start.

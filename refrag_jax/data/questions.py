@@ -21,6 +21,7 @@ from refrag_jax.config import Config
 from refrag_jax.data import stdlib
 from refrag_jax.data import text as text_lib
 from refrag_jax.errors import UserError
+from refrag_jax.runtime.paths import refuse_pointer
 
 # Whether a passage holds the answer; the first that is there counts.
 FLAGS = ('gold', 'has_answer', 'hasanswer')
@@ -72,7 +73,7 @@ def check_there(config: Config) -> None:
   path = config.data.questions
   if path != 'stdlib':
     try:
-      text_lib.refuse_pointer(path)
+      refuse_pointer(path)
     except OSError as error:
       raise UserError(
         f'data.questions: {path} cannot be read ({error.strerror}); give'

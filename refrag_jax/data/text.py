@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from refrag_jax.errors import UserError
+from refrag_jax.runtime.paths import refuse_pointer
 
 # In a directory; a file that is named itself may also end in .json, which among
 # others is mostly what describes them.
@@ -47,7 +48,6 @@ SUFFIXES = (
 NOTES = re.compile(
   r'(readme|licen[cs]e|notice|copying|change(s|log)|authors)\b.*\.txt', re.I
 )
-LFS = b'version https://git-lfs.github.com/spec/'
 INVALID = object()
 UTF16 = (b'\xff\xfe', b'\xfe\xff')
 NOT_UTF8 = 'invalid UTF-8'
@@ -209,17 +209,6 @@ def _reachable(path: str) -> None:
     if os.path.islink(path):
       what = f'is a link to {os.readlink(path)}, which {what}'
     raise UserError(f'{path} {what}: mend it, or remove it') from None
-
-
-def is_lfs_pointer(path: str) -> bool:
-  """Whether this is what Git leaves of a file that LFS has not fetched."""
-  with open(path, 'rb') as f:
-    return f.read(len(LFS)) == LFS
-
-
-def refuse_pointer(path: str) -> None:
-  if is_lfs_pointer(path):
-    raise UserError(f'{path} is a Git LFS pointer: run git lfs pull')
 
 
 def stat(source: str) -> list:

@@ -25,9 +25,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from refrag_jax import hub
-from refrag_jax.data import text
 from refrag_jax.errors import UserError
+from refrag_jax.hf import hub
+from refrag_jax.runtime.paths import refuse_pointer
 
 # What a tokenizer's directory may hold of it.
 FILES = (
@@ -87,7 +87,7 @@ def load(name: str) -> Tokenizer:
   there = [os.path.join(path, file) for file in read]
   there = [file for file in there if os.path.exists(file)]
   for file in there:
-    text.refuse_pointer(file)
+    refuse_pointer(file)
   if not any(_is_marked(file) for file in there):
     return _hugging_face(path, path)
   with tempfile.TemporaryDirectory() as unmarked:

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from refrag_jax import results, sharding, watchdog
+from refrag_jax import results, sharding
 from refrag_jax.data import pipeline
 from refrag_jax.errors import Stopped
-from refrag_jax.progress import say
+from refrag_jax.runtime import watchdog
+from refrag_jax.runtime.progress import say
 from refrag_jax.session import Session
 
 # role: the stage whose checkpoint plays it

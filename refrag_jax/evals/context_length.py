@@ -16,7 +16,7 @@ import numpy as np
 from refrag_jax.data import pipeline
 from refrag_jax.errors import UserError
 from refrag_jax.evals import common, perplexity, selection
-from refrag_jax.progress import say
+from refrag_jax.runtime.progress import say
 
 # Full context costs the square of its length, and by then it is far beyond the
 # positions that the decoder was trained on.

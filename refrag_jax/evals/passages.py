@@ -21,7 +21,7 @@ import numpy as np
 
 from refrag_jax.config import expanded_chunks
 from refrag_jax.evals import common, selection
-from refrag_jax.progress import say
+from refrag_jax.runtime.progress import say
 
 
 def run(context: common.Context) -> dict:

@@ -12,9 +12,10 @@ the questions cannot tell compression from ignorance, and the table says so.
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax import forward, generate, losses, results
+from refrag_jax import forward, generate, results
 from refrag_jax.data import rag, tokenizers
 from refrag_jax.evals import common, text_metrics
+from refrag_jax.models import losses
 
 # row: (role, passages, as tokens)
 ROWS = {

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax import forward, losses, results
+from refrag_jax import forward, results
 from refrag_jax.config import expanded_chunks
 from refrag_jax.data import pipeline
 from refrag_jax.evals import common
-from refrag_jax.models import policy
+from refrag_jax.models import losses, policy
 
 
 def selecting_role(context: common.Context) -> str:

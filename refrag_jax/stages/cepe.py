@@ -9,7 +9,8 @@ They see the windows of `reconstruct` and of `cpt` (data/pipeline.py), with all
 of the context at every step: CEPE has no curriculum.
 """
 
-from refrag_jax import forward, losses
+from refrag_jax import forward
+from refrag_jax.models import losses
 from refrag_jax.stages.stage import Stage
 
 

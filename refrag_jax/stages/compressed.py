@@ -13,8 +13,8 @@ Dimension key: B batch, C chunks, O output slots.
 
 import jax.numpy as jnp
 
-from refrag_jax import forward, losses
-from refrag_jax.models import policy
+from refrag_jax import forward
+from refrag_jax.models import losses, policy
 from refrag_jax.stages.stage import Stage, expansion_variants
 
 ALL_BUT_POLICY = r'^(encoder|projection|decoder)/'

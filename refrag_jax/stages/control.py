@@ -7,7 +7,8 @@ the same target tokens, its context given as tokens: nothing, the last tokens at
 REFRAG's length, or all of it, in equal shares over the steps.
 """
 
-from refrag_jax import forward, losses
+from refrag_jax import forward
+from refrag_jax.models import losses
 from refrag_jax.stages.stage import Stage
 
 

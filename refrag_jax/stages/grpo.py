@@ -12,8 +12,8 @@ C chunks, E encoder width, X = G * B rollouts.
 import jax
 import jax.numpy as jnp
 
-from refrag_jax import forward, losses
-from refrag_jax.models import policy
+from refrag_jax import forward
+from refrag_jax.models import losses, policy
 from refrag_jax.stages.stage import Stage, expansion_variants
 
 

@@ -3,7 +3,7 @@
 Dimension key: B rows, T positions.
 """
 
-from refrag_jax import losses
+from refrag_jax.models import losses
 from refrag_jax.stages.stage import Stage
 
 

@@ -17,7 +17,7 @@ encoder width, V its vocabulary, X texts to encode, T tokens of a row.
 
 import jax.numpy as jnp
 
-from refrag_jax import losses
+from refrag_jax.models import losses
 from refrag_jax.stages.stage import Stage
 
 

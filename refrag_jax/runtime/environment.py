@@ -3,7 +3,7 @@
 No JAX and nothing outside the standard library: `main` asks before JAX is
 imported, and `launch/setup.sh` before anything is installed:
 
-  python -m refrag_jax.environment     # prints nvidia, tpu or cpu
+  python -m refrag_jax.runtime.environment     # prints nvidia, tpu or cpu
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import Any
 
 from refrag_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What a result depends on, in the order in which it is printed.
 PACKAGES = (
   'jax',

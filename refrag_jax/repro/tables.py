@@ -1,6 +1,6 @@
 """The tables and pictures of RESULTS.md and repro.html beside the verdicts.
 
-Each function yields blocks (refrag_jax/repro_page.py) of what the records have,
+Each function yields blocks (refrag_jax/repro/page.py) of what the records have,
 and nothing where they have nothing.
 """
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from refrag_jax import claims, latency, report_figures, results
-from refrag_jax import records as records_lib
-from refrag_jax import report_page as page
-from refrag_jax import repro_figures as figures
-from refrag_jax.claim_tests import filled
-from refrag_jax.paper_tables import TABLES, PaperTable
-from refrag_jax.records import Records, Run
-from refrag_jax.repro_page import (
+from refrag_jax import results
+from refrag_jax.report import figures as report_figures
+from refrag_jax.report import page
+from refrag_jax.repro import costs as latency
+from refrag_jax.repro import figures
+from refrag_jax.repro import records as records_lib
+from refrag_jax.repro import verdicts as claims
+from refrag_jax.repro.page import (
   MISSING,
   Heading,
   Picture,
@@ -25,6 +25,9 @@ from refrag_jax.repro_page import (
   shown_counts,
   shown_stat,
 )
+from refrag_jax.repro.paper_tables import TABLES, PaperTable
+from refrag_jax.repro.questions import filled
+from refrag_jax.repro.records import Records, Run
 
 NLL = 'mean NLL, nats per token'
 

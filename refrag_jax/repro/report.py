@@ -1,7 +1,7 @@
 """RESULTS.md and repro.html: what the arms of an ablation showed.
 
-Every number on these pages comes from the runs' records (refrag_jax/records.py)
-or, where it says so, from the paper (refrag_jax/paper_tables.py); none is
+Every number on these pages comes from the runs' records (records.py)
+or, where it says so, from the paper (paper_tables.py); none is
 written here. What is missing is shown as missing.
 """
 
@@ -10,14 +10,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from refrag_jax import claims, repro_tables, results
-from refrag_jax import records as records_lib
-from refrag_jax import report_page as page
-from refrag_jax import repro_figures as figures
-from refrag_jax.claim_tests import filled, formula, preset_of, rule_of
-from refrag_jax.claims import Finding, Part, Verdict
-from refrag_jax.records import Records, Run
-from refrag_jax.repro_page import (
+from refrag_jax import results
+from refrag_jax.report import page
+from refrag_jax.repro import figures
+from refrag_jax.repro import records as records_lib
+from refrag_jax.repro import tables as repro_tables
+from refrag_jax.repro import verdicts as claims
+from refrag_jax.repro.page import (
   MISSING,
   Heading,
   Items,
@@ -30,6 +29,9 @@ from refrag_jax.repro_page import (
   shown_estimate,
   shown_interval,
 )
+from refrag_jax.repro.questions import filled, formula, preset_of, rule_of
+from refrag_jax.repro.records import Records, Run
+from refrag_jax.repro.verdicts import Finding, Part, Verdict
 
 
 def write(

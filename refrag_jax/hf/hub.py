@@ -12,8 +12,8 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from refrag_jax.data import text
 from refrag_jax.errors import UserError
+from refrag_jax.runtime.paths import refuse_pointer
 
 # No pickles: what could run a program is not even fetched.
 SMALL = ('*.json', '*.model', '*.jinja', 'vocab.txt', 'merges.txt')
@@ -85,7 +85,7 @@ def resolve(name: str, weights: bool = True) -> str:
 
 def read_json(path: str) -> Any:
   """A JSON file of a model's directory, in any Unicode, marked or not."""
-  text.refuse_pointer(path)
+  refuse_pointer(path)
   with open(path, 'rb') as f:
     data = f.read()
   try:

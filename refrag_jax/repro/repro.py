@@ -20,19 +20,14 @@ from typing import Any
 
 import jax
 
-from refrag_jax import (
-  checkpoint,
-  claims,
-  environment,
-  evaluate,
-  repro_report,
-  results,
-  train,
-)
-from refrag_jax import workdir as workdir_lib
+from refrag_jax import checkpoint, evaluate, results, train
 from refrag_jax.config import Config, changed
 from refrag_jax.errors import NonFinite, UserError
-from refrag_jax.progress import say
+from refrag_jax.repro import report as repro_report
+from refrag_jax.repro import verdicts as claims
+from refrag_jax.runtime import environment
+from refrag_jax.runtime import workdir as workdir_lib
+from refrag_jax.runtime.progress import say
 from refrag_jax.sharding import any_process
 
 

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from refrag_jax import report_figures, results
-from refrag_jax import report_page as page
+from refrag_jax import results
+from refrag_jax.report import figures as report_figures
+from refrag_jax.report import page
 
 Stat = Mapping[str, Any]
 

@@ -13,6 +13,7 @@ _SCHEME = re.compile(r'[a-z][a-z0-9+.-]+://', re.I)
 # What stands in a path's place and is none.
 _NAMES = ('', 'bytes', 'stdlib', 'heldout')
 _TFDS = 'tfds:'
+_LFS = b'version https://git-lfs.github.com/spec/'
 
 
 def local(path: str, what: str) -> str:
@@ -45,3 +46,10 @@ def source(name: str, what: str) -> str:
   if name.startswith(_TFDS):
     return _TFDS + local(name.removeprefix(_TFDS), what)
   return ','.join(local(part, what) for part in name.split(','))
+
+
+def refuse_pointer(path: str) -> None:
+  """Raises UserError if Git LFS has left a pointer and not fetched the file."""
+  with open(path, 'rb') as f:
+    if f.read(len(_LFS)) == _LFS:
+      raise UserError(f'{path} is a Git LFS pointer: run git lfs pull')

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from refrag_jax import results
 from refrag_jax.errors import UserError
-from refrag_jax.progress import say
+from refrag_jax.runtime.progress import say
 
 
 class Writer:

@@ -3,7 +3,7 @@
 Reading: of each tensor what this host's devices need is read once, and cut into
 their shards: a host holds its shards and one tensor more, never a whole model.
 Writing: one file of about a gigabyte after the other, with an index.
-Which tensor is which parameter stands in hf_families.py.
+Which tensor is which parameter stands in families.py.
 
 Dimension key: Y layers.
 """
@@ -24,11 +24,13 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from refrag_jax import hf_families, hub, results
-from refrag_jax.data import text
+from refrag_jax import results
 from refrag_jax.errors import UserError
-from refrag_jax.hf_families import FAMILIES, Family, Tensor
-from refrag_jax.progress import say
+from refrag_jax.hf import families as hf_families
+from refrag_jax.hf import hub
+from refrag_jax.hf.families import FAMILIES, Family, Tensor
+from refrag_jax.runtime.paths import refuse_pointer
+from refrag_jax.runtime.progress import say
 from refrag_jax.sharding import path_str
 
 INDEX = 'model.safetensors.index.json'
@@ -107,7 +109,7 @@ class Files:
   def _opened(self, file: str):
     path = os.path.join(self.directory, file)
     try:
-      text.refuse_pointer(path)
+      refuse_pointer(path)
       return safetensors.safe_open(path, 'numpy')
     except (safetensors.SafetensorError, OSError) as e:
       raise UserError(
@@ -385,7 +387,7 @@ def _inner(shape, bounds) -> tuple[slice, ...]:
 def dtypes(directory: str) -> dict[str, str]:
   """What an export of a model is written in: the types that it came in.
 
-  By the names in hf_families.py, of those that are narrower than float32 in all
+  By the names in families.py, of those that are narrower than float32 in all
   layers; sums of two tensors are not.
   """
   values = hf_families.read_config(directory)
@@ -401,7 +403,7 @@ def dtypes(directory: str) -> dict[str, str]:
 
 
 def _of_name(files: Files, theirs: str) -> list[str]:
-  """The tensors of a name in hf_families.py, whatever stands before it."""
+  """The tensors of a name in families.py, whatever stands before it."""
   pattern = re.escape(theirs).replace(r'\{\}', r'\d+')
   pattern = pattern.replace(r'LayerNorm\.weight', r'LayerNorm\.(weight|gamma)')
   pattern = pattern.replace(r'LayerNorm\.bias', r'LayerNorm\.(bias|beta)')

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refrag_jax import hub
 from refrag_jax.config import DecoderConfig, EncoderConfig
 from refrag_jax.errors import UserError
+from refrag_jax.hf import hub
 
 
 class Tensor(NamedTuple):

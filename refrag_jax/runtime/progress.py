@@ -16,8 +16,8 @@ import numpy as np
 import rich
 from rich import progress as rich_progress
 
-from refrag_jax import stopping, watchdog
-from refrag_jax.topologies import CHIPS
+from refrag_jax.runtime import stopping, watchdog
+from refrag_jax.runtime.chips import CHIPS
 
 SAY_EVERY = 10.0  # seconds between two lines of work that has no steps
 

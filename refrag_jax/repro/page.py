@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from refrag_jax import report_page as page
-from refrag_jax.estimate import Estimate
+from refrag_jax.report import page
+from refrag_jax.repro.estimate import Estimate
 
 MISSING = 'missing'
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refrag_jax import records as records_lib
-from refrag_jax.claim_tests import (
+from refrag_jax.repro import records as records_lib
+from refrag_jax.repro.estimate import Estimate, Rule, contrast, estimates
+from refrag_jax.repro.questions import (
   KINDS,
   ClaimTest,
   Question,
@@ -22,8 +23,7 @@ from refrag_jax.claim_tests import (
   read_test,
   rule_of,
 )
-from refrag_jax.estimate import Estimate, Rule, contrast, estimates
-from refrag_jax.records import Records, load
+from refrag_jax.repro.records import Records, load
 
 __all__ = ['gap_closed', 'judge', 'learning_rates', 'load', 'preconditions']
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refrag_jax import records as records_lib
 from refrag_jax.errors import UserError
-from refrag_jax.estimate import (
+from refrag_jax.repro import records as records_lib
+from refrag_jax.repro.estimate import (
   Rule,
   Statistic,
   contrast,
@@ -19,7 +19,7 @@ from refrag_jax.estimate import (
   share,
   slope,
 )
-from refrag_jax.records import Records
+from refrag_jax.repro.records import Records
 
 
 class ClaimTest(NamedTuple):

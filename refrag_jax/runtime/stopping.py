@@ -47,7 +47,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
   So does one that `main` heard before, and that went on all the same.
   """
-  from refrag_jax.progress import say  # here: it imports JAX
+  from refrag_jax.runtime.progress import say  # here: it imports JAX
 
   stop = threading.Event()
   if heard.is_set():

@@ -6,7 +6,6 @@ Names: `h100:8x8` is 8 hosts of 8 cards, `v5p:4x4x4` a TPU slice by its shape,
 
 import contextlib
 import importlib.util
-import math
 import os
 import re
 import sys
@@ -19,39 +18,8 @@ import jax
 from refrag_jax import typed
 from refrag_jax.config import ClusterConfig
 from refrag_jax.errors import UserError
+from refrag_jax.runtime.chips import CHIPS, Chip
 
-
-class Chip(NamedTuple):
-  """One device, by its maker's data sheet; rates are upper limits."""
-
-  platform: str  # of JAX: cuda, tpu, cpu
-  flops: float  # dense bfloat16, per second
-  hbm: int  # bytes
-  hbm_rate: float  # bytes per second
-  near_rate: float  # bytes per second out of one device, within a host or slice
-  far_rate: float  # likewise to other hosts
-
-
-GIB = 1 << 30
-# NVIDIA's data sheets of the SXM cards: NVLink's figure is the sum of both
-# directions, so half of it here; one network card of 400 Gbit/s (A100: 200) a
-# GPU, as in a DGX. Google's pages docs.cloud.google.com/tpu/docs/v4 and the
-# like: ICI in Gbit/s of all links of a chip, one direction; the data centre
-# network per chip is that of a host (v6e: 4 cards of 200 Gbit/s, 8 chips).
-CHIPS = {
-  'a100': Chip('cuda', 312e12, 85_100_068_864, 2.039e12, 300e9, 25e9),
-  'h100': Chip('cuda', 989e12, 84_978_434_048, 3.352e12, 450e9, 50e9),
-  'h200': Chip('cuda', 989e12, 150_754_820_096, 4.8e12, 450e9, 50e9),
-  'b200': Chip('cuda', 2250e12, 191_514_673_152, 7.672e12, 900e9, 50e9),
-  'v4': Chip('tpu', 275e12, 32 * GIB, 1.2e12, 300e9, 6.25e9),
-  'v5e': Chip('tpu', 197e12, 16 * GIB, 0.819e12, 200e9, 3.125e9),
-  'v5p': Chip('tpu', 459e12, 95 * GIB, 2.765e12, 600e9, 6.25e9),
-  'v6e': Chip('tpu', 918e12, 32 * GIB, 1.64e12, 400e9, 12.5e9),
-  # A device is half a chip, one of its two cores.
-  'tpu7x': Chip('tpu', 1153.5e12, 96 * GIB, 3.69e12, 300e9, 12.5e9),
-  # Nothing is known of this machine; the fake devices share it.
-  'cpu': Chip('cpu', math.nan, 0, math.nan, math.nan, math.nan),
-}
 # What XLA's GPU compiler asks about a card: gpu_specs/*.txtpb in OpenXLA's
 # tools/hlo_opt has h100_sxm, a100_sxm_80 and b200; an H200 is an H100 with
 # other memory.

@@ -1,7 +1,7 @@
 """Means over documents, their standard errors and bootstrap intervals.
 
 What is estimated is a `Statistic`: differences, slopes and shares of the means
-of some cells (refrag_jax/records.py), w_1 N_1 / D_1 + w_2 N_2 / D_2 + ... where
+of some cells (records.py), w_1 N_1 / D_1 + w_2 N_2 / D_2 + ... where
 N and D are sums of cells and D may be 1. Documents are the unit: the cells of
 a document stay together when documents are drawn again.
 

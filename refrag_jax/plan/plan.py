@@ -20,19 +20,13 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 
-from refrag_jax import (
-  collectives,
-  flops,
-  plan_page,
-  programs,
-  results,
-  sharding,
-  topologies,
-)
+from refrag_jax import flops, programs, results, sharding
 from refrag_jax.config import Config, changed
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag
-from refrag_jax.progress import say
+from refrag_jax.plan import collectives, topologies
+from refrag_jax.plan import page as plan_page
+from refrag_jax.runtime.progress import say
 from refrag_jax.session import (
   Session,
   abstract_params,
@@ -82,7 +76,7 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
   """Plans every stage, writes plan.json and plan.html.
 
   Args:
-    topology: as in topologies.py.
+    topology: as in plan/topologies.py.
     search: also try other meshes and remat policies, and rank them.
 
   Raises:

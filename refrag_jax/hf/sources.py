@@ -9,7 +9,6 @@ import dataclasses
 import os
 from typing import Any, NamedTuple
 
-from refrag_jax import convert_hf, hf_families, hub
 from refrag_jax.config import (
   DecoderConfig,
   EncoderConfig,
@@ -17,6 +16,9 @@ from refrag_jax.config import (
   PolicyConfig,
 )
 from refrag_jax.errors import UserError
+from refrag_jax.hf import families as hf_families
+from refrag_jax.hf import hub
+from refrag_jax.hf import safetensors as convert_hf
 
 EXPORT = 'refrag.json'
 FORMAT = 1

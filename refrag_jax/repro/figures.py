@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from refrag_jax.report_figures import INK, MUTED, SERIES, STYLE, svg
+from refrag_jax.report.figures import INK, MUTED, SERIES, STYLE, svg
 
 DASHES = ('-', '--', ':', '-.')
 MARKERS = 'os^vDX'

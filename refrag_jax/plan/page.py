@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from refrag_jax import report_page as page
 from refrag_jax import results
+from refrag_jax.report import page
 
 # What a device's memory holds, in the order of the bar, and its colour.
 PARTS = (

@@ -13,8 +13,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from refrag_jax import report_figures, report_tables, results
-from refrag_jax import report_page as page
+from refrag_jax import results
+from refrag_jax.report import figures as report_figures
+from refrag_jax.report import page
+from refrag_jax.report import tables as report_tables
 
 Finding = tuple[str, str, str, Mapping[str, Any]]  # task, row, other, STAT
 

@@ -6,8 +6,10 @@ Needs no JAX: the config says how JAX is to be started.
 import os
 from typing import Any
 
-from refrag_jax import hf_families, hub, results
+from refrag_jax import results
 from refrag_jax.errors import UserError
+from refrag_jax.hf import families as hf_families
+from refrag_jax.hf import hub
 
 SAVED = ('config.json', 'config_import.json')  # beside a run's checkpoints
 
