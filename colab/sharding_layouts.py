@@ -47,7 +47,7 @@ import importlib
 import tempfile
 
 from refrag_jax import checkpoint, config, programs, sharding
-from refrag_jax.plan import plan
+from refrag_jax.plan import run as plan
 from refrag_jax.plan import topologies
 
 MODEL = 'tiny'  # @param ["tiny", "repro", "llama2_7b"]

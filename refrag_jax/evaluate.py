@@ -28,7 +28,7 @@ from refrag_jax.errors import UserError
 from refrag_jax.evals import EVALS, WINDOWS, WITHOUT_TEXT, selection
 from refrag_jax.evals.common import ROLES, Context
 from refrag_jax.hf import sources as pretrained
-from refrag_jax.report import report
+from refrag_jax.report import run as report
 from refrag_jax.runtime import environment, watchdog
 from refrag_jax.runtime.progress import say
 from refrag_jax.runtime.stopping import stop_on_signal

@@ -24,7 +24,7 @@ MODES = {
   'train': ('refrag_jax.train', 'run', 'run the stages, then the evals'),
   'eval': ('refrag_jax.evaluate', 'run', 'restore a checkpoint, run the evals'),
   'repro': (
-    'refrag_jax.repro.repro',
+    'refrag_jax.repro.run',
     'run',
     'run the ablation arms of a config, write verdicts',
   ),
@@ -40,7 +40,7 @@ MODES = {
     'a checkpoint to Hugging Face directories: --from=CHECKPOINT --to=DIR',
   ),
   'plan': (
-    'refrag_jax.plan.plan',
+    'refrag_jax.plan.run',
     'run',
     'memory and time of every stage on machines that are not there: '
     '--topology=h100:8x8 [--search]',

@@ -38,7 +38,7 @@ from refrag_jax.hf import sources as pretrained
 from refrag_jax.models.cepe import copy_self_attention
 from refrag_jax.models.encoder import take_decoder_embeddings
 from refrag_jax.models.projection import match_embedding_scale
-from refrag_jax.report import report
+from refrag_jax.report import run as report
 from refrag_jax.runtime import watchdog
 from refrag_jax.runtime.metrics import Writer, import_tensorboard
 from refrag_jax.runtime.progress import Progress, machine_peak, say

@@ -31,7 +31,7 @@ from refrag_jax.evals import (
   selection,
 )
 from refrag_jax.models.refrag import init_params
-from refrag_jax.report import report
+from refrag_jax.report import run as report
 from refrag_jax.stages import lm
 from refrag_jax.state import TrainState
 

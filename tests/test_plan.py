@@ -14,7 +14,8 @@ import toy_run
 from refrag_jax import evaluate, flops, programs, sharding
 from refrag_jax.data import pipeline
 from refrag_jax.errors import UserError
-from refrag_jax.plan import collectives, plan, topologies
+from refrag_jax.plan import collectives, topologies
+from refrag_jax.plan import run as plan
 from refrag_jax.session import Session, settle_attention, to_device
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState

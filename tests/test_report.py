@@ -11,7 +11,7 @@ import pytest
 from refrag_jax import results
 from refrag_jax.report import figures as report_figures
 from refrag_jax.report import page as report_page
-from refrag_jax.report import report
+from refrag_jax.report import run as report
 
 
 def stat(mean, se=0.012, n=120):

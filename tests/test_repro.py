@@ -16,7 +16,7 @@ from toy_run import one_device  # noqa: F401
 from refrag_jax import checkpoint, cli, config, results, train
 from refrag_jax.config import ArmConfig
 from refrag_jax.errors import Stopped, UserError
-from refrag_jax.repro import repro
+from refrag_jax.repro import run as repro
 from refrag_jax.runtime import workdir
 from refrag_jax.runtime.environment import ROOT
 from refrag_jax.session import abstract_params, fresh_params

@@ -37,7 +37,8 @@ from configs import common, llama2_7b
 from refrag_jax import config, programs
 from refrag_jax.config import Config
 from refrag_jax.errors import UserError
-from refrag_jax.plan import plan, topologies
+from refrag_jax.plan import run as plan
+from refrag_jax.plan import topologies
 from refrag_jax.session import Session, abstract_params, fresh_params, to_device
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
