@@ -40,7 +40,8 @@ import tempfile
 
 import jax
 
-from refrag_jax import config, evaluate, train
+from refrag_jax import evaluate, train
+from refrag_jax.config import load
 
 values = importlib.import_module(f'configs.{CONFIG}').get_config(PRESET)
 values.mesh.update(data=-1, fsdp=1, tensor=1, sequence=1)
@@ -53,7 +54,7 @@ print(jax.device_count(), 'x', jax.devices()[0].device_kind)
 
 # %%
 if made_here:
-  train.run(config.build(values), WORKDIR)
+  train.run(load.build(values), WORKDIR)
 
 # %% [markdown]
 # ## Restore and evaluate
@@ -64,7 +65,7 @@ if made_here:
 # %%
 values.evals = ('log_perplexity',)  # with a policy also 'selection'
 values.eval.data = tuple(TEXT.split(',')) if TEXT else ()
-evaluate.run(config.build(values), WORKDIR)
+evaluate.run(load.build(values), WORKDIR)
 
 # %%
 with open(os.path.join(WORKDIR, 'results.json')) as f:

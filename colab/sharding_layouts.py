@@ -46,7 +46,8 @@ import difflib
 import importlib
 import tempfile
 
-from refrag_jax import checkpoint, config, programs, sharding
+from refrag_jax import checkpoint, programs, sharding
+from refrag_jax.config import load
 from refrag_jax.plan import run as plan
 from refrag_jax.plan import topologies
 
@@ -62,7 +63,7 @@ def open_on(data, fsdp, tensor, sequence, model=MODEL):
   here = topologies.Topology(
     'here', topologies.CHIPS['cpu'], devices, len(devices), {}
   )
-  return plan.open_planned(config.build(values), here), here
+  return plan.open_planned(load.build(values), here), here
 
 
 session, here = open_on(DATA, FSDP, TENSOR, SEQUENCE)

@@ -8,8 +8,8 @@ This file is not run; a config file starts from it:
     c = common.base()
     ...
 
-Every field is defined in `refrag_jax/config.py`; the fields of a stage are
-explained here, once, in `stage`.
+Every field is defined in `refrag_jax/config/schema.py`; the fields of a stage
+are explained here, once, in `stage`.
 """
 
 import ml_collections

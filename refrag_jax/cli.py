@@ -16,8 +16,9 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
-from refrag_jax import config as config_lib
-from refrag_jax import typed
+from refrag_jax.config import schema as config_lib
+from refrag_jax.config import typed
+from refrag_jax.config.load import build, changed
 from refrag_jax.errors import UserError
 from refrag_jax.runtime import environment, paths
 from refrag_jax.runtime import workdir as workdir_lib
@@ -180,7 +181,7 @@ def load(command: Command) -> Loaded:
       sources[key] = 'default'
     else:
       sources[key] = file
-  return Loaded(config_lib.build(tree), sources, command)
+  return Loaded(build(tree), sources, command)
 
 
 def _load_found(command: Command) -> Loaded:
@@ -195,12 +196,10 @@ def _load_found(command: Command) -> Loaded:
       return load(dataclasses.replace(command, config_file=file, preset=preset))
   elif record := found.of_run(source):
     run, saved = record
-    config = config_lib.build(saved['config'])
+    config = build(saved['config'])
     sources = dict(saved['sources'])
     for key, text in command.overrides.items():
-      config = config_lib.changed(
-        config, [f'{key}={"true" if text is None else text}']
-      )
+      config = changed(config, [f'{key}={"true" if text is None else text}'])
       sources[key] = 'command line'
     workdir = command.workdir or run
     return Loaded(

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 
-from refrag_jax.config import Config
+from refrag_jax.config.schema import Config
 from refrag_jax.errors import UserError
 from refrag_jax.runtime import environment
 
@@ -302,6 +302,7 @@ def run_checks(
   """(what holds if it raises nothing, check); none reads a text to its end."""
   # Here: they import JAX, which a broken machine cannot.
   from refrag_jax import evaluate, sharding, train
+  from refrag_jax.config.check import asks_questions
   from refrag_jax.data import questions, text, tokenizers
   from refrag_jax.hf import hub
   from refrag_jax.session import (
@@ -310,7 +311,6 @@ def run_checks(
     settle_attention,
     trained_groups,
   )
-  from refrag_jax.validate import asks_questions
 
   data, session = config.data, functools.cache(lambda: open_model(config))
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from refrag_jax import checkpoint, results
-from refrag_jax.config import Config
+from refrag_jax.config.schema import Config
 from refrag_jax.data import corpus as corpus_lib
 from refrag_jax.data import questions as questions_lib
 from refrag_jax.data import text as text_lib

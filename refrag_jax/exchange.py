@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from refrag_jax import checkpoint, results, session
-from refrag_jax.config import Config
+from refrag_jax.config.schema import Config
 from refrag_jax.data import tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.hf import families as hf_families

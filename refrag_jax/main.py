@@ -14,7 +14,8 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from refrag_jax import cli, typed
+from refrag_jax import cli
+from refrag_jax.config import typed
 from refrag_jax.errors import NonFinite, Stopped, UserError
 from refrag_jax.runtime import environment, stopping, watchdog
 from refrag_jax.runtime import workdir as workdir_lib

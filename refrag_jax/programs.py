@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from refrag_jax import flops, sharding
-from refrag_jax.config import ModelConfig
+from refrag_jax.config.schema import ModelConfig
 from refrag_jax.data import pipeline
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.session import Session, abstract_params, with_shardings

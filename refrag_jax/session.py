@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from refrag_jax import checkpoint, sharding, validate
-from refrag_jax.config import Config, ModelConfig
+from refrag_jax import checkpoint, sharding
+from refrag_jax.config import check as validate
+from refrag_jax.config.schema import Config, ModelConfig
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.hf import sources as pretrained

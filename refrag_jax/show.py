@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from refrag_jax import config as config_lib
 from refrag_jax import results
-from refrag_jax.config import Config
+from refrag_jax.config import schema as config_lib
+from refrag_jax.config.schema import Config
 from refrag_jax.data import curriculum, pipeline, rag, tokenizers, windows
 from refrag_jax.data.corpus import Corpus
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from refrag_jax import optimizer
-from refrag_jax.config import StageConfig
+from refrag_jax.config.schema import StageConfig
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.stages.stage import Stage
 from refrag_jax.state import TrainState, merge, partition

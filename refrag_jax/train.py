@@ -30,7 +30,8 @@ from refrag_jax import (
 )
 from refrag_jax import state as state_lib
 from refrag_jax.checksums import checksums
-from refrag_jax.config import Config, context_chunks
+from refrag_jax.config.check import asks_questions
+from refrag_jax.config.schema import Config, context_chunks
 from refrag_jax.data import curriculum, pipeline, retrieval
 from refrag_jax.data import questions as questions_lib
 from refrag_jax.errors import NonFinite, Stopped, UserError
@@ -59,7 +60,6 @@ from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES, Stage
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state, map_pieces, row_keys
-from refrag_jax.validate import asks_questions
 
 HELDOUT_ROWS = 256  # rows of the one fixed held-out batch of a stage
 # What of config.data the batches of `sft` and its twins depend on, beside the

@@ -11,7 +11,7 @@ Dimension key (paper): L chunks, M encoder tokens of a chunk, T decoder
 positions, o output tokens, G rollouts.
 """
 
-from refrag_jax.config import DecoderConfig, ModelConfig
+from refrag_jax.config.schema import DecoderConfig, ModelConfig
 
 # How often each kind of product is done: (with a weight, within attention).
 FORWARD, FROZEN, TRAINED = (1, 1), (2, 3), (3, 3)

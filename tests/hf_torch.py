@@ -17,7 +17,7 @@ import toy
 import transformers
 from jax.sharding import SingleDeviceSharding
 
-from refrag_jax.config import DecoderConfig, EncoderConfig
+from refrag_jax.config.schema import DecoderConfig, EncoderConfig
 from refrag_jax.hf import families as hf_families
 from refrag_jax.hf import safetensors as convert_hf
 from refrag_jax.models.refrag import init_params

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from refrag_jax import results
-from refrag_jax.config import DecoderConfig
+from refrag_jax.config.schema import DecoderConfig
 from refrag_jax.hf import families as hf_families
 from refrag_jax.runtime.environment import ROOT
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refrag_jax import flops, sharding, validate
+from refrag_jax import flops, sharding
+from refrag_jax.config import check as validate
 from refrag_jax.models import attention, layers
 from refrag_jax.models.attention import Places
 

@@ -15,8 +15,8 @@ import toy
 import toy_config
 import toy_run
 
-from refrag_jax import config as config_lib
 from refrag_jax import forward, results, session, train
+from refrag_jax.config import schema as config_lib
 from refrag_jax.data import pipeline
 from refrag_jax.errors import UserError
 from refrag_jax.models import cepe

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from refrag_jax import cli, results, typed
+from refrag_jax import cli, results
+from refrag_jax.config import typed
 from refrag_jax.errors import UserError
 from refrag_jax.runtime.environment import ROOT
 

@@ -7,7 +7,10 @@ import jax
 import pytest
 
 from configs import llama2_7b
-from refrag_jax import cli, config, evals, stages, state, validate
+from refrag_jax import cli, evals, stages, state
+from refrag_jax.config import check as validate
+from refrag_jax.config import schema as config
+from refrag_jax.config.load import build
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import init_params
 from refrag_jax.runtime.environment import ROOT
@@ -74,7 +77,7 @@ def test_built_config_is_frozen_and_typed():
   assert isinstance(built.stage['cpt'].factors, tuple)
   with pytest.raises(dataclasses.FrozenInstanceError):
     built.seed = 1
-  assert config.build(dataclasses.asdict(built)) == built
+  assert build(dataclasses.asdict(built)) == built
 
 
 def test_empty_weights_are_equal_shares():
@@ -157,15 +160,15 @@ def test_unknown_and_missing_keys():
   values = tree()
   values['model']['decoder']['hiden'] = 3
   with pytest.raises(UserError, match='unknown config key'):
-    config.build(values)
+    build(values)
   values = tree()
   del values['stage']['cpt']['batch_size']
   with pytest.raises(UserError, match=r'cpt.batch_size is missing'):
-    config.build(values)
+    build(values)
   values = tree()
   values['model']['decoder'] = 3
   with pytest.raises(UserError, match=r'model.decoder must be'):
-    config.build(values)
+    build(values)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +193,7 @@ def test_wrong_types_are_refused(path, value):
     node = node[name]
   node[path[-1]] = value
   with pytest.raises(UserError) as e:
-    config.build(values)
+    build(values)
   assert '.'.join(path) in str(e.value)
 
 
@@ -330,4 +333,4 @@ def test_a_stage_without_fields_is_named():
   values = tree()
   del values['stage']['mixed']
   with pytest.raises(UserError, match=r'config.stage.mixed is missing'):
-    config.build(values)
+    build(values)

@@ -17,7 +17,8 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import checkpoint, evaluate, forward, results, train, validate
+from refrag_jax import checkpoint, evaluate, forward, results, train
+from refrag_jax.config import check as validate
 from refrag_jax.data import pipeline
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.evals import (

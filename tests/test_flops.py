@@ -17,7 +17,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from configs import llama2_7b
 from refrag_jax import flops, programs, sharding
-from refrag_jax.config import build
+from refrag_jax.config.load import build
 from refrag_jax.models import attention
 from refrag_jax.models.refrag import Refrag, init_params
 from refrag_jax.stages import STAGES

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from refrag_jax.config import StageConfig
+from refrag_jax.config.schema import StageConfig
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import UNOPTIMISED
 
 from configs import tiny
-from refrag_jax import validate
+from refrag_jax.config import check as validate
 from refrag_jax.runtime.environment import ROOT
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from configs import common
-from refrag_jax import config, forward, optimizer
+from refrag_jax import forward, optimizer
+from refrag_jax.config import schema as config
 from refrag_jax.models import policy
 from refrag_jax.models.refrag import Refrag, init_params
 from refrag_jax.stages import STAGES, grpo

@@ -14,7 +14,7 @@ import toy
 
 from configs import common
 from refrag_jax import generate, sharding
-from refrag_jax.config import DecoderConfig, EncoderConfig
+from refrag_jax.config.schema import DecoderConfig, EncoderConfig
 from refrag_jax.data import tokenizers
 from refrag_jax.hf import safetensors as convert_hf
 from refrag_jax.hf import sources as pretrained

@@ -13,8 +13,9 @@ import toy_config
 import toy_run
 from toy_run import one_device  # noqa: F401
 
-from refrag_jax import checkpoint, cli, config, results, train
-from refrag_jax.config import ArmConfig
+from refrag_jax import checkpoint, cli, results, train
+from refrag_jax.config import load
+from refrag_jax.config.schema import ArmConfig
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.repro import run as repro
 from refrag_jax.runtime import workdir
@@ -41,7 +42,7 @@ def with_arms(cfg, chosen=(), seeds=(0,), **arms):
 
 def test_changes_are_what_one_would_type(folder):
   cfg = toy_run.config(folder)
-  changed = config.changed(
+  changed = load.changed(
     cfg,
     (
       'model.decoder.width=32',
@@ -61,7 +62,7 @@ def test_changes_are_what_one_would_type(folder):
   back = ('model.decoder.width=16', 'stage.cpt.factors=(2,4)',
           'stage.cpt.init_from=', 'model.policy.positions=true',
           'stage.lm.peak_learning_rate=3e-3')  # fmt: skip
-  assert config.changed(changed, back) == cfg
+  assert load.changed(changed, back) == cfg
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from refrag_jax import config as config_lib
 from refrag_jax import show
+from refrag_jax.config import schema as config_lib
 from refrag_jax.data import tokenizers
 from refrag_jax.main import main
 

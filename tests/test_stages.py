@@ -8,7 +8,8 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import config, forward, optimizer, programs
+from refrag_jax import forward, optimizer, programs
+from refrag_jax.config import schema as config
 from refrag_jax.data import pipeline
 from refrag_jax.models.refrag import init_params
 from refrag_jax.sharding import path_str

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
-from refrag_jax.config import (
+from refrag_jax.config.schema import (
   DecoderConfig,
   EncoderConfig,
   ModelConfig,

@@ -10,10 +10,11 @@ import toy_config
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
-from refrag_jax import config as config_lib
 from refrag_jax import session as session_lib
 from refrag_jax import sharding
 from refrag_jax import train as train_lib
+from refrag_jax.config import load
+from refrag_jax.config import schema as config_lib
 from refrag_jax.data import pipeline
 from refrag_jax.runtime import metrics
 
@@ -28,7 +29,7 @@ def config(folder: str, **changes) -> config_lib.Config:
       for name in parents:
         node = node[name]
       node[last] = value
-  return config_lib.build(c)
+  return load.build(c)
 
 
 def replaced(config: config_lib.Config, **fields) -> config_lib.Config:

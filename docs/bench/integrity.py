@@ -27,7 +27,8 @@ import jax
 import numpy as np
 
 from configs import tiny
-from refrag_jax import checkpoint, config, programs, session
+from refrag_jax import checkpoint, programs, session
+from refrag_jax.config import load
 from refrag_jax.errors import UserError
 from refrag_jax.state import TrainState
 
@@ -107,7 +108,7 @@ def train(folder: str) -> session.Session:
      f'--workdir={workdir}', *flags],
     check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
   )  # fmt: skip
-  cfg = config.changed(config.build(tiny.get_config('smoke')), CHANGES)
+  cfg = load.changed(load.build(tiny.get_config('smoke')), CHANGES)
   opened = session.open_session(cfg, workdir, with_text=False)
   directory = opened.checkpoint_dir('lm')
   abstract = programs.abstract_state(opened, 'lm')

@@ -34,8 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import common, llama2_7b
-from refrag_jax import config, programs
-from refrag_jax.config import Config
+from refrag_jax import programs
+from refrag_jax.config import load
+from refrag_jax.config.schema import Config
 from refrag_jax.errors import UserError
 from refrag_jax.plan import run as plan
 from refrag_jax.plan import topologies
@@ -99,7 +100,7 @@ def config_of(variant: str, devices: int, given: dict) -> tuple[str, Config]:
     for key, value in given.items()
     if key.startswith('config.')
   ]
-  return stage, config.changed(config.build(c), changes)
+  return stage, load.changed(load.build(c), changes)
 
 
 def random_batch(session: Session, stage: str, chunks: int) -> dict:

@@ -11,7 +11,7 @@ Dimension key: B windows, C chunks, M encoder tokens of a chunk or window.
 
 import numpy as np
 
-from refrag_jax.config import Config
+from refrag_jax.config.schema import Config
 from refrag_jax.data import chunking, tokenizers
 from refrag_jax.data.corpus import Corpus
 from refrag_jax.data.tokenizers import Tokenizer

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
-from refrag_jax.config import Config, context_chunks, piece_tokens
+from refrag_jax.config.schema import Config, context_chunks, piece_tokens
 from refrag_jax.data import (
   chunking,
   curriculum,

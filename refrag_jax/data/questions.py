@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from refrag_jax.config import Config
+from refrag_jax.config.schema import Config
 from refrag_jax.data import stdlib
 from refrag_jax.data import text as text_lib
 from refrag_jax.errors import UserError

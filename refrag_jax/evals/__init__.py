@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from refrag_jax.config import Config
+from refrag_jax.config.schema import Config
 from refrag_jax.evals import (
   context_length,
   copying,

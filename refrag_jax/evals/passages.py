@@ -19,7 +19,7 @@ in the useful passage; row `chance` is what random ones hit on average, 1 / P.
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax.config import expanded_chunks
+from refrag_jax.config.schema import expanded_chunks
 from refrag_jax.evals import common, selection
 from refrag_jax.runtime.progress import say
 

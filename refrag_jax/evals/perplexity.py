@@ -13,7 +13,7 @@ well.
 import numpy as np
 
 from refrag_jax import forward
-from refrag_jax.config import expanded_chunks
+from refrag_jax.config.schema import expanded_chunks
 from refrag_jax.evals import common, replug, selection
 
 PLAIN = {'no_context': 'none', 'full_context': 'full', 'last_k': 'last_k'}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refrag_jax import forward, results
-from refrag_jax.config import expanded_chunks
+from refrag_jax.config.schema import expanded_chunks
 from refrag_jax.data import pipeline
 from refrag_jax.evals import common
 from refrag_jax.models import losses, policy

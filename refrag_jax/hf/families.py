@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refrag_jax.config import DecoderConfig, EncoderConfig
+from refrag_jax.config.schema import DecoderConfig, EncoderConfig
 from refrag_jax.errors import UserError
 from refrag_jax.hf import hub
 

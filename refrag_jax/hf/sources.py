@@ -9,7 +9,7 @@ import dataclasses
 import os
 from typing import Any, NamedTuple
 
-from refrag_jax.config import (
+from refrag_jax.config.schema import (
   DecoderConfig,
   EncoderConfig,
   ModelConfig,

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from refrag_jax.config import DecoderConfig, ModelConfig
+from refrag_jax.config.schema import DecoderConfig, ModelConfig
 from refrag_jax.models import layers, splice
 from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoders import ENCODERS

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from refrag_jax.config import DecoderConfig
+from refrag_jax.config.schema import DecoderConfig
 from refrag_jax.models import attention, layers
 from refrag_jax.models.stack import stack
 from refrag_jax.sharding import constrain

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from refrag_jax.config import EncoderConfig
+from refrag_jax.config.schema import EncoderConfig
 from refrag_jax.models import layers
 from refrag_jax.models.encoder import Encoder
 from refrag_jax.models.stack import stack

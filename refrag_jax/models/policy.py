@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from refrag_jax.config import PolicyConfig
+from refrag_jax.config.schema import PolicyConfig
 from refrag_jax.models import layers
 
 NEG = -1e30

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from refrag_jax.config import ModelConfig
+from refrag_jax.config.schema import ModelConfig
 from refrag_jax.models import cepe, splice
 from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoders import ENCODERS

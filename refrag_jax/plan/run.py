@@ -21,7 +21,8 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from refrag_jax import flops, programs, results, sharding
-from refrag_jax.config import Config, changed
+from refrag_jax.config.load import changed
+from refrag_jax.config.schema import Config
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.plan import collectives, topologies

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from refrag_jax import typed
-from refrag_jax.config import ClusterConfig
+from refrag_jax.config import typed
+from refrag_jax.config.schema import ClusterConfig
 from refrag_jax.errors import UserError
 from refrag_jax.runtime.chips import CHIPS, Chip
 

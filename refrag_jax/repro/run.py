@@ -21,7 +21,8 @@ from typing import Any
 import jax
 
 from refrag_jax import checkpoint, evaluate, results, train
-from refrag_jax.config import Config, changed
+from refrag_jax.config.load import changed
+from refrag_jax.config.schema import Config
 from refrag_jax.errors import NonFinite, UserError
 from refrag_jax.repro import report as repro_report
 from refrag_jax.repro import verdicts as claims

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from refrag_jax.config import StageConfig, expanded_chunks
+from refrag_jax.config.schema import StageConfig, expanded_chunks
 
 
 def as_is(model, params, batch, keys_B, variant, cfg):

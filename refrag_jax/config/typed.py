@@ -1,7 +1,7 @@
 """Nested values to frozen dataclasses and back, with errors a user can act on.
 
 Everything is derived from `dataclasses.fields`, so that a field added to
-`config.py` is at once checked, overridable on the command line and printed.
+`schema.py` is at once checked, overridable on the command line and printed.
 """
 
 import dataclasses

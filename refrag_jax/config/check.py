@@ -9,8 +9,8 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from refrag_jax import typed
-from refrag_jax.config import (
+from refrag_jax.config import typed
+from refrag_jax.config.schema import (
   Config,
   ModelConfig,
   StageConfig,
