@@ -15,8 +15,8 @@ class Stopped(BaseException):
   command continues, or starts again what keeps none.
 
   `main` prints the message and exits with 75 (EX_TEMPFAIL: run me again). Not
-  an Exception: it may come at any place, and what catches those is after the
-  faults of a file or a library.
+  an Exception: it may come at any place, and an `except Exception` around a
+  file or a library would swallow it.
   """
 
   exit_code = 75

@@ -15,8 +15,8 @@ def count(jaxpr) -> int:
 
   Of all devices together: what a `shard_map` does counts for each of them. A
   kernel counts as many times as its grid has places, skipped ones included.
-  A `while` counts its body once (its trip count is data), a `cond` its dearest
-  branch. Rematerialised products count as often as they run.
+  A `while` counts its body once (its trip count is data), a `cond` its most
+  expensive branch. Rematerialised products count as often as they run.
   """
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
   total = 0

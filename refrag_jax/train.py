@@ -177,7 +177,8 @@ def train_stage(
   """Trains one stage from wherever it stands to its end, or to `stop`.
 
   Raises:
-    UserError: its predecessor, or its own checkpoint, is missing or another.
+    UserError: its predecessor's or its own checkpoint is missing or
+      incompatible.
     NonFinite: loss or gradient overflowed; the state before it is on disk.
     Stopped: asked to stop, state saved.
   """
@@ -280,7 +281,7 @@ def train_stage(
           after_B = heldout.measure(state.params)
         value = {stage.measures: np.mean(after_B)}
         writer.scalars(name, done, 'heldout', value)
-      # Before the checkpoint: who resumes from it does not write them again.
+      # Before the checkpoint: a run resumed from it does not duplicate them.
       every = config.sample_every_steps
       if _due(done, every) or (last and every >= 0):
         watchdog.phase(f'{name}, samples at step {done}')

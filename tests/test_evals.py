@@ -314,7 +314,7 @@ def test_selectors_differ_in_what_they_expand(context, windows, score):
 
 
 def test_evals_share_what_they_have_in_common(session, params, monkeypatch):
-  """The oracle, by far the dearest: once a tail, not once an eval."""
+  """The oracle, by far the most expensive: once a tail, not once an eval."""
   tails, expanded = [], []
   gains, nll = selection.single_gains, selection.selected_nll
 

@@ -250,7 +250,7 @@ def test_a_plan_of_this_machine(cfg, tmp_path, capsys, monkeypatch):
       assert c.keys() == {'op', 'axis', 'bytes', 'count'}
   assert [row['stage'] for row in out['search']] == [
     'reconstruct'
-  ]  # the dearest
+  ]  # the most expensive
   said = capsys.readouterr().out
   assert 'cpt  ' in said and 'nan' not in said
   page = (tmp_path / 'plan.html').read_text()

@@ -17,8 +17,8 @@ Three questions that the paper's tables leave open:
              these are), around one number or identifier; the share of these
              whose tokens are all the most probable ones. Before the text stand
              its own chunk vectors, its own tokens, or another document's
-             vectors. `expanded` so has the answer in front of it: what it lacks
-             to 1 this decoder cannot copy, and is no fault of the vectors.
+             vectors. `expanded` has the answer in front of it, so its shortfall
+             from 1 is a failure of this decoder to copy, not of the vectors.
 
 `n` of the last rows is the number of documents that have such spans.
 """

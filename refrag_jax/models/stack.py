@@ -55,7 +55,8 @@ def stack(
     in_axes: of the arguments after the carry: 0 or nn.broadcast.
   """
   if remat != 'none':
-    # In a loop XLA finds no expression twice, so that nothing need prevent it.
+    # Across the iterations of a loop XLA cannot merge common subexpressions, so
+    # only layers one by one need the barrier that prevents it.
     block = nn.remat(block, policy=REMAT[remat], prevent_cse=not scan_layers)
   return nn.scan(
     block,

@@ -102,8 +102,8 @@ def memory(plan: dict[str, Any]) -> str:
   return ''.join(out) + page.table(
     head,
     rows,
-    'Of one device, at the stage&#x2019;s dearest step; the last column says '
-    'which one that is.',
+    'Of one device, at the stage&#x2019;s most expensive step; the last column '
+    'says which one that is.',
   )
 
 
@@ -278,8 +278,8 @@ def ranking(rows: list[dict[str, Any]]) -> str:
       ]
       for r in rows
     ],
-    f'The dearest stage, {page.text(rows[0]["stage"])}, compiled with each; '
-    'first those that fit, by their lower bound.',
+    f'The most expensive stage, {page.text(rows[0]["stage"])}, compiled with '
+    'each; first those that fit, by their lower bound.',
   )
 
 

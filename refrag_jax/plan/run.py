@@ -140,7 +140,7 @@ def open_planned(config: Config, there: topologies.Topology) -> Session:
 def plan_stage(
   session: Session, there: topologies.Topology, name: str
 ) -> StagePlan:
-  """Compiles a stage's dearest step and adds up what it costs."""
+  """Compiles a stage's most expensive step and adds up what it costs."""
   state, clock = programs.abstract_state(session, name), time.monotonic()
   counts = collections.Counter(programs.step_keys(session, name))
   with jax.set_mesh(session.mesh):
@@ -421,7 +421,7 @@ def search_layouts(
 ) -> list[dict[str, Any]]:
   """Meshes and remat policies by what stage `name` needs at least, best first.
 
-  One stage, the dearest: a layout costs a compilation each.
+  One stage, the most expensive: a layout costs a compilation each.
   """
   tried = []
   for change in layouts(config, there):
