@@ -356,9 +356,9 @@ def _hugging_face(name: str, group: str) -> dict:
   """The numbers of a model by its config.json."""
   # The one import beside ml_collections, for configs that name such a model:
   # what a config.json means is known there.
-  from refrag_jax.hf import families as hf_families
+  from refrag_jax.hf import families
 
-  return hf_families.numbers(name, group)
+  return families.numbers(name, group)
 
 
 def stage(**fields) -> ml_collections.ConfigDict:

@@ -27,7 +27,7 @@ from refrag_jax.data import windows as windows_lib
 from refrag_jax.errors import UserError
 from refrag_jax.evals import EVALS, WINDOWS, WITHOUT_TEXT, selection
 from refrag_jax.evals.common import ROLES, Context
-from refrag_jax.hf import sources as pretrained
+from refrag_jax.hf import sources
 from refrag_jax.report import run as report
 from refrag_jax.runtime import environment, watchdog
 from refrag_jax.runtime.progress import say
@@ -69,7 +69,7 @@ def run(config: Config, workdir: str) -> int:
   directory, given = os.path.join(workdir, 'checkpoints'), config.init_from
   if given.startswith('@'):
     given = checkpoint_beside(workdir, given)
-  exported = pretrained.is_source(given) if given else False
+  exported = sources.is_source(given) if given else False
   if given:
     trained_groups(session, given, f'evals read {given}')
     directory = os.path.dirname(os.path.abspath(given))
@@ -78,7 +78,7 @@ def run(config: Config, workdir: str) -> int:
     # A config may name the models that its run started from: then what the
     # run made of them is measured.
     trained = _stages_beside(os.path.join(workdir, 'checkpoints'))
-    source = pretrained.locate(given)
+    source = sources.locate(given)
     paths = (not source.exported and trained) or _stages_of_source(source)
   elif given and checkpoint.read_meta(given)['stage'] == 'imported':
     paths['lm'] = given
@@ -312,8 +312,8 @@ def with_decoder_before(
   try:
     if checkpoint.latest_step(source) is not None:
       stage = checkpoint.read_meta(source)['stage']
-    elif pretrained.is_source(source):
-      stage = pretrained.locate(source).exported.get('stage') or 'imported'
+    elif sources.is_source(source):
+      stage = sources.locate(source).exported.get('stage') or 'imported'
     else:
       return paths
     if stage in ('lm', 'imported'):
@@ -466,7 +466,7 @@ def _stages_beside(directory: str) -> dict[str, str]:
   }
 
 
-def _stages_of_source(source: pretrained.Source) -> dict[str, str]:
+def _stages_of_source(source: sources.Source) -> dict[str, str]:
   """The stages whose part an export, or a decoder of others, can play."""
   stage = source.exported.get('stage') or 'imported'
   # A policy comes with the `mixed` that it was trained on; what came in from

@@ -14,10 +14,7 @@ from refrag_jax import checkpoint, results, session
 from refrag_jax.config.schema import Config
 from refrag_jax.data import tokenizers
 from refrag_jax.errors import UserError
-from refrag_jax.hf import families as hf_families
-from refrag_jax.hf import hub, model_card
-from refrag_jax.hf import safetensors as convert_hf
-from refrag_jax.hf import sources as pretrained
+from refrag_jax.hf import convert, families, hub, model_card, sources
 from refrag_jax.runtime import environment
 from refrag_jax.runtime.progress import say
 from refrag_jax.state import TrainState
@@ -217,7 +214,7 @@ def _write(opened, params, bases: dict, stage: str, target: str) -> None:
     directory = os.path.join(target, group)
     os.mkdir(directory)
     base, ids = bases.get(group, {}), tokenizers.load(tokenizer)
-    values = hf_families.config_json(
+    values = families.config_json(
       group, getattr(model, group), base.get('config', {})
     )
     special = {
@@ -225,7 +222,7 @@ def _write(opened, params, bases: dict, stage: str, target: str) -> None:
       'eos_token_id': ids.eos_id,
       'pad_token_id': ids.pad_id,
     }
-    written = convert_hf.write_params(
+    written = convert.write_params(
       directory,
       group,
       params[group],
@@ -242,19 +239,19 @@ def _write(opened, params, bases: dict, stage: str, target: str) -> None:
         (*tokenizers.FILES, *tokenizers.BESIDE),
       )
     files += [f'{group}/{name}' for name in written]
-  for group in pretrained.SMALL:
+  for group in sources.SMALL:
     if group in params:
       files.append(f'{group}.safetensors')
-      convert_hf.save_arrays(os.path.join(target, files[-1]), params[group])
+      convert.save_arrays(os.path.join(target, files[-1]), params[group])
   exported = {
-    'format': pretrained.FORMAT,
+    'format': sources.FORMAT,
     'stage': stage,
     'groups': sorted(params),
     'base': {
       group: bases[group] | {'dtypes': kinds} for group, kinds in dtypes.items()
     },
     'model': {
-      group: hf_families.shortest(dataclasses.asdict(getattr(model, group)))
+      group: families.shortest(dataclasses.asdict(getattr(model, group)))
       for group in ('decoder', 'encoder', 'policy')
     },
     'chunk_size': model.chunk_size,
@@ -266,13 +263,12 @@ def _write(opened, params, bases: dict, stage: str, target: str) -> None:
     },
     'tokenizers': opened.identity['tokenizers'],
     'sha256': {
-      name: convert_hf.digest(os.path.join(target, name), 0, 0)
-      for name in files
+      name: convert.digest(os.path.join(target, name), 0, 0) for name in files
     },
     'versions': environment.versions(),
     'git': environment.git_commit(),
   }
-  results.write_json(os.path.join(target, pretrained.EXPORT), exported)
+  results.write_json(os.path.join(target, sources.EXPORT), exported)
   results.write_text(
     os.path.join(target, 'README.md'), model_card.text(exported)
   )
@@ -285,7 +281,7 @@ def _pooler(base: dict) -> dict[str, np.ndarray]:
   """
   try:
     directory = hub.resolve(base['name']) if base else ''
-    return convert_hf.module_tensors(directory, 'pooler') if base else {}
+    return convert.module_tensors(directory, 'pooler') if base else {}
   except UserError as e:
     say(f'encoder: written without its pooler ({e})')
     return {}

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from refrag_jax import checkpoint, sharding
-from refrag_jax.config import check as validate
+from refrag_jax.config import check
 from refrag_jax.config.schema import Config, ModelConfig
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
-from refrag_jax.hf import sources as pretrained
+from refrag_jax.hf import sources
 from refrag_jax.models.refrag import Refrag, init_params
 from refrag_jax.runtime.progress import say
 
@@ -158,7 +158,7 @@ def open_model(config: Config, workdir: str = '') -> Session:
 
 def checkpoint_beside(workdir: str, source: str) -> str:
   """The checkpoint directory that '@RUN/STAGE' means in a run's config."""
-  run, stage = validate.stage_beside(source, 'init_from')
+  run, stage = check.stage_beside(source, 'init_from')
   beside = os.path.dirname(os.path.abspath(workdir))
   return os.path.join(beside, run, 'checkpoints', stage)
 
@@ -177,8 +177,8 @@ def load_params(
   groups = trained_groups(session, directory, why)
   abstract = abstract_params(session)
   wanted = {group: abstract[group] for group in groups}
-  if pretrained.is_source(directory):
-    read = pretrained.read(pretrained.locate(directory), wanted)
+  if sources.is_source(directory):
+    read = sources.read(sources.locate(directory), wanted)
   else:
     read = checkpoint.load_params(directory, wanted)
   rest = [group for group in abstract if group not in groups]
@@ -193,8 +193,8 @@ def base_models(source: str | None) -> dict[str, Any]:
   """
   if source is None:
     return {}
-  if pretrained.is_source(source):
-    return pretrained.base(pretrained.locate(source))
+  if sources.is_source(source):
+    return sources.base(sources.locate(source))
   return (checkpoint.read_meta(source) or {}).get('base', {})
 
 
@@ -207,9 +207,9 @@ def trained_groups(session: Session, directory: str, why: str) -> list[str]:
   Raises:
     UserError: there is no checkpoint, or what it has trained does not fit.
   """
-  if pretrained.is_source(directory):
-    source = pretrained.locate(directory)
-    pretrained.check(
+  if sources.is_source(directory):
+    source = sources.locate(directory)
+    sources.check(
       source, session.config.model, session.identity['tokenizers'], why
     )
     data, paths = session.config.data, source.paths

@@ -35,7 +35,7 @@ from refrag_jax.config.schema import Config, context_chunks
 from refrag_jax.data import curriculum, pipeline, retrieval
 from refrag_jax.data import questions as questions_lib
 from refrag_jax.errors import NonFinite, Stopped, UserError
-from refrag_jax.hf import sources as pretrained
+from refrag_jax.hf import sources
 from refrag_jax.models.cepe import copy_self_attention
 from refrag_jax.models.encoder import take_decoder_embeddings
 from refrag_jax.models.projection import match_embedding_scale
@@ -523,8 +523,8 @@ def origin(session: Session, name: str) -> str:
   source = init_from(session, name, check=False)
   if source is None:
     return 'scratch'
-  if pretrained.is_source(source):
-    return pretrained.fingerprint(pretrained.locate(source))
+  if sources.is_source(source):
+    return sources.fingerprint(sources.locate(source))
   # <workdir>/checkpoints/<stage> has its record in <workdir>/stages.
   folder, stage = os.path.split(os.path.abspath(source))
   record = os.path.join(os.path.dirname(folder), 'stages', f'{stage}.json')

@@ -12,7 +12,7 @@ import tomllib
 import numpy as np
 
 from refrag_jax import results
-from refrag_jax.repro import questions as claim_tests
+from refrag_jax.repro import questions
 from refrag_jax.repro.records import Records, Run
 from refrag_jax.runtime.environment import ROOT
 
@@ -117,7 +117,7 @@ def cells_of(spec, preset='repro_cpu'):
       found[value] = None
 
   parts = {k: spec[k] for k in ('claim', 'precondition', 'table', 'statistics')}
-  visit(claim_tests.filled(parts, spec['preset'][preset]))
+  visit(questions.filled(parts, spec['preset'][preset]))
   return list(found)
 
 

@@ -18,8 +18,7 @@ import transformers
 from jax.sharding import SingleDeviceSharding
 
 from refrag_jax.config.schema import DecoderConfig, EncoderConfig
-from refrag_jax.hf import families as hf_families
-from refrag_jax.hf import safetensors as convert_hf
+from refrag_jax.hf import convert, families
 from refrag_jax.models.refrag import init_params
 
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -142,11 +141,11 @@ def saved(model, directory: pathlib.Path) -> str:
 
 
 def config_of(directory: str) -> DecoderConfig | EncoderConfig:
-  values = hf_families.read_config(directory)
-  family = hf_families.FAMILIES[hf_families.family_of(values, directory)]
+  values = families.read_config(directory)
+  family = families.FAMILIES[families.family_of(values, directory)]
   if family.group == 'decoder':
-    return hf_families.decoder_config(values, directory)
-  return hf_families.encoder_config(values, 'cls', directory)
+    return families.decoder_config(values, directory)
+  return families.encoder_config(values, 'cls', directory)
 
 
 def model_config(cfg: DecoderConfig | EncoderConfig):
@@ -174,7 +173,7 @@ def abstract(cfg: DecoderConfig | EncoderConfig):
 def read(directory: str):
   """Through the importer: the config and the parameters in a directory."""
   cfg = config_of(directory)
-  return cfg, convert_hf.read_params(directory, abstract(cfg))
+  return cfg, convert.read_params(directory, abstract(cfg))
 
 
 def gradients(model, directory: pathlib.Path, cfg):
@@ -186,4 +185,4 @@ def gradients(model, directory: pathlib.Path, cfg):
       if 'token_type_embeddings' in name:  # folded into the positions'
         parameter.grad.zero_()
       parameter.copy_(parameter.grad)
-  return convert_hf.read_params(saved(model, directory), abstract(cfg))
+  return convert.read_params(saved(model, directory), abstract(cfg))

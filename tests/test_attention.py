@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from refrag_jax import flops, sharding
-from refrag_jax.config import check as validate
+from refrag_jax.config import check
 from refrag_jax.models import attention, layers
 from refrag_jax.models.attention import Places
 
@@ -203,8 +203,8 @@ def test_fused_kernels_leave_what_they_do_not_know_to_blocks(
 
 def test_the_config_knows_the_same_kinds():
   # What `fused` is follows from the devices, before the model is made.
-  assert (*attention.KINDS, 'fused') == validate.ATTENTION
-  assert tuple(attention.KERNELS) == validate.KERNELS
+  assert (*attention.KINDS, 'fused') == check.ATTENTION
+  assert tuple(attention.KERNELS) == check.KERNELS
 
 
 # --- Float32 products of bfloat16 arrays --------------------------------------

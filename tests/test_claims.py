@@ -11,7 +11,7 @@ import pytest
 
 from refrag_jax import results
 from refrag_jax.errors import UserError
-from refrag_jax.repro import questions as claim_tests
+from refrag_jax.repro import questions
 from refrag_jax.repro import verdicts as claims
 from refrag_jax.repro.estimate import (
   Rule,
@@ -711,4 +711,4 @@ def test_a_config_without_a_preset_is_named():
   records = levels({A: 1.0, B: 1.1})._replace(config='mine')
   with pytest.raises(UserError, match=r'no \[preset.mine\].*it has c'):
     claims.judge(spec, records)
-  assert claim_tests.preset_of({}, records) == {}
+  assert questions.preset_of({}, records) == {}

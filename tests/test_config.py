@@ -8,7 +8,7 @@ import pytest
 
 from configs import llama2_7b
 from refrag_jax import cli, evals, stages, state
-from refrag_jax.config import check as validate
+from refrag_jax.config import check
 from refrag_jax.config import schema as config
 from refrag_jax.config.load import build
 from refrag_jax.errors import UserError
@@ -86,11 +86,11 @@ def test_empty_weights_are_equal_shares():
 
 
 def test_stage_names_agree_with_the_stages():
-  assert set(validate.STAGES) == set(stages.STAGES)
+  assert set(check.STAGES) == set(stages.STAGES)
 
 
 def test_eval_names_agree_with_the_evals():
-  assert set(validate.EVALS) == set(evals.EVALS)
+  assert set(check.EVALS) == set(evals.EVALS)
 
 
 def test_tiny_decoder_is_under_a_million_parameters():

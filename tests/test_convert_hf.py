@@ -18,10 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from refrag_jax import sharding
 from refrag_jax.errors import UserError
-from refrag_jax.hf import families as hf_families
-from refrag_jax.hf import hub
-from refrag_jax.hf import safetensors as convert_hf
-from refrag_jax.hf import sources as pretrained
+from refrag_jax.hf import convert, families, hub, sources
 from refrag_jax.models.refrag import init_params
 
 QWEN2 = dict(qkv_bias=True)
@@ -60,12 +57,12 @@ def write(name, directory, dtype=np.float32):
   """Random weights of a family; returns (group, config, params)."""
   group, config = config_of(name)
   cfg = getattr(config, group)
-  to_json = {'decoder': hf_families.decoder_json,
-             'encoder': hf_families.encoder_json}  # fmt: skip
+  to_json = {'decoder': families.decoder_json,
+             'encoder': families.encoder_json}  # fmt: skip
   params = toy.params(config)[group]
   os.makedirs(directory)
   values = to_json[group](cfg)
-  convert_hf.write_params(str(directory), group, params, values, dtype)
+  convert.write_params(str(directory), group, params, values, dtype)
   return group, cfg, params
 
 
@@ -86,11 +83,11 @@ def tree_of(config, mesh, group='decoder'):
 
 def of_directory(directory):
   directory = str(directory)
-  values = hf_families.read_config(directory)
-  family = hf_families.family_of(values, directory)
-  if hf_families.FAMILIES[family].group == 'decoder':
-    return hf_families.decoder_config(values, directory)
-  return hf_families.encoder_config(values, 'cls', directory)
+  values = families.read_config(directory)
+  family = families.family_of(values, directory)
+  if families.FAMILIES[family].group == 'decoder':
+    return families.decoder_config(values, directory)
+  return families.encoder_config(values, 'cls', directory)
 
 
 @pytest.mark.parametrize('mesh_shape', [(1, 4, 2), (8, 1, 1), (2, 2, 2)])
@@ -99,7 +96,7 @@ def test_shards_of_any_mesh_are_the_whole(name, mesh_shape, tmp_path):
   group, cfg, params = write(name, tmp_path / 'm')
   assert of_directory(tmp_path / 'm') == cfg
   mesh = sharding.make_mesh(*mesh_shape)
-  read = convert_hf.read_params(str(tmp_path / 'm'), abstract(name, mesh))
+  read = convert.read_params(str(tmp_path / 'm'), abstract(name, mesh))
   if name == 'modernbert':  # its first layer has no such norm
     scale_YE = params['layers']['attention_norm']['scale']
     params = toy.jax.tree.map(lambda x: x, params)
@@ -114,16 +111,16 @@ def test_no_more_is_read_than_the_shards(tmp_path, monkeypatch):
   """A kernel that lies on eight devices is read once."""
   write('llama', tmp_path / 'm')
   read = []
-  original = convert_hf._read_range
+  original = convert._read_range
 
   def counted(files, tensor, name, name_of, shape, bounds):
     out = original(files, tensor, name, name_of, shape, bounds)
     read.append((name, out.size))
     return out
 
-  monkeypatch.setattr(convert_hf, '_read_range', counted)
+  monkeypatch.setattr(convert, '_read_range', counted)
   mesh = sharding.make_mesh(1, 4, 2)
-  convert_hf.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
+  convert.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
   of_q = [size for name, size in read if name == 'layers.0.self_attn.q_proj.'
           'weight']  # fmt: skip
   assert of_q == [16 * 16]  # D x N H
@@ -140,18 +137,18 @@ def test_a_host_reads_what_its_own_devices_hold(tmp_path, monkeypatch):
     if device.id >= 4
   }
   read = []
-  original = convert_hf._read_range
+  original = convert._read_range
   monkeypatch.setattr(
-    convert_hf, '_read_range',
+    convert, '_read_range',
     lambda *args: read.append(original(*args)) or read[-1],
   )  # fmt: skip
-  files = convert_hf.Files(str(tmp_path / 'm'))
-  family = hf_families.FAMILIES['llama']
-  tensor = convert_hf._tensor_of(family, 'layers/q_proj/kernel')
+  files = convert.Files(str(tmp_path / 'm'))
+  family = families.FAMILIES['llama']
+  tensor = convert._tensor_of(family, 'layers/q_proj/kernel')
   name_of = {
-    hf_families.canonical(n, family.prefix, family): n for n in files.names()
+    families.canonical(n, family.prefix, family): n for n in files.names()
   }
-  parts = convert_hf._read_parts(files, tensor, leaf, name_of, list(bounds))
+  parts = convert._read_parts(files, tensor, leaf, name_of, list(bounds))
   assert len(parts) == 4
   whole = np.asarray(params['layers']['q_proj']['kernel'])
   for place, part in parts.items():
@@ -162,13 +159,13 @@ def test_a_host_reads_what_its_own_devices_hold(tmp_path, monkeypatch):
 def test_replicas_share_what_was_read(tmp_path, monkeypatch):
   write('llama', tmp_path / 'm')
   calls = []
-  original = convert_hf._read_range
+  original = convert._read_range
   monkeypatch.setattr(
-    convert_hf, '_read_range',
+    convert, '_read_range',
     lambda *args: calls.append(args[2]) or original(*args),
   )  # fmt: skip
   mesh = sharding.make_mesh(8, 1, 1)
-  convert_hf.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
+  convert.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
   assert len(calls) == len(set(calls))
 
 
@@ -177,7 +174,7 @@ def test_half_precision_is_cast_on_the_way(tmp_path):
 
   _, _, params = write('llama', tmp_path / 'm', ml_dtypes.bfloat16)
   mesh = sharding.make_mesh(1, 4, 2)
-  read = convert_hf.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
+  read = convert.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
   for ours, was in zip(jax.tree.leaves(read), jax.tree.leaves(params)):
     assert ours.dtype == np.float32
     rounded = np.asarray(was).astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -185,24 +182,24 @@ def test_half_precision_is_cast_on_the_way(tmp_path):
 
 
 def test_several_files_with_an_index(tmp_path, monkeypatch):
-  monkeypatch.setattr(convert_hf, 'SHARD_BYTES', 4000)
+  monkeypatch.setattr(convert, 'SHARD_BYTES', 4000)
   _, _, params = write('llama', tmp_path / 'm')
   files = sorted(p.name for p in (tmp_path / 'm').glob('*.safetensors'))
   assert len(files) > 3 and files[0].startswith('model-00001-of-')
-  index = json.loads((tmp_path / 'm' / convert_hf.INDEX).read_text())
+  index = json.loads((tmp_path / 'm' / convert.INDEX).read_text())
   assert set(index['weight_map'].values()) == set(files)
   size = sum(x.nbytes for x in jax.tree.leaves(params))
   assert index['metadata']['total_size'] == size
   mesh = sharding.make_mesh(1, 4, 2)
-  read = convert_hf.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
+  read = convert.read_params(str(tmp_path / 'm'), abstract('llama', mesh))
   jax.tree.map(np.testing.assert_array_equal, read, params)
   # One of them is gone; one of them lacks a tensor.
   os.rename(tmp_path / 'm' / files[1], tmp_path / 'lost')
   with pytest.raises(UserError, match=f'lacks {files[1]} of the'):
-    convert_hf.Files(str(tmp_path / 'm'))
+    convert.Files(str(tmp_path / 'm'))
   save_file({'other': np.zeros(3)}, tmp_path / 'm' / files[1])
   with pytest.raises(UserError, match=f'is in {files[1]}, where it is not'):
-    convert_hf.Files(str(tmp_path / 'm'))
+    convert.Files(str(tmp_path / 'm'))
 
 
 # --- What is refused ----------------------------------------------------------
@@ -282,7 +279,7 @@ def test_what_cannot_be_read_is_named(how, tmp_path):
     tree = abstract('llama', mesh)
     if how == 'config':  # as the session would build it
       tree = tree_of(toy.replace('decoder', **dataclasses.asdict(cfg)), mesh)
-    convert_hf.read_params(str(tmp_path / 'm'), tree)
+    convert.read_params(str(tmp_path / 'm'), tree)
 
   with pytest.raises(UserError, match=REFUSED[how]) as e:
     attempt()
@@ -297,18 +294,18 @@ def test_a_tied_head_may_be_written_down(tmp_path):
   save_file(
     tensors | {'lm_head.weight': tensors['model.embed_tokens.weight']}, path
   )
-  convert_hf.read_params(str(tmp_path / 'm'), abstract('tied', mesh))
+  convert.read_params(str(tmp_path / 'm'), abstract('tied', mesh))
   other = tensors['model.embed_tokens.weight'] + 1
   save_file(tensors | {'lm_head.weight': other}, path)
   with pytest.raises(UserError, match='no place in this model: lm_head.weight'):
-    convert_hf.read_params(str(tmp_path / 'm'), abstract('tied', mesh))
+    convert.read_params(str(tmp_path / 'm'), abstract('tied', mesh))
 
 
 def test_heads_and_buffers_of_encoders_are_left_alone(tmp_path):
   write('bert', tmp_path / 'm')
   path = tmp_path / 'm' / 'model.safetensors'
   mesh = sharding.make_mesh(1, 4, 2)
-  plain = convert_hf.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
+  plain = convert.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
   tensors = {f'bert.{name}': x for name, x in load_file(path).items()}
   for name in list(tensors):  # as the first BERTs have them
     for kind, old in (('weight', 'gamma'), ('bias', 'beta')):
@@ -319,13 +316,13 @@ def test_heads_and_buffers_of_encoders_are_left_alone(tmp_path):
   tensors['bert.pooler.dense.weight'] = np.zeros((8, 8), 'f4')
   tensors['cls.predictions.bias'] = np.zeros(24, 'f4')
   save_file(tensors, path)
-  read = convert_hf.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
+  read = convert.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
   jax.tree.map(np.testing.assert_array_equal, plain, read)
   # An adapter is no head, though its name ends like one.
   tensors['encoder.layer.0.adapter_pooler.weight'] = np.zeros((8, 8), 'f4')
   save_file(tensors, path)
   with pytest.raises(UserError, match='no place in this model: encoder.layer'):
-    convert_hf.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
+    convert.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
 
 
 def test_the_type_of_all_tokens_is_folded_into_their_positions(tmp_path):
@@ -335,7 +332,7 @@ def test_the_type_of_all_tokens_is_folded_into_their_positions(tmp_path):
   rows = np.stack([np.arange(8.0), np.full(8, 99.0)]).astype('f4')
   save_file(tensors | {'embeddings.token_type_embeddings.weight': rows}, path)
   mesh = sharding.make_mesh(1, 4, 2)
-  read = convert_hf.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
+  read = convert.read_params(str(tmp_path / 'm'), abstract('bert', mesh))
   wanted = tensors['embeddings.position_embeddings.weight'] + rows[:1]
   np.testing.assert_array_equal(read['position_embeddings'], wanted)
 
@@ -347,7 +344,7 @@ MESH = dict(data=1, fsdp=4, tensor=2)
 
 def read_back(name, directory):
   mesh = sharding.make_mesh(**MESH)
-  return convert_hf.read_params(str(directory), abstract(name, mesh))
+  return convert.read_params(str(directory), abstract(name, mesh))
 
 
 def renamed(directory, change):
@@ -369,13 +366,13 @@ def test_an_adapter_is_refused_beside_its_base_and_alone(file, tmp_path):
   pair = f'{tmp_path / "m"},{tmp_path / "e"}'
   message = f'{tmp_path}/m holds a LoRA adapter: merge it first'
   with pytest.raises(UserError, match=message):
-    pretrained.locate(pair)
+    sources.locate(pair)
   with pytest.raises(UserError, match=message):  # of config files
-    hf_families.numbers(str(tmp_path / 'm'), 'decoder')
+    families.numbers(str(tmp_path / 'm'), 'decoder')
   (tmp_path / 'm' / 'config.json').unlink()
-  assert pretrained.is_source(str(tmp_path / 'm'))
+  assert sources.is_source(str(tmp_path / 'm'))
   with pytest.raises(UserError, match=message):
-    pretrained.locate(str(tmp_path / 'm'))
+    sources.locate(str(tmp_path / 'm'))
 
 
 def test_an_adapter_within_the_file_is_refused(tmp_path):
@@ -391,8 +388,8 @@ def test_an_adapter_within_the_file_is_refused(tmp_path):
 @pytest.mark.parametrize('name', ['tied', 'roberta', 'bert', 'modernbert'])
 def test_a_tied_model_may_have_its_head_alone(name, tmp_path):
   write(name, tmp_path / 'm')
-  family = hf_families.FAMILIES[
-    hf_families.read_config(str(tmp_path / 'm'))['model_type']
+  family = families.FAMILIES[
+    families.read_config(str(tmp_path / 'm'))['model_type']
   ]
   plain, (embedding, head) = read_back(name, tmp_path / 'm'), family.tied
   renamed(
@@ -499,7 +496,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
 def test_pooling_is_where_modules_json_says(tmp_path):
   write('bert', tmp_path / 'm')
   sentence_encoder(tmp_path / 'm', '5_Pooling')
-  assert hf_families.pooling(str(tmp_path / 'm')) == 'mean'
+  assert families.pooling(str(tmp_path / 'm')) == 'mean'
   # The older layout, with the model in a directory of its own.
   top = tmp_path / 'old'
   shutil.copytree(tmp_path / 'm', top / '0_Transformer')
@@ -510,11 +507,11 @@ def test_pooling_is_where_modules_json_says(tmp_path):
     modules.replace('"path": ""', '"path": "0_Transformer"')
   )
   with pytest.raises(UserError, match='name .*/old/0_Transformer'):
-    hf_families.read_config(str(top))
-  assert hf_families.pooling(f'{top}/0_Transformer') == 'mean'
+    families.read_config(str(top))
+  assert families.pooling(f'{top}/0_Transformer') == 'mean'
   (top / 'modules.json').write_text('{"no": "list"}')
   with pytest.raises(UserError, match='no list of modules'):
-    hf_families.modules(str(top))
+    families.modules(str(top))
 
 
 POINTER = (
@@ -528,7 +525,7 @@ def test_a_pointer_of_git_lfs_is_refused_by_name(file, tmp_path):
   if file == 'shard':
     file, index = 'model-1.safetensors', {'norm.weight': 'model-1.safetensors'}
     (tmp_path / 'm' / 'model.safetensors').unlink()
-    (tmp_path / 'm' / convert_hf.INDEX).write_text(
+    (tmp_path / 'm' / convert.INDEX).write_text(
       json.dumps({'weight_map': index})
     )
   (tmp_path / 'm' / file).write_text(POINTER)
@@ -539,9 +536,9 @@ def test_a_pointer_of_git_lfs_is_refused_by_name(file, tmp_path):
 
 @pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'utf-8'])
 def test_json_is_read_in_any_unicode(encoding, tmp_path, monkeypatch):
-  monkeypatch.setattr(convert_hf, 'SHARD_BYTES', 4000)
+  monkeypatch.setattr(convert, 'SHARD_BYTES', 4000)
   _, cfg, params = write('llama', tmp_path / 'm')
-  for file in ('config.json', convert_hf.INDEX):
+  for file in ('config.json', convert.INDEX):
     path = tmp_path / 'm' / file
     path.write_text(path.read_text(), encoding=encoding)
   assert of_directory(tmp_path / 'm') == cfg
@@ -556,7 +553,7 @@ def test_json_is_read_in_any_unicode(encoding, tmp_path, monkeypatch):
 def test_damaged_json_is_to_be_downloaded_again(text, message, tmp_path):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(UserError, match=f'{message}.*') as e:
-    hf_families.read_config(str(tmp_path))
+    families.read_config(str(tmp_path))
   assert str(e.value).endswith('download it again')
 
 
@@ -572,9 +569,9 @@ def test_the_types_that_a_model_came_in(tmp_path):
     if 'LayerNorm' in name and '.1.' in name:  # of the second layer
       tensors[name] = tensors[name].astype('f4')
   save_file(tensors, path)
-  found = convert_hf.dtypes(str(tmp_path / 'm'))
+  found = convert.dtypes(str(tmp_path / 'm'))
   assert set(found.values()) == {'bfloat16'}
-  wide = {tensor.theirs for tensor in hf_families.BERT} - found.keys()
+  wide = {tensor.theirs for tensor in families.BERT} - found.keys()
   assert wide == {
     'embeddings.position_embeddings.weight',
     *(
@@ -589,16 +586,16 @@ def test_decimals_are_written_as_they_were():
   through_float32 = float(np.float32(1e-5))
   assert through_float32 == 9.999999747378752e-06
   values = {'a': [through_float32, 1e-12, 0.1, 10_000.0], 'b': 3, 'c': None}
-  assert hf_families.shortest(values) == values | {
+  assert families.shortest(values) == values | {
     'a': [1e-5, 1e-12, 0.1, 10_000.0]
   }
   cfg = config_of('llama')[1].decoder
   ours = dataclasses.replace(cfg, norm_eps=through_float32)
-  written = hf_families.config_json('decoder', ours, {})
+  written = families.config_json('decoder', ours, {})
   assert written['rms_norm_eps'] == 1e-5
-  theirs = hf_families.decoder_config(written, 'm')
-  assert hf_families.differences(ours, theirs) == []  # it fits where it was
-  assert hf_families.differences(ours, dataclasses.replace(ours, norm_eps=2e-5))
+  theirs = families.decoder_config(written, 'm')
+  assert families.differences(ours, theirs) == []  # it fits where it was
+  assert families.differences(ours, dataclasses.replace(ours, norm_eps=2e-5))
 
 
 def test_a_config_that_fits_goes_out_as_it_came():
@@ -607,27 +604,27 @@ def test_a_config_that_fits_goes_out_as_it_came():
     'model_type': 'mistral', 'sliding_window': None, 'torch_dtype': 'bfloat16',
     'auto_map': {'AutoModel': 'a.program'}, 'attention_dropout': 0.0,
   }  # fmt: skip
-  cfg = hf_families.decoder_config(came, 'm')
-  out = hf_families.config_json('decoder', cfg, came)
+  cfg = families.decoder_config(came, 'm')
+  out = families.config_json('decoder', cfg, came)
   assert out == {
     key: value
     for key, value in came.items()
     if key not in ('torch_dtype', 'auto_map')
   } | {'architectures': ['MistralForCausalLM']}
   other = dataclasses.replace(cfg, mlp_width=8)  # of another model
-  out = hf_families.config_json('decoder', other, came)
-  assert out == hf_families.shortest(hf_families.decoder_json(other))
+  out = families.config_json('decoder', other, came)
+  assert out == families.shortest(families.decoder_json(other))
 
 
 def test_a_full_disk_is_the_disks_error(tmp_path, monkeypatch):
   """safetensors tells it as one of its own."""
 
   def full(*_, **__):
-    raise convert_hf.safetensors.SafetensorError(
+    raise convert.safetensors.SafetensorError(
       'Error while serializing: I/O error: No space left (os error 28) at path'
     )
 
-  monkeypatch.setattr(convert_hf, 'save_file', full)
+  monkeypatch.setattr(convert, 'save_file', full)
   with pytest.raises(OSError, match='No space') as e:
     write('llama', tmp_path / 'm')
   assert e.value.errno == 28
@@ -680,7 +677,7 @@ SCALING = dict(
   ],
 )  # fmt: skip
 def test_decoders_of_both_layouts(values, wanted):
-  cfg = dataclasses.asdict(hf_families.decoder_config(LLAMA | values, 'm'))
+  cfg = dataclasses.asdict(families.decoder_config(LLAMA | values, 'm'))
   assert {key: cfg[key] for key in wanted} == wanted
 
 
@@ -699,7 +696,7 @@ def test_decoders_of_both_layouts(values, wanted):
 )  # fmt: skip
 def test_variants_that_ours_has_not(values, message):
   with pytest.raises(UserError, match=message):
-    hf_families.decoder_config(LLAMA | values, 'm')
+    families.decoder_config(LLAMA | values, 'm')
 
 
 def test_modernbert_of_both_layouts():
@@ -715,21 +712,21 @@ def test_modernbert_of_both_layouts():
   new = {key: value for key, value in old.items()
          if not key.startswith(('global', 'local_rope'))}  # fmt: skip
   new |= {'layer_types': kinds, 'rope_parameters': ropes}
-  cfg = hf_families.encoder_config(old, 'mean', 'm')
-  assert cfg == hf_families.encoder_config(new, 'mean', 'm')
+  cfg = families.encoder_config(old, 'mean', 'm')
+  assert cfg == families.encoder_config(new, 'mean', 'm')
   assert (cfg.local_window, cfg.global_every, cfg.pooling) == (64, 3, 'mean')
   odd = new | {'layer_types': kinds[1:] + kinds[:1]}
   with pytest.raises(UserError, match='every n-th layer'):
-    hf_families.encoder_config(odd, 'mean', 'm')
+    families.encoder_config(odd, 'mean', 'm')
   with pytest.raises(UserError, match='layer_types has 3 entries for 6 layers'):
-    hf_families.encoder_config(new | {'layer_types': kinds[:3]}, 'mean', 'm')
+    families.encoder_config(new | {'layer_types': kinds[:3]}, 'mean', 'm')
   yarn = {'rope_type': 'yarn', 'rope_theta': 160000.0, 'factor': 2.0}
   for scaled in (
     old | {'rope_scaling': yarn},
     new | {'rope_parameters': ropes | {'full_attention': yarn}},
   ):
     with pytest.raises(UserError, match="scaled by 'yarn' are not supported"):
-      hf_families.encoder_config(scaled, 'mean', 'm')
+      families.encoder_config(scaled, 'mean', 'm')
 
 
 def test_a_decoder_that_was_a_bert():
@@ -737,10 +734,10 @@ def test_a_decoder_that_was_a_bert():
     model_type='bert', vocab_size=30, hidden_size=8, intermediate_size=12,
     num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
   )  # fmt: skip
-  hf_families.encoder_config(bert, 'cls', 'm')
+  families.encoder_config(bert, 'cls', 'm')
   for key in ('is_decoder', 'add_cross_attention'):
     with pytest.raises(UserError, match=f'{key} True is not supported'):
-      hf_families.encoder_config(bert | {key: True}, 'cls', 'm')
+      families.encoder_config(bert | {key: True}, 'cls', 'm')
 
 
 @pytest.mark.parametrize('kind', ['plain', 'qkv_bias', 'qk_norm', 'scaled'])
@@ -756,8 +753,8 @@ def test_what_transformers_reads_of_what_goes_out(kind, window):
   elif kind != 'plain':
     fields[kind] = True
   cfg = dataclasses.replace(toy.MODEL.decoder, **fields)
-  values = hf_families.decoder_json(cfg)
-  read_back = hf_families.decoder_config(values, 'm')
+  values = families.decoder_json(cfg)
+  read_back = families.decoder_config(values, 'm')
   assert dataclasses.replace(read_back, max_length=cfg.max_length) == cfg
   theirs = transformers.AutoConfig.for_model(**values)
   assert (getattr(theirs, 'sliding_window', None) or 0) == window
@@ -769,7 +766,7 @@ def test_what_transformers_reads_of_what_goes_out(kind, window):
   assert scaled == (kind == 'scaled')
   # transformers 4 has the scaling under its older name alone.
   older = {k: v for k, v in values.items() if k != 'rope_parameters'}
-  assert hf_families.decoder_config(older, 'm') == read_back
+  assert families.decoder_config(older, 'm') == read_back
 
 
 # --- Sources ------------------------------------------------------------------
@@ -786,7 +783,7 @@ def test_what_transformers_reads_of_what_goes_out(kind, window):
 )  # fmt: skip
 def test_nonsense_is_one_line(values):
   with pytest.raises(UserError, match='m: config.json cannot be right') as e:
-    hf_families.decoder_config(values, 'm')
+    families.decoder_config(values, 'm')
   assert '\n' not in str(e.value)
 
 
@@ -796,25 +793,25 @@ def test_what_is_a_source(tmp_path, monkeypatch):
   (tmp_path / 'runs' / 'a').mkdir(parents=True)
   (tmp_path / 'runs' / 'a' / 'config.json').write_text('{"config": {}}')
   for name in ('runs/a', 'runs/b', 'runs/my run', 'runs/', '@main/lm', 'x'):
-    assert not pretrained.is_source(name), name
+    assert not sources.is_source(name), name
   write('llama', tmp_path / 'm')
   for name in (str(tmp_path / 'm'), 'a,b', 'org/model'):
-    assert pretrained.is_source(name), name
+    assert sources.is_source(name), name
   (tmp_path / 'm' / 'config.json').write_text('[]')
   with pytest.raises(UserError, match='is no JSON object'):
-    pretrained.is_source(str(tmp_path / 'm'))
+    sources.is_source(str(tmp_path / 'm'))
 
 
 def test_pooling_of_sentence_encoders(tmp_path):
-  assert hf_families.pooling(str(tmp_path)) == 'cls'
+  assert families.pooling(str(tmp_path)) == 'cls'
   folder = tmp_path / '1_Pooling'
   folder.mkdir()
   for mode, kind in (('cls_token', 'cls'), ('mean_tokens', 'mean')):
     (folder / 'config.json').write_text(json.dumps({f'pooling_mode_{mode}': 1}))
-    assert hf_families.pooling(str(tmp_path)) == kind
+    assert families.pooling(str(tmp_path)) == kind
   for kind in ('cls', 'mean'):  # newer files
     (folder / 'config.json').write_text(json.dumps({'pooling_mode': kind}))
-    assert hf_families.pooling(str(tmp_path)) == kind
+    assert families.pooling(str(tmp_path)) == kind
   for values in (
     {'pooling_mode_max_tokens': True},
     {'pooling_mode_mean_tokens': True, 'pooling_mode_lasttoken': True},
@@ -823,7 +820,7 @@ def test_pooling_of_sentence_encoders(tmp_path):
   ):
     (folder / 'config.json').write_text(json.dumps(values))
     with pytest.raises(UserError, match='only pooling by cls or by mean'):
-      hf_families.pooling(str(tmp_path))
+      families.pooling(str(tmp_path))
 
 
 def test_a_pair_is_found_in_any_order(tmp_path):
@@ -831,29 +828,27 @@ def test_a_pair_is_found_in_any_order(tmp_path):
   write('roberta', tmp_path / 'e')
   for order in (('d', 'e'), ('e', 'd')):
     name = ','.join(str(tmp_path / part) for part in order)
-    assert pretrained.is_source(name)
-    source = pretrained.locate(name)
+    assert sources.is_source(name)
+    source = sources.locate(name)
     assert source.paths == {
       'decoder': str(tmp_path / 'd'), 'encoder': str(tmp_path / 'e'),
     }  # fmt: skip
     config = toy.dataclasses.replace(
       config_of('llama')[1], encoder=config_of('roberta')[1].encoder
     )
-    pretrained.check(source, config, {}, 'why')
+    sources.check(source, config, {}, 'why')
     other = toy.replace('decoder', max_length=64, mlp_width=8)
     with pytest.raises(UserError, match='mlp_width is 8 in the config and 24'):
-      pretrained.check(source, other, {}, 'why')
+      sources.check(source, other, {}, 'why')
   both = f'{tmp_path / "d"},{tmp_path / "d"}'
   with pytest.raises(UserError, match='two models that are a decoder'):
-    pretrained.locate(both)
+    sources.locate(both)
 
 
 def test_a_fingerprint_tells_models_apart(tmp_path):
   write('llama', tmp_path / 'a')
   shutil.copytree(tmp_path / 'a', tmp_path / 'b')
-  mark = lambda name: pretrained.fingerprint(
-    pretrained.locate(str(tmp_path / name))
-  )
+  mark = lambda name: sources.fingerprint(sources.locate(str(tmp_path / name)))
   assert mark('a') == mark('b')
   path = pathlib.Path(tmp_path / 'b' / 'config.json')
   path.write_text(path.read_text().replace('0.001', '0.002'))

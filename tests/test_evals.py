@@ -18,7 +18,7 @@ import toy_config
 import toy_run
 
 from refrag_jax import checkpoint, evaluate, forward, results, train
-from refrag_jax.config import check as validate
+from refrag_jax.config import check
 from refrag_jax.data import pipeline
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.evals import (
@@ -835,7 +835,7 @@ def test_an_eval_without_its_stages_config_is_refused(session, name, stage):
     session.config, stages=('lm',), stage=stages, evals=(name,)
   )
   with pytest.raises(UserError, match=rf'config\.stage\.{stage}, which is mis'):
-    validate.check(cfg)
+    check.check(cfg)
 
 
 def test_documents_trained_on_are_never_held_out(session, tmp_path):

@@ -19,9 +19,7 @@ from toy_run import one_device  # noqa: F401
 from refrag_jax import checkpoint, cli, evaluate, exchange, main, session, train
 from refrag_jax.data import tokenizers
 from refrag_jax.errors import UserError
-from refrag_jax.hf import families as hf_families
-from refrag_jax.hf import safetensors as convert_hf
-from refrag_jax.hf import sources as pretrained
+from refrag_jax.hf import convert, families, sources
 from refrag_jax.models.refrag import Refrag, init_params
 from refrag_jax.runtime.environment import ROOT
 
@@ -45,11 +43,11 @@ def models(cfg, tmp_path_factory):
   folder = tmp_path_factory.mktemp('models')
   params = init_params(cfg.model, jax.random.key(7))
   for group, to_json in (
-    ('decoder', hf_families.decoder_json), ('encoder', hf_families.encoder_json)
+    ('decoder', families.decoder_json), ('encoder', families.encoder_json)
   ):  # fmt: skip
     os.makedirs(folder / group)
     values = to_json(getattr(cfg.model, group))
-    convert_hf.write_params(
+    convert.write_params(
       str(folder / group), group, params[group], values, np.float32
     )
   return str(folder), params
@@ -240,7 +238,7 @@ def test_half_of_an_export_is_a_model_of_its_own(cfg, exported, run):
   whole, _ = session.load_params(opened, exported, 'test')
   for group in groups:
     equal(params[group], whole[group])
-  assert hf_families.pooling(f'{exported}/encoder') == 'cls'
+  assert families.pooling(f'{exported}/encoder') == 'cls'
 
 
 def test_damage_to_an_export_is_seen(cfg, exported, tmp_path):
@@ -253,10 +251,10 @@ def test_damage_to_an_export_is_seen(cfg, exported, tmp_path):
     f.seek(-1, os.SEEK_CUR)
     f.write(bytes([byte ^ 1]))
   with pytest.raises(UserError, match='model.safetensors is damaged'):
-    pretrained.locate(copy)
+    sources.locate(copy)
   os.unlink(path)
   with pytest.raises(UserError, match='lacks decoder/model.safetensors'):
-    pretrained.locate(copy)
+    sources.locate(copy)
 
 
 def test_what_does_not_fit_leaves_nothing_behind(cfg, models, tmp_path):
@@ -408,7 +406,7 @@ def test_an_export_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch):
   def full(*_, **__):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(convert_hf, 'save_file', full)
+  monkeypatch.setattr(convert, 'save_file', full)
   source = f'{workdir}/checkpoints/reconstruct'
   with pytest.raises(OSError, match='No space'):
     exchange.run_export(started, workdir, source, str(tmp_path / 'out'))

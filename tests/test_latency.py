@@ -9,7 +9,7 @@ import toy
 
 from refrag_jax import flops, forward
 from refrag_jax.models.refrag import init_params
-from refrag_jax.repro import costs as latency
+from refrag_jax.repro import costs
 from refrag_jax.repro.costs import LLAMA2_7B
 
 
@@ -22,13 +22,13 @@ from refrag_jax.repro.costs import LLAMA2_7B
 )  # fmt: skip
 def test_time_to_first_token(s, k, expected):
   """paper.md section 6, to the digits that it prints."""
-  assert latency.ttft_ratio(LLAMA2_7B, s, k) == pytest.approx(
+  assert costs.ttft_ratio(LLAMA2_7B, s, k) == pytest.approx(
     expected, abs=0.05 if expected < 100 else 0.5
   )
 
 
 def test_time_of_later_tokens():
-  ratio = lambda s: latency.ttit_ratio(LLAMA2_7B, s, 0, 16)
+  ratio = lambda s: costs.ttit_ratio(LLAMA2_7B, s, 0, 16)
   assert ratio(65_536) == pytest.approx(3.06, abs=0.005)
   assert ratio(16_384) == pytest.approx(1.57, abs=0.005)
 
@@ -38,24 +38,24 @@ def test_time_of_later_tokens():
 def test_ratios_are_those_that_table_6_prints(s, k):
   d, l, n, o = LLAMA2_7B.width, LLAMA2_7B.layers, LLAMA2_7B.params, 512
   printed = k**2 * (6 * d * s + s**2) / (6 * d * s * k + s**2)
-  assert latency.ttft_ratio(LLAMA2_7B, s, k) == pytest.approx(printed)
+  assert costs.ttft_ratio(LLAMA2_7B, s, k) == pytest.approx(printed)
   printed = (2 * d * l * s * k + n * k + 2 * d * l * o * k) / (
     2 * d * l * s + n * k + 2 * d * l * o * k
   )
-  assert latency.ttit_ratio(LLAMA2_7B, s, o, k) == pytest.approx(printed)
-  cache = [latency.kv_cache_bytes(LLAMA2_7B, s, o, x) for x in (1, k)]
-  assert latency.kv_cache_ratio(s, o, k) == pytest.approx(cache[0] / cache[1])
+  assert costs.ttit_ratio(LLAMA2_7B, s, o, k) == pytest.approx(printed)
+  cache = [costs.kv_cache_bytes(LLAMA2_7B, s, o, x) for x in (1, k)]
+  assert costs.kv_cache_ratio(s, o, k) == pytest.approx(cache[0] / cache[1])
 
 
 def test_limits_of_table_6():
   """TTFT: k to k^2; TTIT: 1 to k; cache: to k; throughput: 1 to k^2."""
   k, short, long = 16, 1, 10**9
-  assert latency.ttft_ratio(LLAMA2_7B, short, k) == pytest.approx(k, rel=0.01)
-  assert latency.ttft_ratio(LLAMA2_7B, long, k) == pytest.approx(k**2, rel=0.01)
-  assert latency.ttit_ratio(LLAMA2_7B, short, 0, k) == pytest.approx(1, 0.01)
-  assert latency.ttit_ratio(LLAMA2_7B, long, 0, k) == pytest.approx(k, 0.01)
-  assert latency.kv_cache_ratio(long, 1, k) == pytest.approx(k, rel=0.01)
-  speed = lambda s, k: latency.tokens_per_second(
+  assert costs.ttft_ratio(LLAMA2_7B, short, k) == pytest.approx(k, rel=0.01)
+  assert costs.ttft_ratio(LLAMA2_7B, long, k) == pytest.approx(k**2, rel=0.01)
+  assert costs.ttit_ratio(LLAMA2_7B, short, 0, k) == pytest.approx(1, 0.01)
+  assert costs.ttit_ratio(LLAMA2_7B, long, 0, k) == pytest.approx(k, 0.01)
+  assert costs.kv_cache_ratio(long, 1, k) == pytest.approx(k, rel=0.01)
+  speed = lambda s, k: costs.tokens_per_second(
     LLAMA2_7B, s, 64, k, flops_per_s=3e14, bytes_per_s=2e12
   )
   gains = [speed(s, k) / speed(s, 1) for s in (64, 4096, 65_536, 10**8)]
@@ -68,12 +68,12 @@ def test_flops_are_those_of_the_step():
   d, e, p = (
     dataclasses.asdict(part) for part in (m.decoder, m.encoder, m.policy)
   )
-  assert latency.decoder_flops(d, T) == closed_form.decoder(
+  assert costs.decoder_flops(d, T) == closed_form.decoder(
     m.decoder, T, 0, closed_form.FORWARD
   )
-  chunks = latency.encoder_flops(e, L, M) + latency.projection_flops(e, d, L)
+  chunks = costs.encoder_flops(e, L, M) + costs.projection_flops(e, d, L)
   assert chunks == closed_form.chunks(m, L, M, closed_form.FORWARD)
-  assert latency.policy_flops(p, e, L) == closed_form.policy(
+  assert costs.policy_flops(p, e, L) == closed_form.policy(
     m, L, closed_form.FORWARD
   )
 
@@ -93,9 +93,9 @@ def test_flops_of_cepe():
   T = batch['prefix_BQ'].shape[1] + O - 1
   states = P * piece + 1  # and one to read where there is nothing else
   expected = B * (
-    latency.encoder_flops(e, P, piece)
-    + latency.decoder_flops(d, T)
-    + latency.cross_attention_flops(e, d, T, states)
+    costs.encoder_flops(e, P, piece)
+    + costs.decoder_flops(d, T)
+    + costs.cross_attention_flops(e, d, T, states)
     + 2 * d['width'] * d['vocab_size'] * O
   )
   assert counted == expected

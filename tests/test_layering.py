@@ -39,7 +39,7 @@ HOMES = {
   'transformers': ('data.tokenizers',),
   'tokenizers': ('data.tokenizers', 'data.vocabularies'),
   'sentencepiece': ('data.vocabularies',),
-  'safetensors': ('hf.safetensors',),
+  'safetensors': ('hf.convert',),
   'huggingface_hub': ('hf.hub',),
   'tensorboardX': ('runtime.metrics',),
   'ml_collections': (),  # config files alone

@@ -16,8 +16,7 @@ hf_torch = pytest.importorskip('hf_torch')
 import toy  # noqa: E402
 
 from refrag_jax import generate  # noqa: E402
-from refrag_jax.hf import families as hf_families  # noqa: E402
-from refrag_jax.hf import safetensors as convert_hf  # noqa: E402
+from refrag_jax.hf import convert, families  # noqa: E402
 from refrag_jax.models import losses  # noqa: E402
 from refrag_jax.models.refrag import Refrag  # noqa: E402
 
@@ -117,8 +116,8 @@ def test_decoder(name, seed, tmp_path):
   # Out and in again: the same numbers, bit for bit, and the same logits there.
   exported = tmp_path / 'out'
   exported.mkdir()
-  convert_hf.write_params(
-    str(exported), 'decoder', params, hf_families.decoder_json(cfg), np.float32
+  convert.write_params(
+    str(exported), 'decoder', params, families.decoder_json(cfg), np.float32
   )
   cfg_again, again = hf_torch.read(str(exported))
   assert cfg_again == cfg
@@ -173,8 +172,8 @@ def test_encoder(name, seed, tmp_path):
 
   exported = tmp_path / 'out'
   exported.mkdir()
-  convert_hf.write_params(
-    str(exported), 'encoder', params, hf_families.encoder_json(cfg), np.float32
+  convert.write_params(
+    str(exported), 'encoder', params, families.encoder_json(cfg), np.float32
   )
   cfg_again, again = hf_torch.read(str(exported))
   assert cfg_again == cfg

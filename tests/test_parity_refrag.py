@@ -19,7 +19,7 @@ hf_torch = pytest.importorskip('hf_torch')
 import toy  # noqa: E402
 
 from refrag_jax import forward  # noqa: E402
-from refrag_jax.hf import safetensors as convert_hf  # noqa: E402
+from refrag_jax.hf import convert  # noqa: E402
 from refrag_jax.models import losses  # noqa: E402
 from refrag_jax.models.refrag import Refrag, init_params  # noqa: E402
 from refrag_jax.sharding import path_str  # noqa: E402
@@ -103,10 +103,10 @@ def value_and_grad(config, num_expanded: int):
 def test_loss_and_gradients(pair, expanded, tmp_path):
   encoder, decoder, config = pair
   params = init_params(config, jax.random.key(1))
-  params['encoder'] = convert_hf.read_params(
+  params['encoder'] = convert.read_params(
     encoder, hf_torch.abstract(config.encoder)
   )
-  params['decoder'] = convert_hf.read_params(
+  params['decoder'] = convert.read_params(
     decoder, hf_torch.abstract(config.decoder)
   )
   params['projection'] = jax.tree.map(

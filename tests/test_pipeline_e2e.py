@@ -16,7 +16,7 @@ import pytest
 from conftest import UNOPTIMISED
 
 from configs import tiny
-from refrag_jax.config import check as validate
+from refrag_jax.config import check
 from refrag_jax.runtime.environment import ROOT
 
 pytestmark = pytest.mark.slow
@@ -145,7 +145,7 @@ def test_every_eval_has_its_table(numbers):
   plain = {'no_context', 'full_context', 'last_k'}
   assert plain | {f'{row}_trained' for row in plain} <= rows.keys()
   assert {'refrag_k8', 'refrag_k8_shuffled'} <= rows.keys()
-  for name in validate.SELECTORS:
+  for name in check.SELECTORS:
     for p in ('0.125', '0.25'):
       assert f'refrag_k8_{name}_p{p}' in rows
   assert {'no_context_trained', 'refrag_k8_shuffled'} <= (
@@ -166,7 +166,7 @@ def test_selection_lists_every_selector_and_rate(numbers):
     (row['selector'], row['p'], row.get('tail_expanded', False)) for row in rows
   }
   for tail in (False, True):
-    for name in validate.SELECTORS:
+    for name in check.SELECTORS:
       for p in (0.125, 0.25):
         assert (name, p, tail) in seen
   for row in rows:

@@ -16,8 +16,7 @@ from configs import common
 from refrag_jax import generate, sharding
 from refrag_jax.config.schema import DecoderConfig, EncoderConfig
 from refrag_jax.data import tokenizers
-from refrag_jax.hf import safetensors as convert_hf
-from refrag_jax.hf import sources as pretrained
+from refrag_jax.hf import convert, sources
 from refrag_jax.models.encoder import pool
 from refrag_jax.models.refrag import Refrag, init_params
 
@@ -46,7 +45,7 @@ def loaded(directory, **groups):
     shapes,
     sharding.infer_shardings(shapes, mesh),
   )
-  params = convert_hf.read_params(directory, abstract[group])
+  params = convert.read_params(directory, abstract[group])
   return Refrag(config), {group: params}, tokenizers.load(directory)
 
 
@@ -132,5 +131,5 @@ def test_minilm_is_what_transformers_makes_of_it():
 def test_the_pair_is_a_source(tmp_path):
   directory = str(tmp_path / 'llama')
   real_models.write_tiny_llama(directory)
-  source = pretrained.locate(f'{directory},{real_models.minilm()}')
+  source = sources.locate(f'{directory},{real_models.minilm()}')
   assert set(source.paths) == {'decoder', 'encoder'}

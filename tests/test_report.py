@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from refrag_jax import results
-from refrag_jax.report import figures as report_figures
-from refrag_jax.report import page as report_page
+from refrag_jax.report import figures, page
 from refrag_jax.report import run as report
 
 
@@ -45,7 +44,7 @@ def fake_results():
         'tail_expanded': tail,
       }
     )
-    for i, name in enumerate(report_figures.SELECTORS):
+    for i, name in enumerate(figures.SELECTORS):
       for p in (0.125, 0.25, 0.5) if name != 'oracle' else (0.125,):
         gain = (0.3 - 0.05 * i) * p * (0.2 if tail else 1.0)
         selection.append({
@@ -365,10 +364,10 @@ def test_numbers_that_are_not_there(tmp_path):
 
 def test_running_mean():
   np.testing.assert_allclose(
-    report_figures.running_mean([1.0, 2.0, 6.0, 4.0], window=3),
+    figures.running_mean([1.0, 2.0, 6.0, 4.0], window=3),
     [1.5, 3.0, 4.0, 5.0],
   )
-  assert report_figures.running_mean([2.0]).tolist() == [2.0]
+  assert figures.running_mean([2.0]).tolist() == [2.0]
 
 
 @pytest.mark.parametrize(
@@ -377,4 +376,4 @@ def test_running_mean():
    (float('nan'), '–'), (0.0, '0.000')],
 )  # fmt: skip
 def test_number(value, shown):
-  assert report_page.number(value) == shown
+  assert page.number(value) == shown

@@ -12,7 +12,7 @@ from test_report import parsed
 from refrag_jax import results
 from refrag_jax.report import page
 from refrag_jax.repro import records as records_lib
-from refrag_jax.repro import report as repro_report
+from refrag_jax.repro import report
 from refrag_jax.repro import tables as repro_tables
 from refrag_jax.repro import verdicts as claims
 from refrag_jax.repro.page import (
@@ -37,7 +37,7 @@ def claims_file():
 
 def write(workdir, spec, records, failures=FAILED):
   verdicts = claims.judge(spec, records)
-  repro_report.write(str(workdir), spec, records, verdicts, failures)
+  report.write(str(workdir), spec, records, verdicts, failures)
   text = (workdir / 'RESULTS.md').read_text(encoding='utf-8')
   return text, (workdir / 'repro.html').read_text(encoding='utf-8')
 

@@ -99,7 +99,7 @@ def read(directory: str) -> int:
   import jax.numpy as jnp
 
   from refrag_jax import cli, sharding
-  from refrag_jax.hf import safetensors as convert_hf
+  from refrag_jax.hf import convert
   from refrag_jax.models.refrag import init_params
 
   flags = cli.parse([f'--config={ROOT}/configs/llama2_7b.py'])
@@ -112,7 +112,7 @@ def read(directory: str) -> int:
     sharding.infer_shardings(shapes, mesh),
   )['decoder']
   before, clock = status('VmRSS'), time.monotonic()
-  arrays = convert_hf.read_params(directory, abstract)
+  arrays = convert.read_params(directory, abstract)
   seconds = time.monotonic() - clock
   size = sum(x.nbytes for x in jax.tree.leaves(arrays))
   peak = status('VmHWM') - before

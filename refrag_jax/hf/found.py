@@ -8,8 +8,7 @@ from typing import Any
 
 from refrag_jax import results
 from refrag_jax.errors import UserError
-from refrag_jax.hf import families as hf_families
-from refrag_jax.hf import hub
+from refrag_jax.hf import families, hub
 
 SAVED = ('config.json', 'config_import.json')  # beside a run's checkpoints
 
@@ -45,7 +44,7 @@ def pair(source: str) -> str:
   group_of = {}
   for name in names if len(names) == 2 else ():
     directory = hub.resolve(name, weights=False)
-    values = hf_families.read_config(directory)
-    family = hf_families.family_of(values, directory)
-    group_of[hf_families.FAMILIES[family].group] = name
+    values = families.read_config(directory)
+    family = families.family_of(values, directory)
+    group_of[families.FAMILIES[family].group] = name
   return ','.join(group_of[group] for group in sorted(group_of))

@@ -16,9 +16,7 @@ from refrag_jax.config.schema import (
   PolicyConfig,
 )
 from refrag_jax.errors import UserError
-from refrag_jax.hf import families as hf_families
-from refrag_jax.hf import hub
-from refrag_jax.hf import safetensors as convert_hf
+from refrag_jax.hf import convert, families, hub
 
 EXPORT = 'refrag.json'
 FORMAT = 1
@@ -40,12 +38,10 @@ def is_source(name: str) -> bool:
   if os.path.isdir(name):
     if os.path.exists(os.path.join(name, EXPORT)):
       return True
-    if hf_families.adapter_in(name):  # to say why not
+    if families.adapter_in(name):  # to say why not
       return True
     path = os.path.join(name, 'config.json')  # which our runs have as well
-    return os.path.exists(path) and 'model_type' in hf_families.read_config(
-      name
-    )
+    return os.path.exists(path) and 'model_type' in families.read_config(name)
   return hub.is_name(name)
 
 
@@ -64,17 +60,17 @@ def locate(name: str) -> Source:
   paths, numbers, names = {}, {}, {}
   for part in map(str.strip, name.split(',')):
     directory = hub.resolve(part)
-    values = hf_families.read_config(directory)
-    family = hf_families.family_of(values, directory)
-    group = hf_families.FAMILIES[family].group
+    values = families.read_config(directory)
+    family = families.family_of(values, directory)
+    group = families.FAMILIES[family].group
     if group in paths:
       raise UserError(f'{name} names two models that are a {group}')
     paths[group], names[group] = directory, part
     if group == 'decoder':
-      numbers[group] = hf_families.decoder_config(values, directory)
+      numbers[group] = families.decoder_config(values, directory)
     else:
-      numbers[group] = hf_families.encoder_config(
-        values, hf_families.pooling(directory), directory
+      numbers[group] = families.encoder_config(
+        values, families.pooling(directory), directory
       )
   return Source(name, paths, numbers, {}, names)
 
@@ -90,7 +86,7 @@ def _exported(name: str, saved: dict[str, Any]) -> Source:
     if not os.path.exists(path):
       raise UserError(f'{name} lacks {file}, which its {EXPORT} names')
     info = os.stat(path)
-    if convert_hf.digest(path, info.st_size, info.st_mtime_ns) != digest:
+    if convert.digest(path, info.st_size, info.st_mtime_ns) != digest:
       raise UserError(
         f'{path} is damaged: its SHA-256 is not the one in {EXPORT}'
       )
@@ -134,7 +130,7 @@ def check(
       theirs = dataclasses.replace(theirs, max_length=0)
     if group == 'encoder':
       theirs = dataclasses.replace(theirs, pooling=ours.pooling)
-    found = hf_families.differences(ours, theirs)
+    found = families.differences(ours, theirs)
     if found:
       raise UserError(
         f'{why}, but model.{group} does not fit {source.where}: '
@@ -159,9 +155,9 @@ def read(source: Source, abstract: dict) -> dict:
   """The groups of a source, in the shardings and dtypes of `abstract`."""
   return {
     group: (
-      convert_hf.load_arrays(path, abstract[group])
+      convert.load_arrays(path, abstract[group])
       if group in SMALL
-      else convert_hf.read_params(path, abstract[group])
+      else convert.read_params(path, abstract[group])
     )
     for group, path in source.paths.items()
   }
@@ -179,9 +175,9 @@ def base(source: Source) -> dict[str, dict[str, Any]]:
   return {
     group: {
       'name': source.names[group],
-      'config': hf_families.read_config(path),
-      'dtypes': convert_hf.dtypes(path),
-      'modules': hf_families.modules(path),
+      'config': families.read_config(path),
+      'dtypes': convert.dtypes(path),
+      'modules': families.modules(path),
     }
     for group, path in source.paths.items()
   }
@@ -191,6 +187,4 @@ def fingerprint(source: Source) -> str:
   """Another one for other weights, as far as their headers tell."""
   if source.exported:
     return str(sorted(source.exported['sha256'].items()))
-  return ' '.join(
-    convert_hf.fingerprint(path) for path in source.paths.values()
-  )
+  return ' '.join(convert.fingerprint(path) for path in source.paths.values())

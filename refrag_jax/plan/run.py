@@ -25,8 +25,7 @@ from refrag_jax.config.load import changed
 from refrag_jax.config.schema import Config
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag
-from refrag_jax.plan import collectives, topologies
-from refrag_jax.plan import page as plan_page
+from refrag_jax.plan import collectives, page, topologies
 from refrag_jax.runtime.progress import say
 from refrag_jax.session import (
   Session,
@@ -102,7 +101,7 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
   if worst:
     fixes[worst] = list(fixes_of(config, there, worst))
     for fix in fixes[worst]:
-      peak = plan_page.gib(fix['peak_bytes'])
+      peak = page.gib(fix['peak_bytes'])
       say(f'  {worst} fits with {fix["change"]}: {peak}')
     if not fixes[worst]:
       say(f'  no small change was found with which {worst} fits')
@@ -122,7 +121,7 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
     'arrays': largest_arrays(session),
   }
   results.write_json(os.path.join(workdir, 'plan.json'), out)
-  plan_page.write(os.path.join(workdir, 'plan.html'), out)
+  page.write(os.path.join(workdir, 'plan.html'), out)
   say(f'done: {workdir}/plan.json, {workdir}/plan.html')
   return 0
 
@@ -439,7 +438,7 @@ def search_layouts(
       'bound_by': stage.bound_by,
       'mfu_ceiling': stage.mfu_ceiling,
     }
-    peak = plan_page.gib(row['peak_bytes'])
+    peak = page.gib(row['peak_bytes'])
     say(f'  {row["change"]}  {peak}{"" if row["fits"] else ", does not fit"}')
     tried.append(row)
   return sorted(
@@ -479,9 +478,9 @@ def layouts(
 
 def summary(name: str, stage: StagePlan, there: topologies.Topology) -> str:
   fits = 'fits' if stage.fits else 'DOES NOT FIT'
-  of = f' of {plan_page.gib(there.chip.hbm)}' if there.chip.hbm else ''
+  of = f' of {page.gib(there.chip.hbm)}' if there.chip.hbm else ''
   text = (
-    f'{name}  {plan_page.gib(stage.peak_bytes)}{of}, {fits}; '
+    f'{name}  {page.gib(stage.peak_bytes)}{of}, {fits}; '
     f'{stage.flops / 1e12:.1f} TFLOP a device'
   )
   if stage.bound_step_s == stage.bound_step_s:  # known for this chip

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from refrag_jax import results
-from refrag_jax.report import figures as report_figures
-from refrag_jax.report import page
+from refrag_jax.report import figures, page
 
 Stat = Mapping[str, Any]
 
@@ -149,7 +148,7 @@ def selection(datasets: Mapping[str, Any]) -> str:
       drawn = [r for r in own if (r.get('nll') or {}).get('mean') is not None]
       if drawn:
         name = f'{dataset}: {title}'
-        picture = report_figures.selection_curve(name, title, drawn, NLL)
+        picture = figures.selection_curve(name, title, drawn, NLL)
         pictures += f'<figure>{picture}</figure>'
       table = _selection_table(own, MARKS if not tables else '')
       if table:

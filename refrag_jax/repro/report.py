@@ -12,9 +12,8 @@ from typing import Any
 
 from refrag_jax import results
 from refrag_jax.report import page
-from refrag_jax.repro import figures
+from refrag_jax.repro import figures, tables
 from refrag_jax.repro import records as records_lib
-from refrag_jax.repro import tables as repro_tables
 from refrag_jax.repro import verdicts as claims
 from refrag_jax.repro.page import (
   MISSING,
@@ -57,11 +56,11 @@ def write(
     'How it is decided': _rules(spec, preset, records),
     'Preconditions': _preconditions(spec, records),
     'Claims': (block for verdict in verdicts for block in _claim(verdict)),
-    'Beside the paper': repro_tables.beside(spec, preset, records),
-    'Beyond the paper': repro_tables.beyond(preset, records),
-    'What the context costs': repro_tables.costs(preset, records),
-    'Learning curves': repro_tables.curves(records),
-    'Every row': repro_tables.every_row(records),
+    'Beside the paper': tables.beside(spec, preset, records),
+    'Beyond the paper': tables.beyond(preset, records),
+    'What the context costs': tables.costs(preset, records),
+    'Learning curves': tables.curves(records),
+    'Every row': tables.every_row(records),
   }
   sections = [Section(title, list(blocks)) for title, blocks in parts.items()]
   name = records.config or 'no runs'
@@ -106,7 +105,7 @@ def _summary(verdicts: Sequence[Verdict], records: Records) -> Iterator:
 
 def _setting(records: Records) -> Iterator:
   """What was trained, in a few numbers; nothing without its config."""
-  main = repro_tables.first_run(records, 'main')
+  main = tables.first_run(records, 'main')
   if main is None or not main.config:
     return
   model, stage = main.config['model'], main.config['stage']
@@ -374,7 +373,7 @@ def _rules(spec, preset, records: Records) -> Iterator:
     'mean over seeds; how much one training differs from another is in the '
     'columns of the seeds.'
   )
-  main = repro_tables.first_run(records, 'main')
+  main = tables.first_run(records, 'main')
   drawn = main and main.config.get('stage', {}).get('cpt_trained', {})
   if drawn:
     yield Text(

@@ -24,7 +24,7 @@ from refrag_jax import checkpoint, evaluate, results, train
 from refrag_jax.config.load import changed
 from refrag_jax.config.schema import Config
 from refrag_jax.errors import NonFinite, UserError
-from refrag_jax.repro import report as repro_report
+from refrag_jax.repro import report
 from refrag_jax.repro import verdicts as claims
 from refrag_jax.runtime import environment
 from refrag_jax.runtime import workdir as workdir_lib
@@ -67,7 +67,7 @@ def run(config: Config, workdir: str) -> int:
     jax.clear_caches()  # each arm has programs of its own
   records = claims.load(workdir)
   verdicts = claims.judge(spec, records)
-  repro_report.write(workdir, spec, records, verdicts, failures)
+  report.write(workdir, spec, records, verdicts, failures)
   for verdict in verdicts:
     say(f'claim {verdict.number}: {verdict.verdict}')
   say(f'done: {workdir}/RESULTS.md, {workdir}/repro.html')

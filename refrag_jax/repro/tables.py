@@ -14,9 +14,8 @@ from refrag_jax import results
 from refrag_jax.report import figures as report_figures
 from refrag_jax.report import page
 from refrag_jax.repro import costs as latency
-from refrag_jax.repro import figures
+from refrag_jax.repro import figures, verdicts
 from refrag_jax.repro import records as records_lib
-from refrag_jax.repro import verdicts as claims
 from refrag_jax.repro.page import (
   MISSING,
   Heading,
@@ -103,7 +102,7 @@ def _paper_share(
   of = [table.row(row + at, columns) for row in gap if row + at in table.rows]
   if len(of) < 2:
     return page.MISSING
-  return _percent(claims.gap_closed(of[0], table.row(name, columns), *of[1:]))
+  return _percent(verdicts.gap_closed(of[0], table.row(name, columns), *of[1:]))
 
 
 def _our_share(
@@ -120,7 +119,7 @@ def _our_share(
     return MISSING
   of = dict(zip(cells, np.array(means).T, strict=True))
   none, *full = (of[name] for name in gap)
-  return _percent(claims.gap_closed(none, of[cell], *full))
+  return _percent(verdicts.gap_closed(none, of[cell], *full))
 
 
 # --- Beyond the paper ---------------------------------------------------------

@@ -26,8 +26,7 @@ from safetensors.numpy import save_file
 
 from refrag_jax import results
 from refrag_jax.errors import UserError
-from refrag_jax.hf import families as hf_families
-from refrag_jax.hf import hub
+from refrag_jax.hf import families, hub
 from refrag_jax.hf.families import FAMILIES, Family, Tensor
 from refrag_jax.runtime.paths import refuse_pointer
 from refrag_jax.runtime.progress import say
@@ -140,8 +139,8 @@ def read_params(directory: str, abstract: Any) -> Any:
     UserError: a tensor is missing, left over, of another shape or not finite,
       or a file is damaged.
   """
-  config = hf_families.read_config(directory)
-  family = FAMILIES[hf_families.family_of(config, directory)]
+  config = families.read_config(directory)
+  family = FAMILIES[families.family_of(config, directory)]
   files = Files(directory)
   tied = config.get('tie_word_embeddings', True)
   name_of = _checked_names(files, family, abstract, directory, tied)
@@ -199,11 +198,11 @@ def _checked_names(files, family, abstract, directory, tied) -> dict[str, str]:
   """Canonical name: name in the files; refuses what does not fit."""
   wrapped = [name for name in files.names() if '.lora_' in name]
   if wrapped:
-    hf_families.refuse_adapter(directory, wrapped[0])
+    families.refuse_adapter(directory, wrapped[0])
   needed, name_of = dict(_needed(family, abstract)), {}
-  prefix = hf_families.prefix_of(files.names(), needed, family, directory)
+  prefix = families.prefix_of(files.names(), needed, family, directory)
   for name in files.names():
-    short = hf_families.canonical(name, prefix, family)
+    short = families.canonical(name, prefix, family)
     if short in name_of:
       raise UserError(f'{directory} has both {name} and {name_of[short]}')
     name_of[short] = name
@@ -221,7 +220,7 @@ def _checked_names(files, family, abstract, directory, tied) -> dict[str, str]:
   extra = [
     name
     for name in name_of
-    if name not in needed and not re.search(hf_families.BUFFERS, name)
+    if name not in needed and not re.search(families.BUFFERS, name)
   ]
   if extra == ['lm_head.weight'] and _same(files, name_of, head, embedding):
     extra = []  # a tied head, written down all the same
@@ -236,7 +235,7 @@ def _checked_names(files, family, abstract, directory, tied) -> dict[str, str]:
     if re.search(family.heads, name)
     or (family.group == 'encoder' and beside(name))
   ]
-  modules = hf_families.left_out(hf_families.modules(directory))
+  modules = families.left_out(families.modules(directory))
   if unused or modules:
     names = [f'{m["path"]} ({m["kind"]})' for m in modules]
     names += [f'{len(unused)} tensors ({_some(unused)})'] if unused else []
@@ -390,8 +389,8 @@ def dtypes(directory: str) -> dict[str, str]:
   By the names in families.py, of those that are narrower than float32 in all
   layers; sums of two tensors are not.
   """
-  values = hf_families.read_config(directory)
-  family = FAMILIES[hf_families.family_of(values, directory)]
+  values = families.read_config(directory)
+  family = FAMILIES[families.family_of(values, directory)]
   files, out = Files(directory), {}
   for tensor in family.tensors:
     other = family.tied[1] if tensor.theirs == family.tied[0] else ''
@@ -618,7 +617,7 @@ def digest(path: str, size: int, changed: int) -> str:
 
 def fingerprint(directory: str) -> str:
   """What tells one model's directory from another, without reading weights."""
-  parts = [json.dumps(hf_families.read_config(directory), sort_keys=True)]
+  parts = [json.dumps(families.read_config(directory), sort_keys=True)]
   for name in sorted(os.listdir(directory)):
     if name.endswith('.safetensors'):
       path = os.path.join(directory, name)
