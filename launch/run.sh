@@ -12,7 +12,7 @@ if ! [ -e /dev/nvidia0 ] && ! [ -e /dev/accel0 ] && ! [ -e /dev/vfio/0 ]; then
   keep=$keep:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$keep}
 fi
-# Of a GPU's memory JAX takes three quarters unless told otherwise; plan.py counts
-# with as much as here.
+# Of a GPU's memory JAX takes three quarters unless told otherwise;
+# refrag_jax/plan/run.py counts with as much as here.
 [ -e /dev/nvidia0 ] && export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 exec "$venv_python" -m refrag_jax.main "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # launch/test.sh ARGS: pytest ARGS, in .venv, which is made first if need be.
-# Without ARGS the quick suite, in two processes, each with half of the files
-# until one has nothing left: so few fixtures are made twice.
+# Without ARGS the quick suite, in two processes, each with half of the tests,
+# in order, until one has nothing left: few fixtures are made twice.
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root" || exit 1

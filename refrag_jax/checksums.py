@@ -98,8 +98,10 @@ def _places(shape: tuple, starts: list, axes: range) -> jax.Array:
   places = jnp.zeros((1,) * len(axes), jnp.uint32)
   for i, axis in enumerate(axes):
     index = jnp.uint32(starts[axis]) + jnp.arange(shape[axis], dtype=jnp.uint32)
-    factor = jnp.uint32(ODD * (2 * axis + 1) % 2**32)  # of each axis another
-    places ^= (index * factor).reshape(
+    # Mixed, and of each axis another way: multiples of one number would give
+    # many elements the same place.
+    mixed = _mix(index + jnp.uint32(ODD * (axis + 1) % 2**32))
+    places ^= mixed.reshape(
       tuple(-1 if j == i else 1 for j in range(len(axes)))
     )
   return places.reshape(-1)

@@ -162,7 +162,7 @@ def _added(
   made = ('git', 'device', 'date')
   later = {key: new[key] for key in made}
   added = old.get('added', {}) | dict.fromkeys(evals, later)
-  kept = {key: old[key] for key in made if key in old}
+  kept = {key: old.get(key, '') for key in made}
   return kept | {'added': added} if added else kept
 
 

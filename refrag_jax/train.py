@@ -378,7 +378,7 @@ def start_state(
     check_settings(meta['settings'], settings, name)
     start, state, meta = checkpoint.restore(directory, abstract)
     if meta['format'] != checkpoint.FORMAT:  # its checksums were others
-      meta['frozen'] = frozen_checksums(state.params, stage)
+      meta['frozen'] = None
     say(f'{name}  resumes at step {start}')
     return start, state, meta
   params = initial_params(session, name)
@@ -589,7 +589,10 @@ def stage_record(
     'compile_s': meta['compile_s'],
     'trainable_params': state_lib.count(trained),
     'frozen_params': state_lib.count(frozen),
-    'frozen_unchanged': frozen_checksums(params, stage) == meta['frozen'],
+    # None: not known, where an older version began the stage.
+    'frozen_unchanged': None
+    if meta['frozen'] is None
+    else frozen_checksums(params, stage) == meta['frozen'],
     **dict(zip(('encoder_cut', 'chunks'), chunks_cut(heldout.batch))),
   }
 

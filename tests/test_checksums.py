@@ -66,10 +66,25 @@ def by_numpy(x: np.ndarray) -> int:
   uint = {2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
   h = np.atleast_1d(x).view(uint).astype(np.uint32)
   for axis, index in enumerate(np.indices(x.shape, np.uint32)):
-    h = h ^ index * np.uint32(0x9E3779B1 * (2 * axis + 1) % 2**32)
+    h = h ^ mixed(index + np.uint32(0x9E3779B1 * (axis + 1) % 2**32))
+  return int(mixed(h).sum(dtype=np.uint32))
+
+
+def mixed(h: np.ndarray) -> np.ndarray:
   h = (h ^ h >> 16) * np.uint32(0x7FEB352D)
   h = (h ^ h >> 15) * np.uint32(0x846CA68B)
-  return int((h ^ h >> 16).sum(dtype=np.uint32))
+  return h ^ h >> 16
+
+
+def test_no_two_elements_have_the_same_place():
+  """Else they could trade places unnoticed; of random ones one pair does."""
+  places = checksums_lib._places((300, 300), [0, 0], range(2))
+  assert len(np.unique(places)) > places.size - 5
+  x = np.arange(400, dtype=np.float32).reshape(20, 20)
+  for a, b in (((3, 1), (0, 0)), ((1, 2), (2, 1)), ((6, 1), (2, 3))):
+    swapped = x.copy()
+    swapped[a], swapped[b] = x[b], x[a]
+    assert checksums([swapped]) != checksums([x])
 
 
 @pytest.mark.parametrize(

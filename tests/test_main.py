@@ -463,7 +463,7 @@ def test_a_device_that_does_not_start_is_a_sentence(error, monkeypatch):
 def test_a_value_that_jax_does_not_take_is_a_sentence(name, value):
   done = python(
     '-c',
-    'from refrag_jax import environment as e, errors\n'
+    'from refrag_jax import errors; from refrag_jax.runtime import environment as e\n'
     'try: e.start_jax()\n'
     'except errors.UserError as error: print(error)\n',
     env=os.environ | {name: value},
@@ -477,7 +477,7 @@ def test_the_plugins_stay_out_of_a_run_on_the_cpu(tmp_path):
     (tmp_path / name).mkdir(parents=True)
     (tmp_path / name / '__init__.py').write_text(f'print("loaded {name}")\n')
   environ = os.environ | {'PYTHONPATH': str(tmp_path), 'JAX_PLATFORMS': 'cpu'}
-  start = 'from refrag_jax import environment as e; e.start_jax()'
+  start = 'from refrag_jax.runtime import environment as e; e.start_jax()'
   done = python('-c', start, env=environ)
   assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
   done = python('-c', 'import jax; jax.devices()', env=environ)
@@ -556,7 +556,7 @@ def test_who_waits_for_the_other_processes(mode, joins, monkeypatch, tmp_path):
 def test_two_processes_find_each_other(tmp_path):
   """The real thing: two processes on this machine, as a cluster would."""
   script = (
-    'from refrag_jax import environment\n'
+    'from refrag_jax.runtime import environment\n'
     'first = environment.join_cluster(60, 30)\n'
     'import jax\n'
     'print(first, jax.process_index(), jax.process_count())\n'
@@ -567,7 +567,7 @@ def test_two_processes_find_each_other(tmp_path):
 
 def test_a_process_that_waits_in_vain_says_so():
   done = subprocess.run(
-    [sys.executable, '-c', 'from refrag_jax import environment as e\n'
+    [sys.executable, '-c', 'from refrag_jax.runtime import environment as e\n'
      'e.join_cluster(2, 30)'],
     env=os.environ | OURS | {
       'JAX_COORDINATOR_ADDRESS': '127.0.0.1:1', 'JAX_PLATFORMS': 'cpu',

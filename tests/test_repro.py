@@ -319,7 +319,10 @@ def test_two_runs_share_a_workdir_and_no_arm(folder, tmp_path, monkeypatch):
   """As arms are spread over machines; each run holds the one that it is at."""
   (tmp_path / 'claims.toml').write_text(EMPTY_CLAIMS)
   cfg = toy_run.config(folder, repro__claims=str(tmp_path / 'claims.toml'))
-  cfg = with_arms(cfg, main=arm(('lm',)), other=arm(('lm',)))
+  cfg = with_arms(
+    cfg, main=arm(('lm',)), other=arm(('lm',)),
+    after=arm(('cpt',), (), ('stage.cpt.init_from=@main/lm',)),
+  )  # fmt: skip
   trained = []
 
   def trains(_, folder):
@@ -331,12 +334,19 @@ def test_two_runs_share_a_workdir_and_no_arm(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'run', trains)
   run = tmp_path / 'run'
   with workdir.held(str(run / 'seed0' / 'main')):
-    with pytest.raises(UserError, match=r'1 of 2 arms failed \(seed0/main\)'):
+    os.makedirs(run / 'seed0' / 'main' / 'checkpoints' / 'lm' / '3')  # so far
+    failed = r'2 of 3 arms failed \(seed0/main, seed0/after\)'
+    with pytest.raises(UserError, match=failed):
       repro.run(cfg, str(run))
   assert trained == ['other']
-  assert 'is held by another run' in (run / 'RESULTS.md').read_text()
+  report = (run / 'RESULTS.md').read_text()
+  assert 'is held by another run' in report
+  assert 'main/lm, which this arm starts from, is not trained to its' in report
   # Nothing of the held arm was touched.
-  assert os.listdir(run / 'seed0' / 'main') == [workdir.NAME]
+  assert set(os.listdir(run / 'seed0' / 'main')) == {
+    'checkpoints',
+    workdir.NAME,
+  }
 
 
 def test_claims_that_cannot_be_read(folder, tmp_path):

@@ -246,7 +246,7 @@ def test_across_slices_lies_data_alone():
 
 
 OF_TWO = """
-from refrag_jax import environment
+from refrag_jax.runtime import environment
 environment.join_cluster(60, 30)
 import jax
 import numpy as np

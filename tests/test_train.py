@@ -654,6 +654,8 @@ def test_frozen_unchanged_is_measured(session, whole):
   assert record(params)['frozen_unchanged'] is True
   moved = jax.tree.map(lambda x: x + 1e-6, params['policy'])
   assert record(params | {'policy': moved})['frozen_unchanged'] is False
+  meta['frozen'] = None  # begun by a version with other checksums
+  assert record(params)['frozen_unchanged'] is None
   assert record(params)['paired_gain'] == {'mean': 1.0, 'se': 0.0, 'n': 4}
 
 
@@ -661,7 +663,8 @@ def test_frozen_unchanged_is_measured(session, whole):
 # compiled and not found in the persistent cache.
 PROGRAM = """
 import os, sys
-from refrag_jax import environment, main
+from refrag_jax import main
+from refrag_jax.runtime import environment
 environment.set_compilation_cache(os.environ)  # as main does, before JAX
 import jax
 

@@ -14,7 +14,7 @@ from refrag_jax.runtime.environment import ROOT
 
 HOLDS = """
 import sys, time
-from refrag_jax import workdir
+from refrag_jax.runtime import workdir
 with workdir.held(sys.argv[1]):
   print('held', flush=True)
   time.sleep(60)

@@ -232,7 +232,9 @@ def time_all(folder: str) -> None:
     statistics.median(seconds[what, kind])
     for what, kind in (('digests', 'with'), ('save', 'without'))
   )
-  print(f'\nThe digests alone take {alone:.4f} s, '
+  print('\nA save goes on in the background; the run waits for what stands in '
+        'the second line.')  # fmt: skip
+  print(f'The digests alone take {alone:.4f} s, '
         f'{alone / plain:.1%} of a save without.')  # fmt: skip
 
 

@@ -53,11 +53,13 @@ def run(config: Config, workdir: str) -> int:
     say(f'-- arm {arm}, seed {seed}')
     folder = os.path.join(workdir, f'seed{seed}', arm)
     try:
-      # Complete is what has its results: records travel without checkpoints.
-      if evaluate.is_complete(cfg, folder):
+      if _complete(cfg, folder):
         train.say_done(folder)
         continue
       with _held(folder):
+        if _complete(cfg, folder):  # by another run, in between
+          train.say_done(folder)
+          continue
         save_config(config, arm, cfg, folder)
         train_sources_again(config, cfg, seed, workdir)
         train.run(cfg, folder)
@@ -93,12 +95,17 @@ def train_sources_again(
     source = cfg.stage[name].init_from.removeprefix('@')
     other, _, stage = source.partition('/')
     folder = os.path.join(workdir, f'seed{seed}', other)
-    if (
-      not stage
-      or other not in config.repro.arm
-      or checkpoint.latest_step(os.path.join(folder, 'checkpoints', stage))
-      or not os.path.exists(os.path.join(folder, 'results.json'))
-    ):
+    if not stage or other not in config.repro.arm:
+      continue
+    there = checkpoint.latest_step(os.path.join(folder, 'checkpoints', stage))
+    done = os.path.exists(os.path.join(folder, 'results.json'))
+    # Another run may be at it, so that only one process looks.
+    if _first(bool(there) and not done and not train.finished(folder, stage)):
+      raise UserError(
+        f'{other}/{stage}, which this arm starts from, is not trained to its '
+        f'end: run arm {other} first'
+      )
+    if not _first(done and not there):
       continue
     say(f'{other}/{stage} has its record but no checkpoint: trained again')
     again = arm_config(config, other, seed, workdir)
@@ -107,6 +114,16 @@ def train_sources_again(
       chain = again.stages[: again.stages.index(stage) + 1]
       again = dataclasses.replace(again, stages=chain)
       train.run_stages(again, folder, lambda *_: None)
+
+
+def _complete(cfg: Config, folder: str) -> bool:
+  """Whether an arm has its results: records travel without checkpoints."""
+  return _first(evaluate.is_complete(cfg, folder))
+
+
+def _first(answer: bool) -> bool:
+  """The first process's answer, on all of them."""
+  return any_process(answer and jax.process_index() == 0)
 
 
 @contextlib.contextmanager
@@ -123,6 +140,8 @@ def _held(folder: str) -> Iterator[None]:
         stack.enter_context(workdir_lib.held(folder))
       except UserError as e:
         problem = str(e)
+      except OSError as e:
+        problem = f'{folder} cannot be held: {e.strerror}'
     if any_process(bool(problem)):
       raise UserError(problem or f'{folder} is held by another run')
     yield
