@@ -303,7 +303,9 @@ def run_checks(
   # Here: they import JAX, which a broken machine cannot.
   from refrag_jax import evaluate, sharding, train
   from refrag_jax.config.check import asks_questions
-  from refrag_jax.data import questions, text, tokenizers
+  from refrag_jax.data import tokenizers
+  from refrag_jax.data.questions import records as questions
+  from refrag_jax.data.text import sources as text
   from refrag_jax.hf import hub
   from refrag_jax.session import (
     check_batches,

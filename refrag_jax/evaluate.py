@@ -19,11 +19,11 @@ import numpy as np
 
 from refrag_jax import checkpoint, results
 from refrag_jax.config.schema import Config
-from refrag_jax.data import corpus as corpus_lib
-from refrag_jax.data import questions as questions_lib
-from refrag_jax.data import text as text_lib
 from refrag_jax.data import tokenizers
 from refrag_jax.data import windows as windows_lib
+from refrag_jax.data.questions import records as questions_lib
+from refrag_jax.data.text import corpus as corpus_lib
+from refrag_jax.data.text import sources as text_lib
 from refrag_jax.errors import UserError
 from refrag_jax.evals import EVALS, WINDOWS, WITHOUT_TEXT, selection
 from refrag_jax.evals.common import ROLES, Context

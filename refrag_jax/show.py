@@ -17,8 +17,9 @@ from rich.text import Text
 from refrag_jax import results
 from refrag_jax.config import schema as config_lib
 from refrag_jax.config.schema import Config
-from refrag_jax.data import curriculum, pipeline, rag, tokenizers, windows
-from refrag_jax.data.corpus import Corpus
+from refrag_jax.data import curriculum, pipeline, tokenizers, windows
+from refrag_jax.data.questions import examples as rag
+from refrag_jax.data.text.corpus import Corpus
 
 ROWS = 2  # examples of each stage
 PIPE_WIDTH = 120  # columns of tables where there is no terminal

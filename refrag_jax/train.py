@@ -32,8 +32,9 @@ from refrag_jax import state as state_lib
 from refrag_jax.checksums import checksums
 from refrag_jax.config.check import asks_questions
 from refrag_jax.config.schema import Config, context_chunks
-from refrag_jax.data import curriculum, pipeline, retrieval
-from refrag_jax.data import questions as questions_lib
+from refrag_jax.data import curriculum, pipeline
+from refrag_jax.data.questions import records as questions_lib
+from refrag_jax.data.questions import retrieval
 from refrag_jax.errors import NonFinite, Stopped, UserError
 from refrag_jax.hf import sources
 from refrag_jax.models.cepe import copy_self_attention

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from refrag_jax.data import chunking, corpus, tokenizers
+from refrag_jax.data import chunking, tokenizers
+from refrag_jax.data.text import corpus
 
 BYTES = tokenizers.load('bytes')
 K, M = 4, 6

@@ -8,8 +8,9 @@ import os
 import numpy as np
 import pytest
 
-from refrag_jax.data import chunking, corpus, index, tokenizers, windows
-from refrag_jax.data import text as text_lib
+from refrag_jax.data import chunking, tokenizers, windows
+from refrag_jax.data.text import corpus, index
+from refrag_jax.data.text import sources as text_lib
 from refrag_jax.errors import UserError
 
 BYTES = tokenizers.load('bytes')

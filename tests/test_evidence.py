@@ -17,8 +17,8 @@ import toy_config
 import toy_run
 
 from refrag_jax import forward, results
-from refrag_jax.data import corpus as corpus_lib
 from refrag_jax.data import pipeline, tokenizers
+from refrag_jax.data.text import corpus as corpus_lib
 from refrag_jax.evals import (
   EVALS,
   common,

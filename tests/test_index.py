@@ -15,8 +15,9 @@ import time
 import numpy as np
 import pytest
 
-from refrag_jax.data import corpus, index, pool, tokenizers, workers
-from refrag_jax.data import text as text_lib
+from refrag_jax.data import tokenizers
+from refrag_jax.data.text import corpus, index, pool, workers
+from refrag_jax.data.text import sources as text_lib
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.runtime.environment import ROOT
 
@@ -171,7 +172,9 @@ def test_what_is_done_is_kept(sources, tmp_path, monkeypatch, runs, at):
 
 KILLED = """
 import sys
-from refrag_jax.data import corpus, index, tokenizers
+from refrag_jax.data import tokenizers
+from refrag_jax.data.text import corpus
+from refrag_jax.data.text import index
 index.SHARD_BYTES = int(sys.argv[1])
 corpus.prepare(
   sys.argv[3:], [1.0] * len(sys.argv[3:]), tokenizers.load('bytes'),
@@ -409,7 +412,7 @@ def test_a_worker_starts_without_jax():
     [
       sys.executable,
       '-c',
-      'import sys, refrag_jax.data.workers; print(*sys.modules)',
+      'import sys, refrag_jax.data.text.workers; print(*sys.modules)',
     ],
     cwd=ROOT,
     capture_output=True,

@@ -322,7 +322,7 @@ def test_questions_are_drawn_by_seed_and_step(config, corpus, monkeypatch):
     calls.append((tokenizer.name, encoder_tokenizer.name, split))
     return Source()
 
-  from refrag_jax.data import rag
+  from refrag_jax.data.questions import examples as rag
 
   monkeypatch.setattr(rag, 'build', build)
   stages = dict.fromkeys(('sft', 'sft_full', 'sft_none'), stage())

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from refrag_jax.data import chunking, corpus, rag, tokenizers
-from refrag_jax.data import text as text_lib
+from refrag_jax.data import chunking, tokenizers
+from refrag_jax.data.questions import examples as rag
+from refrag_jax.data.text import corpus
+from refrag_jax.data.text import sources as text_lib
 from refrag_jax.errors import UserError
 
 TOKENIZER = tokenizers.load('bytes')

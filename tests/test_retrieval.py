@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from refrag_jax.data import retrieval
+from refrag_jax.data.questions import retrieval
 
 PASSAGES = [
   'textwrap wrap: Wrap a single paragraph of text',

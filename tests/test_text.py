@@ -14,7 +14,9 @@ import pytest
 import zstandard
 from array_record.python import array_record_module
 
-from refrag_jax.data import corpus, text, tokenizers
+from refrag_jax.data import tokenizers
+from refrag_jax.data.text import corpus
+from refrag_jax.data.text import sources as text
 from refrag_jax.errors import UserError
 
 GOOD = ['one', 'zwölf 🦜', 'three\nlines\n']

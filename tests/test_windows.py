@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from refrag_jax.data import corpus, tokenizers, windows
+from refrag_jax.data import tokenizers, windows
+from refrag_jax.data.text import corpus
 from refrag_jax.errors import UserError
 
 BYTES = tokenizers.load('bytes')

@@ -25,7 +25,9 @@ import tempfile
 import time
 from collections import Counter
 
-from refrag_jax.data import corpus, text, tokenizers
+from refrag_jax.data import tokenizers
+from refrag_jax.data.text import corpus
+from refrag_jax.data.text import sources as text
 
 KILLS = 5
 ROW = '| {} | {:.1f} | {:.1f} | {:.2f} | {:.2f} | {:.2f} | {:.0f} | {} |'

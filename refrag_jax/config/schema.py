@@ -89,7 +89,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  text: tuple[str, ...]  # sources; see data/text.py
+  text: tuple[str, ...]  # sources; see data/text/sources.py
   weights: tuple[float, ...]  # mixture weights, one a source; (): equal shares
   tokenizer: str  # 'bytes' or a Hugging Face tokenizer directory
   encoder_tokenizer: str

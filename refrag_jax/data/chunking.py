@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refrag_jax.data.corpus import Corpus
+from refrag_jax.data.text.corpus import Corpus
 from refrag_jax.data.tokenizers import Tokenizer
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from refrag_jax.config.schema import Config
 from refrag_jax.data import chunking, tokenizers
-from refrag_jax.data.corpus import Corpus
+from refrag_jax.data.text.corpus import Corpus
 from refrag_jax.data.tokenizers import Tokenizer
 from refrag_jax.data.windows import mix
 

@@ -25,7 +25,7 @@ from refrag_jax.data import (
   tokenizers,
   windows,
 )
-from refrag_jax.data import corpus as corpus_lib
+from refrag_jax.data.text import corpus as corpus_lib
 
 Batch = dict[str, np.ndarray]
 # (step, row numbers) -> those rows of that step's batch.
@@ -515,7 +515,7 @@ def _cut(
 
 
 def _questions(config, split):
-  from refrag_jax.data import rag  # loads BM25; the other stages need none
+  from refrag_jax.data.questions import examples as rag
 
   return rag.build(
     config,

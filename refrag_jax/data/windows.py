@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refrag_jax.data.corpus import Corpus
+from refrag_jax.data.text.corpus import Corpus
 from refrag_jax.errors import UserError
 
 PERIODS = (6, 32)  # shortest and longest span that `periodic_rows` repeats

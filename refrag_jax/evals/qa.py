@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from refrag_jax import forward, generate, results
-from refrag_jax.data import rag, tokenizers
+from refrag_jax.data import tokenizers
+from refrag_jax.data.questions import examples as rag
 from refrag_jax.evals import common, text_metrics
 from refrag_jax.models import losses
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from refrag_jax.config.schema import Config
-from refrag_jax.data import stdlib
-from refrag_jax.data import text as text_lib
+from refrag_jax.data.text import sources as text_lib
+from refrag_jax.data.text import stdlib
 from refrag_jax.errors import UserError
 from refrag_jax.runtime.paths import refuse_pointer
 

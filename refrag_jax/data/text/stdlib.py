@@ -21,7 +21,7 @@ import random
 import re
 from collections.abc import Iterator
 
-from refrag_jax.data import docstrings
+from refrag_jax.data.text import docstrings
 
 # A document ends before the entry or paragraph that would make it longer.
 DOCUMENT_BYTES = 2_000
@@ -37,12 +37,10 @@ DEFAULT_REPEATS = 60
 ORDINALS = ('1st', '2nd', '3rd', '4th')
 
 
-def documents() -> Iterator:
-  """Yields every `Document(name, text)`, always in the same order."""
-  from refrag_jax.data.text import Document  # text.py names us as a source
-
+def documents() -> Iterator[tuple[str, str]]:
+  """Yields every document as (name, text), always in the same order."""
   for name, text, _ in _documents():
-    yield Document(name, text)
+    yield name, text
 
 
 def questions(passage_bytes: int = 126) -> list[dict]:

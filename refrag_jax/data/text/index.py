@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refrag_jax import results
-from refrag_jax.data import text as text_lib
+from refrag_jax.data.text import sources as text_lib
 from refrag_jax.data.tokenizers import Tokenizer
 from refrag_jax.errors import UserError
 

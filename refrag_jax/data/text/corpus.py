@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from refrag_jax.data import index, pool
-from refrag_jax.data import text as text_lib
+from refrag_jax.data.text import index, pool
+from refrag_jax.data.text import sources as text_lib
 from refrag_jax.data.tokenizers import Tokenizer
 from refrag_jax.errors import UserError
 
@@ -117,7 +117,7 @@ def prepare(
   build one index together. One that was killed left its shards for the next.
 
   Args:
-    sources: as in text.py.
+    sources: as in sources.py.
     weights: mixture weights, one a source; not part of the index.
     heldout_fraction: share of documents held out, by a hash of their text; 0
       and 1 leave the other side empty, anything between fills both.

@@ -11,8 +11,9 @@ again every BEAT seconds. Of a process that is no
 more, or that gave no sign for LEASE seconds, others take the unit over. That
 two do the same is harmless, if it should happen: both make the same file.
 
-As a program, `python -m refrag_jax.data.workers` reads a job from its standard
-input, and ends when that closes: no worker outlives the run that started it.
+As a program, `python -m refrag_jax.data.text.workers` reads a job from its
+standard input, and ends when that closes: no worker outlives the run that
+started it.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from refrag_jax.data import index, tokenizers
+from refrag_jax.data import tokenizers
+from refrag_jax.data.text import index
 from refrag_jax.errors import UserError
 
 BEAT = 10.0

@@ -1,6 +1,6 @@
 """Questions over passages as refrag batches, in a prompt template.
 
-Records (questions.py) become what the decoder is given, with the templates of
+Records (records.py) become what the decoder is given, with the templates of
 the config:
 
   prefix    BOS, question_template
@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from refrag_jax.data import chunking, corpus, retrieval
-from refrag_jax.data import questions as questions_lib
-from refrag_jax.data.questions import fill
+from refrag_jax.data import chunking
+from refrag_jax.data.questions import records as questions_lib
+from refrag_jax.data.questions import retrieval
+from refrag_jax.data.questions.records import fill
+from refrag_jax.data.text import corpus
 from refrag_jax.errors import UserError
 
 # Which passages a question is shown with.

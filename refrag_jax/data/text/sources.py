@@ -68,9 +68,9 @@ class Document:
 def documents(source: str, skipped: Counter) -> Iterator[Document]:
   """Yields a source's documents, and counts in `skipped` what it left out."""
   if source == 'stdlib':
-    from refrag_jax.data import stdlib
+    from refrag_jax.data.text import stdlib
 
-    yield from (Document(d.name, d.text) for d in stdlib.documents())
+    yield from (Document(*document) for document in stdlib.documents())
     return
   if source.startswith('tfds:'):
     yield from _documents(_tfds(source), source, skipped)
@@ -214,7 +214,7 @@ def _reachable(path: str) -> None:
 def stat(source: str) -> list:
   """Returns what changes when the source does, without reading it."""
   if source == 'stdlib':
-    from refrag_jax.data import docstrings, stdlib
+    from refrag_jax.data.text import docstrings, stdlib
 
     made_by = [_stat_file(m.__file__) for m in (stdlib, docstrings)]
     return ['stdlib', sys.version, *made_by]

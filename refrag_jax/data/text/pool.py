@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from refrag_jax.data import index, workers
+from refrag_jax.data.text import index, workers
 from refrag_jax.data.tokenizers import Tokenizer
 from refrag_jax.errors import UserError
 from refrag_jax.runtime import environment, progress
@@ -98,7 +98,7 @@ class _Workers:
   def start(self) -> None:
     path = [str(environment.ROOT), *filter(None, sys.path)]
     worker = subprocess.Popen(
-      [sys.executable, '-m', 'refrag_jax.data.workers'],
+      [sys.executable, '-m', 'refrag_jax.data.text.workers'],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
