@@ -285,6 +285,14 @@ def check_devices(hardware: str, environ: Mapping[str, str]) -> list[Finding]:
 
 def check_config(config: Config, workdir: str) -> Iterator[Finding]:
   """What a training by this config would refuse, each check by itself."""
+  # Here: it imports JAX, which a broken machine cannot.
+  from refrag_jax import resolve
+
+  try:
+    resolve.check(config)
+  except UserError as e:  # nothing else can be asked of such stages
+    yield Finding('problem', str(e))
+    return
   for what, check in run_checks(config, workdir):
     try:
       check()
@@ -300,13 +308,13 @@ def run_checks(
   config: Config, workdir: str
 ) -> Iterator[tuple[str, Callable[[], object]]]:
   """(what holds if it raises nothing, check); none reads a text to its end."""
-  # Here: they import JAX, which a broken machine cannot.
-  from refrag_jax import evaluate, sharding, train
-  from refrag_jax.config.check import asks_questions
+  from refrag_jax import evaluate, lineage, sharding
   from refrag_jax.data import tokenizers
   from refrag_jax.data.questions import records as questions
   from refrag_jax.data.text import sources as text
+  from refrag_jax.evals import asks_questions
   from refrag_jax.hf import hub
+  from refrag_jax.run import check_extras
   from refrag_jax.session import (
     check_batches,
     open_model,
@@ -322,7 +330,7 @@ def run_checks(
 
   def start(name: str):
     opened = session()._replace(workdir=workdir)
-    source = train.init_from(opened, name, check=False)
+    source = lineage.init_from(opened, name, check=False)
     parts = source.split(',')
     if any(map(hub.is_name, parts)):  # not the weights, only to look
       return [hub.resolve(part, weights=False) for part in parts]
@@ -331,11 +339,11 @@ def run_checks(
 
   yield (
     'each stage has what it starts from',
-    lambda: train.check_order(config, workdir),
+    lambda: lineage.check_order(config, workdir),
   )
   yield (
     'the packages for these stages and evals are installed',
-    lambda: train.check_extras(config),
+    lambda: check_extras(config),
   )
   measured = [name for name in config.eval.data if name != evaluate.HELDOUT]
   for source in (*data.text, *(measured if config.evals else ())):
@@ -356,7 +364,7 @@ def run_checks(
     ),
   )
   for name in config.stages:
-    if train.init_from_config(config, name):
+    if lineage.init_from_config(config, name):
       yield f'stage {name} can start', functools.partial(start, name)
 
 

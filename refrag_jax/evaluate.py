@@ -25,7 +25,7 @@ from refrag_jax.data.questions import records as questions_lib
 from refrag_jax.data.text import corpus as corpus_lib
 from refrag_jax.data.text import sources as text_lib
 from refrag_jax.errors import UserError
-from refrag_jax.evals import EVALS, WINDOWS, WITHOUT_TEXT, selection
+from refrag_jax.evals import EVALS, asks_questions, selection
 from refrag_jax.evals.common import ROLES, Context
 from refrag_jax.hf import sources
 from refrag_jax.report import run as report
@@ -112,7 +112,7 @@ def run(config: Config, workdir: str) -> int:
     new['evals'] = _by_dataset(old.get('evals', {}), evals)
     new['left_out'] = left_out
     results.write_json(path, old | new)
-    report.write(workdir)
+    report.write(workdir, EVALS)
   say(f'done: {path}, {workdir}/report.html')
   return 0
 
@@ -206,9 +206,9 @@ def run_evals(
     evals[name] = {}
     parts = [context._replace(datasets={key: corpus})
              for key, corpus in context.datasets.items()]  # fmt: skip
-    for part in [context] if name in WITHOUT_TEXT else parts:
+    for part in [context] if EVALS[name].reads == 'questions' else parts:
       try:
-        evals[name] |= EVALS[name](part)
+        evals[name] |= EVALS[name].run(part)
       except UserError as e:  # the others are measured all the same
         where = '' if part is context else f' of {next(iter(part.datasets))}'
         context.leave_out(f'eval {name}{where}', str(e))
@@ -232,8 +232,7 @@ def check_sources(config: Config) -> None:
     if source in config.data.text:
       say(f'eval.data: {source} is among data.text, so it was trained on; '
           f'{HELDOUT} measures what was not')  # fmt: skip
-  asks = [name for name in config.stages if name.startswith('sft')]
-  if asks or 'qa' in config.evals:
+  if asks_questions(config):
     questions_lib.check_there(config)
 
 
@@ -244,7 +243,7 @@ def check_windows(session: Session) -> None:
     UserError: there is an eval that no data set is long enough for.
   """
   config = session.config
-  names = [name for name in config.evals if name in WINDOWS]
+  names = [name for name in config.evals if EVALS[name].windows]
   datasets = _datasets(session) if names else {}
   for name in names:
     problems = []
@@ -253,7 +252,7 @@ def check_windows(session: Session) -> None:
         windows_lib.windows(
           corpus,
           corpus.documents('heldout'),
-          *WINDOWS[name](config),
+          *EVALS[name].windows(config),
           f'held-out documents of {dataset}',
         )
       except UserError as e:
@@ -426,10 +425,11 @@ def contents(session: Session) -> dict[str, Any]:
   """What the evals' texts and questions say, by hashes of it."""
   config = session.config
   out = {}
-  if set(config.evals) - set(WITHOUT_TEXT):
+  reads = {EVALS[name].reads for name in config.evals}
+  if 'text' in reads:
     datasets = _datasets(session).items()
     out['datasets'] = {name: corpus.hash for name, corpus in datasets}
-  if 'qa' in config.evals:
+  if 'questions' in reads:
     out['questions'] = questions_lib.fingerprint(config)
   return out
 

@@ -7,8 +7,30 @@ W new tokens, S = T + W cache slots.
 import jax
 import jax.numpy as jnp
 
+from refrag_jax.data import batch as batch_lib
+from refrag_jax.models import splice
 from refrag_jax.models.decoder import init_cache
 from refrag_jax.models.refrag import Refrag
+
+
+def continuation(
+    model: Refrag, params, batch, expand_BC, num_expanded: int, prompt: int,
+    eos_id: int,
+) -> jax.Array:  # fmt: skip
+  """What a batch's outputs are written as, int32 (B, O - prompt).
+
+  Args:
+    batch: its first `prompt` outputs are given, the others are not looked at.
+    expand_BC, num_expanded: as in `Refrag.output_nll`.
+  """
+  given = batch_lib.cut_outputs(batch, prompt)
+  C, O = expand_BC.shape[1], batch['output_BO'].shape[1]
+  e_BCD = None
+  if num_expanded < C:
+    e_BCD = model.apply({'params': params}, batch, method=Refrag.project_chunks)
+  return greedy(
+      model, params, given, e_BCD, expand_BC, num_expanded, O - prompt, eos_id
+  )  # fmt: skip
 
 
 def greedy(
@@ -28,19 +50,17 @@ def greedy(
   variables = {'params': params}
   # One slot more than training's layout: the last forced token is an input.
   forced = jnp.pad(batch['output_BO'], ((0, 0), (0, 1)))
-  layout = model.apply(
-    variables,
-    batch | {'output_BO': forced},
-    expand_BC,
-    num_expanded,
-    method='layout',
+  layout = splice.layout_of(
+    batch | {'output_BO': forced}, expand_BC, num_expanded
   )
   B, T = layout.token_BT.shape
   cache = init_cache(
     model.cfg.decoder, B, T + num_tokens, jnp.dtype(model.cfg.compute_dtype)
   )
-  hidden_BTD, cache = model.apply(variables, layout, e_BCD, cache, method='run')
-  head_DV = model.apply(variables, method='head')
+  hidden_BTD, cache = model.apply(
+    variables, layout, e_BCD, cache, method=Refrag.run
+  )
+  head_DV = model.apply(variables, method=Refrag.head)
   length_B = layout.valid_BT.sum(1).astype(jnp.int32)
   last_BD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], 1)[
     :, 0
@@ -60,7 +80,7 @@ def greedy(
     token_B = jnp.where(done_B, eos_id, choose(hidden_BD))
     done_B |= token_B == eos_id
     hidden_BD, cache = model.apply(
-      variables, token_B, length_B + i, cache, method='step'
+      variables, token_B, length_B + i, cache, method=Refrag.step
     )
     return (hidden_BD, cache, done_B), token_B
 

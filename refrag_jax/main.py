@@ -22,7 +22,7 @@ from refrag_jax.runtime import workdir as workdir_lib
 
 # mode: (module, function called with (config, workdir), what it does)
 MODES = {
-  'train': ('refrag_jax.train', 'run', 'run the stages, then the evals'),
+  'train': ('refrag_jax.run', 'run', 'run the stages, then the evals'),
   'eval': ('refrag_jax.evaluate', 'run', 'restore a checkpoint, run the evals'),
   'repro': (
     'refrag_jax.repro.run',
@@ -196,6 +196,8 @@ def _dispatch(argv: list[str]) -> int | None:
       )
       if problem := environment.bad_flags(os.environ.get('XLA_FLAGS', '')):
         raise UserError(problem)
+      # It imports JAX, which reads the environment once.
+      importlib.import_module('refrag_jax.resolve').check(config)
   first = False
   if command.mode != 'doctor':
     # Here JAX waits outside Python: a signal ends the process at once.

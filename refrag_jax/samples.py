@@ -4,15 +4,17 @@ Expanded chunks are marked: ⟦tokens⟧ stay as they are, ‹text› is one vec
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax import forward, generate, sharding
+from refrag_jax import generate, sharding
+from refrag_jax.data import batch as batch_lib
 from refrag_jax.models import policy
+from refrag_jax.models.refrag import Refrag
 from refrag_jax.session import Session
 from refrag_jax.stages import STAGES
 
@@ -23,26 +25,27 @@ def rows(
   session: Session, name: str, params, batch: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
   """A table of `NUM_ROWS` held-out examples; empty where a stage has none."""
-  if 'chunks_BCK' not in batch:
-    return []  # `lm` has no context to show
-  if 'piece_BPM' in batch:
-    return []  # CEPE is measured, not sampled from
-  batch = {key: value[:NUM_ROWS] for key, value in batch.items()}
-  cfg, C = session.config.stage[name], batch['chunks_BCK'].shape[1]
-  variant = STAGES[name].variants(cfg, C)[-1]
+  stage, cfg = STAGES[name], session.config.stage[name]
+  C = batch['chunks_BCK'].shape[1] if 'chunks_BCK' in batch else 0
+  num_expanded = stage.context.sampled(cfg, C)
+  if num_expanded is None:
+    return []
+  batch = batch_lib.take(batch, slice(NUM_ROWS))
   # Tokens that are given before the loss begins: an answer's prompt.
   prompt = int(np.argmax(batch['loss_mask_BO'][0]))
-  if isinstance(variant, str):  # a control arm: its context stays tokens
-    expand, kind = (C if variant == 'full' else 0), 'tokens'
-    if variant == 'last_k':
-      return []
-  else:
-    expand, kind = variant or 0, 'policy' if name == 'grpo' else 'first'
-  ids_BT, expand_BC = _generate(
-    session.model, kind, expand, prompt, session.tokenizer.eos_id
-  )(params, batch)
+  eos_id, decode = session.tokenizer.eos_id, session.tokenizer.decode
+  reads = stage.context.reads(num_expanded)
+  ids_BT, expand_BC = _write(
+    params,
+    batch,
+    session.model,
+    stage.score,
+    reads,
+    num_expanded,
+    prompt,
+    eos_id,
+  )
   ids_BT, expand_BC = sharding.fetch(ids_BT), sharding.fetch(expand_BC)
-  decode = session.tokenizer.decode
   out = []
   for b in range(len(batch['doc_B'])):
     length = int(batch['output_len_B'][b])
@@ -59,9 +62,9 @@ def rows(
       )
       if n
     )
-    row['written'] = decode(_until(ids_BT[b], session.tokenizer.eos_id))
+    row['written'] = decode(_until(ids_BT[b], eos_id))
     row['reference'] = decode(
-      _until(batch['output_BO'][b, prompt:length], session.tokenizer.eos_id)
+      _until(batch['output_BO'][b, prompt:length], eos_id)
     )
     out.append(row)
   return out
@@ -72,29 +75,29 @@ def _until(ids, eos_id: int) -> list[int]:
   return ids[: ids.index(eos_id)] if eos_id in ids else ids
 
 
-@functools.lru_cache(maxsize=16)
-def _generate(model, kind: str, num_expanded: int, prompt: int, eos_id: int):
-  """Compiled once for stages that sample alike."""
-
-  @jax.jit
-  def run(params, batch):
-    B, C, _ = batch['chunks_BCK'].shape
-    c_BCE = forward.chunk_vectors(model, params, batch)
-    score_BC = jnp.where(batch['chunk_len_BC'] > 0, 0.0, policy.NEG)
-    if kind == 'policy':
-      score_BC = forward.policy_scores(model, params, batch, c_BCE)
-    expand_BC = policy.to_mask(policy.greedy(score_BC, num_expanded), C)
-    tokens = batch['output_BO'].shape[1] - prompt
-    given = batch | {
-      'output_BO': batch['output_BO'][:, :prompt],
-      'output_len_B': jnp.full((B,), prompt, jnp.int32),
-    }
-    if kind == 'tokens' and not num_expanded:  # no context at all
-      given |= {'chunk_len_BC': jnp.zeros_like(batch['chunk_len_BC'])}
-    e_BCD = model.apply({'params': params}, c_BCE, method='project')
-    ids_BT = generate.greedy(
-      model, params, given, e_BCD, expand_BC, num_expanded, tokens, eos_id
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
+def _write(
+  params,
+  batch,
+  model: Refrag,
+  score: Callable | None,
+  reads: bool,
+  num_expanded: int,
+  prompt: int,
+  eos_id: int,
+):
+  """(ids, expanded chunks) of each row; one program for stages alike."""
+  score_BC = jnp.where(batch['chunk_len_BC'] > 0, 0.0, policy.NEG)
+  if score:
+    c_BCE = model.apply(
+      {'params': params}, batch, method=Refrag.chunk_embeddings
     )
-    return ids_BT, expand_BC & (given['chunk_len_BC'] > 0)
-
-  return run
+    score_BC = score(model, params, batch, c_BCE)
+  C = score_BC.shape[1]
+  expand_BC = policy.to_mask(policy.greedy(score_BC, num_expanded), C)
+  if not reads:
+    batch |= {'chunk_len_BC': jnp.zeros_like(batch['chunk_len_BC'])}
+  ids_BT = generate.continuation(
+    model, params, batch, expand_BC, num_expanded, prompt, eos_id
+  )
+  return ids_BT, expand_BC & (batch['chunk_len_BC'] > 0)

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from refrag_jax import checkpoint, sharding
-from refrag_jax.config import check
 from refrag_jax.config.schema import Config, ModelConfig
 from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.hf import sources
 from refrag_jax.models.refrag import Refrag, init_params
 from refrag_jax.runtime.progress import say
+from refrag_jax.stages import STAGES, beside
 
 PLATFORM_KERNELS = {'gpu': 'cudnn', 'tpu': 'splash'}
 
@@ -82,9 +82,10 @@ def check_batches(session: Session) -> None:
         f'batch_size={rows + -rows % step} would'
       )
     # The rows of the other stages are filled up.
-    if name == 'lm' and cfg.output_length % parts:
+    shapes = STAGES[name].task.row_shapes(session.config, name, 1)
+    if 'tokens_BT' in shapes and cfg.output_length % parts:
       raise UserError(
-        f'stage lm: output_length {cfg.output_length} does not divide over '
+        f'stage {name}: output_length {cfg.output_length} does not divide over '
         f'{parts} devices (mesh sequence); output_length='
         f'{cfg.output_length + -cfg.output_length % parts} would'
       )
@@ -158,9 +159,9 @@ def open_model(config: Config, workdir: str = '') -> Session:
 
 def checkpoint_beside(workdir: str, source: str) -> str:
   """The checkpoint directory that '@RUN/STAGE' means in a run's config."""
-  run, stage = check.stage_beside(source, 'init_from')
-  beside = os.path.dirname(os.path.abspath(workdir))
-  return os.path.join(beside, run, 'checkpoints', stage)
+  run, stage = beside(source, 'init_from')
+  parent = os.path.dirname(os.path.abspath(workdir))
+  return os.path.join(parent, run, 'checkpoints', stage)
 
 
 def load_params(

@@ -17,9 +17,10 @@ from rich.text import Text
 from refrag_jax import results
 from refrag_jax.config import schema as config_lib
 from refrag_jax.config.schema import Config
-from refrag_jax.data import curriculum, pipeline, tokenizers, windows
-from refrag_jax.data.questions import examples as rag
+from refrag_jax.data import curriculum, packing, pipeline, tokenizers
+from refrag_jax.data.tasks import questions
 from refrag_jax.data.text.corpus import Corpus
+from refrag_jax.stages import STAGES
 
 ROWS = 2  # examples of each stage
 PIPE_WIDTH = 120  # columns of tables where there is no terminal
@@ -58,12 +59,8 @@ def _corpus(console: Console, config: Config, corpus: Corpus) -> None:
   console.print(f'  in {corpus.directory}', soft_wrap=True)
   length_D = np.diff(corpus.token_offsets)
   for name in config.stages:
-    stage = config.stage[name]
-    if stage.context_length and not stage.contexts:
-      need = stage.context_length
-      # These predict their context.
-      if pipeline.base_stage(name) not in ('mlm', 'reconstruct'):
-        need += stage.output_length
+    need = STAGES[name].task.window_length(config, name)
+    if need and not config.stage[name].contexts:
       short = int((length_D < need).sum())
       console.print(
         f'  {name}: windows of {need} tokens; {short:,} of {len(length_D):,} '
@@ -86,30 +83,27 @@ def _curriculum(
 
 
 def _stage(console: Console, config: Config, name: str, corpus: Corpus) -> None:
-  stage = config.stage[name]
+  stage, batch_size = STAGES[name], config.stage[name].batch_size
+  task = stage.task
   console.rule(name)
-  step = 0
-  if stage.context_length:  # the longest contexts show most
-    step = int(np.argmax(pipeline.factor_schedule(config, name)))
-  if name == 'sft':
+  asks = task.reads == 'questions'
+  if asks:
     _questions(console, config)
-  sample = pipeline.sampler(config, name, corpus)
-  if name == 'lm':
-    batch = sample(step, np.arange(stage.batch_size))
-    _arrays(console, batch, stage.batch_size, step)
-    _lm(console, config, batch)
+  # The longest contexts show most.
+  step = int(np.argmax(stage.chunks_of_steps(config)))
+  packed = 'tokens_BT' in task.row_shapes(config, name, 1)
+  rows = np.arange(batch_size if packed else min(batch_size, ROWS))
+  batch = stage.sampler(config, corpus)(step, rows)
+  _arrays(console, batch, batch_size, step)
+  if packed:
+    _packed(console, config, batch, config.stage[name].periodic_fraction)
     return
-  if name == 'mlm':
-    batch = sample(step, np.arange(ROWS))
-    _arrays(console, batch, stage.batch_size, step)
-    _mlm(console, config, batch)
+  if 'whole_BM' in batch:
+    _masked(console, config, batch)
     return
-  rows = np.arange(min(stage.batch_size, ROWS))
-  batch = sample(step, rows)
-  _arrays(console, batch, stage.batch_size, step)
   tokenizer = tokenizers.load(config.data.tokenizer)
   expand_BC = _expand(config, name, batch['chunk_len_BC'])
-  passage = config.data.passage_chunks if name == 'sft' else 0
+  passage = config.data.passage_chunks if asks else 0
   for b in rows:
     row = {key: values[b] for key, values in batch.items()}
     console.print(f'\nexample {row["id_B"]} of document {row["doc_B"]}')
@@ -117,7 +111,7 @@ def _stage(console: Console, config: Config, name: str, corpus: Corpus) -> None:
     console.print(text, soft_wrap=True)
     console.print(_masks(row), style='dim', soft_wrap=True)
   # The same for every stage, but that passages end in short chunks.
-  if name.startswith('reconstruct') or name == 'sft':
+  if task.regenerates or asks:
     row = {key: values[0] for key, values in batch.items()}
     encoder_tokenizer = tokenizers.load(config.data.encoder_tokenizer)
     first = 0
@@ -127,10 +121,8 @@ def _stage(console: Console, config: Config, name: str, corpus: Corpus) -> None:
 
 
 def _questions(console: Console, config: Config) -> None:
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  encoder_tokenizer = tokenizers.load(config.data.encoder_tokenizer)
   for split in ('train', 'heldout'):
-    source = rag.build(config, tokenizer, encoder_tokenizer, split)
+    source = questions.build(config, split)
     kinds = Counter(question.kind for question in source.questions)
     asked = ', '.join(f'{n:,} {kind}' for kind, n in kinds.items() if kind)
     console.print(
@@ -149,13 +141,12 @@ def _arrays(console: Console, batch, batch_size: int, step: int) -> None:
   console.print(f'batch of step {step}: {shapes}', style='dim')
 
 
-def _lm(console: Console, config: Config, batch) -> None:
+def _packed(console: Console, config: Config, batch, share: float) -> None:
   """One packed row and, where there are any, one that repeats a span."""
   tokenizer = tokenizers.load(config.data.tokenizer)
-  share = config.stage['lm'].periodic_fraction
   rows = np.arange(len(batch['tokens_BT']))
   segments_B = batch['segment_ids_BT'].max(axis=1)
-  repeats_B = windows.is_periodic(rows, share)
+  repeats_B = packing.is_periodic(rows, share)
   console.print(
     f'every token but BOS is a target; {share:.0%} of the rows repeat a span'
   )
@@ -175,7 +166,7 @@ def _lm(console: Console, config: Config, batch) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _mlm(console: Console, config: Config, batch) -> None:
+def _masked(console: Console, config: Config, batch) -> None:
   """Windows whole and in chunks, what is to be predicted in brackets."""
   tokenizer = tokenizers.load(config.data.encoder_tokenizer)
   console.print('[what stood there|what the encoder reads]')

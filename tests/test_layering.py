@@ -16,15 +16,18 @@ config
 hf
 data state
 models checkpoint flops optimizer
-forward generate
+generate
 stages
 step
 session
-programs
-evals samples
-report show
-evaluate
-train exchange
+compilation
+report
+evals
+resolve samples heldout
+show
+evaluate lineage
+train
+run exchange
 plan repro doctor cli
 main
 """

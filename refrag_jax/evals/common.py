@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from refrag_jax import results, sharding
-from refrag_jax.data import pipeline
+from refrag_jax.data import batch as batch_lib
+from refrag_jax.data.tasks import windows as windows_lib
 from refrag_jax.errors import Stopped
 from refrag_jax.runtime import watchdog
 from refrag_jax.runtime.progress import say
@@ -36,15 +37,6 @@ ROLES = {
   'cepe': 'cepe',
   'cepe_unfrozen': 'cepe_unfrozen',
 }
-
-CONTEXT_KEYS = (
-  'chunks_BCK',
-  'chunk_len_BC',
-  'encoder_BCM',
-  'encoder_len_BC',
-  'piece_BPM',
-  'piece_len_BP',
-)
 
 
 class Context(NamedTuple):
@@ -90,7 +82,7 @@ def text_windows(context: Context, dataset: str, context_length: int) -> dict:
   """The windows of a data set's text, one dict for all evals."""
   config, corpus = context.session.config, context.datasets[dataset]
   length, num = max(config.eval.output_lengths), config.eval.num_windows
-  make = lambda: pipeline.eval_windows(
+  make = lambda: windows_lib.eval_windows(
     config, corpus, context_length, length, num
   )
   return once(context, corpus, ('windows', context_length), make)
@@ -105,15 +97,19 @@ def once(context: Context, of: Any, key: Any, function: Callable) -> Any:
   return entry[1]
 
 
-@functools.lru_cache(maxsize=64)
-def compiled(function: Callable, model: Any, **static: Any) -> Callable:
-  """`function(model, params, batch, **static)`, jitted, of params and batch.
+@functools.partial(jax.jit, static_argnames=('function', 'model', 'static'))
+def call(params, batch, function: Callable, model: Any, static: tuple):
+  """A function of (model, params, batch), or a method of (model, batch).
 
   Compiled once for all data sets, roles and evals that ask for the same.
   Parameters are arguments: captured, they would be a constant of each program,
   whole on every device, and impossible where processes share them out.
   """
-  return jax.jit(functools.partial(function, model, **static))
+  if getattr(type(model), function.__name__, None) is function:
+    return model.apply(
+      {'params': params}, batch, method=function, **dict(static)
+    )
+  return function(model, params, batch, **dict(static))
 
 
 def apply(
@@ -125,11 +121,15 @@ def apply(
   /,
   **static: Any,
 ) -> np.ndarray:
-  """`function(model, params of the role, batch, **static)` of all windows."""
-  run = compiled(function, context.session.model, **static)
-  return map_batches(
-    context, functools.partial(run, context.params(role)), windows, rows=rows
+  """`function` with the parameters of a role over all windows, as in `call`."""
+  run = functools.partial(
+    call,
+    context.params(role),
+    function=function,
+    model=context.session.model,
+    static=tuple(sorted(static.items())),
   )
+  return map_batches(context, run, windows, rows=rows)
 
 
 def map_batches(
@@ -159,8 +159,9 @@ def map_batches(
       )
     watchdog.phase(f'evals, rows {first} to {first + size} of {total}')
     index = np.minimum(np.arange(first, first + size), total - 1)
-    piece = {key: value[index] for key, value in batch.items()}
-    placed = jax.device_put(piece, sharding.batch_sharding(mesh))
+    placed = jax.device_put(
+      batch_lib.take(batch, index), sharding.batch_sharding(mesh)
+    )
     parts.append(function(placed, *static))
   # Fetched at the end, so that the device is not waited for at each batch.
   return np.concatenate([sharding.fetch(part) for part in parts])[:total]
@@ -185,8 +186,7 @@ def other_document(doc_W: np.ndarray) -> np.ndarray:
 def shuffled(windows: dict) -> dict:
   """The windows, each with the context of another document's."""
   other_W = other_document(windows['doc_B'])
-  keys = [key for key in CONTEXT_KEYS if key in windows]
-  return windows | {key: windows[key][other_W] for key in keys}
+  return batch_lib.with_contexts_of(windows, other_W)
 
 
 def prefix_means(nll_WO: np.ndarray, lengths: Iterable[int]) -> dict[str, Any]:

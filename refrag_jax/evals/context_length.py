@@ -13,9 +13,13 @@ FULL times the trained length, on full context; and that decoder without any.
 
 import numpy as np
 
-from refrag_jax.data import pipeline
+from refrag_jax.config.schema import Config
+from refrag_jax.data import batch
+from refrag_jax.data.tasks.windows import eval_windows
 from refrag_jax.errors import UserError
 from refrag_jax.evals import common, perplexity, selection
+from refrag_jax.evals.eval import Eval, check_multiples
+from refrag_jax.report import tables
 from refrag_jax.runtime.progress import say
 
 # Full context costs the square of its length, and by then it is far beyond the
@@ -31,7 +35,7 @@ def run(context: common.Context) -> dict:
   out = {}
   for name, corpus in context.datasets.items() if lengths else ():
     try:
-      windows = pipeline.eval_windows(
+      windows = eval_windows(
         config, corpus, lengths[-1], outputs[-1], config.eval.context_windows
       )
     except UserError as e:  # of several texts one may have short documents
@@ -63,7 +67,7 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
     )
   for s in sorted(config.eval.context_lengths):
     size = batch_rows(config, s)
-    cut = last_chunks(windows, s // k)
+    cut = batch.cut_chunks(windows, slice(-(s // k), None))
     W, C = cut['chunk_len_BC'].shape
     if context.available(role):
       for which, data in (('', cut), ('_shuffled', common.shuffled(cut))):
@@ -92,10 +96,15 @@ def batch_rows(config, length: int) -> int:
   return min(config.eval.batch_size, max(1, rows))
 
 
-def last_chunks(windows: dict, chunks: int) -> dict:
-  """The windows with the last chunks of their context alone."""
-  keys = ('chunks_BCK', 'chunk_len_BC', 'encoder_BCM', 'encoder_len_BC')
-  cut = {key: windows[key][:, -chunks:] for key in keys}
-  pieces = ('piece_BPM', 'piece_len_BP')  # nobody reads them here
-  rest = {key: windows[key] for key in windows if key not in pieces}
-  return rest | cut
+def check_lengths(config: Config) -> None:
+  check_multiples(config, 'context_lengths')
+
+
+EVAL = Eval(
+  run=run,
+  title='More context',
+  table=tables.context_length,
+  needs=('output_lengths',),
+  stage='cpt',
+  check=check_lengths,
+)

@@ -15,8 +15,10 @@ import functools
 
 import numpy as np
 
-from refrag_jax.data import windows
+from refrag_jax.data import batch, windows
 from refrag_jax.evals import common, perplexity
+from refrag_jax.evals.eval import Eval
+from refrag_jax.report import tables
 
 DECODERS = {'before': '', 'trained': '_trained'}
 
@@ -74,13 +76,15 @@ def spans(
 
 def twice(doc_W: np.ndarray, span_WS: np.ndarray, bos_id: int) -> dict:
   """[BOS, span, span] in the batch format, without a chunk."""
-  W, S = span_WS.shape
-  return {
-    'prefix_BQ': np.full((W, 1), bos_id, np.int32),
-    'prefix_len_B': np.ones(W, np.int32),
-    'chunks_BCK': np.zeros((W, 0, 1), np.int32),
-    'chunk_len_BC': np.zeros((W, 0), np.int32),
-    'output_BO': np.concatenate([span_WS, span_WS], axis=1),
-    'output_len_B': np.full(W, 2 * S, np.int32),
-    'doc_B': doc_W.astype(np.int32),
-  }
+  bos_W1 = np.full((len(doc_W), 1), bos_id)
+  twice_WO = np.concatenate([span_WS, span_WS], axis=1)
+  return batch.plain(bos_W1, twice_WO, doc_W) | batch.no_chunks(len(doc_W), 1)
+
+
+EVAL = Eval(
+  run=run,
+  title='Copying',
+  table=tables.copying,
+  needs=('copy_lengths',),
+  windows=lambda config: (0, max(config.eval.copy_lengths)),
+)

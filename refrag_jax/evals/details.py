@@ -29,11 +29,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax import forward
-from refrag_jax.data import pipeline
 from refrag_jax.data import windows as windows_lib
+from refrag_jax.data.tasks.windows import reconstructions_at
 from refrag_jax.evals import common, perplexity, selection
+from refrag_jax.evals.eval import Eval, check_regenerated, continued
 from refrag_jax.models.layers import einsum32
+from refrag_jax.models.refrag import Refrag
+from refrag_jax.report import tables
 
 # Of bytes: their offsets are those of corpus.starts. A word with an underscore
 # beside a letter, or with a capital after a small letter, is an identifier.
@@ -116,7 +118,7 @@ def exact(
   chosen, start_W = around(corpus, spans, n, config.eval.num_windows)
   if not len(start_W):
     return {}
-  windows = pipeline.reconstructions_at(config, corpus, chosen.doc, start_W, n)
+  windows = reconstructions_at(config, corpus, chosen.doc, start_W, n)
   # Few shapes, so few programs; a shorter span repeats its last token.
   S = 1 << (int(chosen.size.max()) - 1).bit_length()
   windows['place_BS'] = (chosen.first - start_W)[:, None] + np.minimum(
@@ -190,20 +192,34 @@ def around(
 def exactly(model, params, batch, expanded: bool):
   """Whether all tokens at place_BS are the most probable ones, bool (B,)."""
   B, C, _ = batch['chunks_BCK'].shape
-  c_BCE = None if expanded else forward.chunk_vectors(model, params, batch)
-  hidden_BOD = forward.output_states(
-    model,
-    params,
+  variables = {'params': params}
+  c_BCE = None
+  if not expanded:
+    c_BCE = model.apply(variables, batch, method=Refrag.chunk_embeddings)
+  hidden_BOD = model.apply(
+    variables,
     batch,
     c_BCE,
     jnp.full((B, C), expanded),
     C if expanded else 0,
+    method=Refrag.output_states,
   )
   place_BS = batch['place_BS']
   hidden_BSD = jnp.take_along_axis(hidden_BOD, place_BS[..., None], 1)
-  head_DV = model.apply({'params': params}, method='head')
+  head_DV = model.apply(variables, method=Refrag.head)
   logits_BSV = einsum32(
     'BSD,DV->BSV', hidden_BSD, head_DV.astype(hidden_BSD.dtype)
   )
   token_BS = jnp.take_along_axis(batch['output_BO'], place_BS, 1)
   return (logits_BSV.argmax(-1) == token_BS).all(1)
+
+
+EVAL = Eval(
+  run=run,
+  title='Where, how far, and of what',
+  table=tables.details,
+  needs=('output_lengths', 'reconstruct_lengths'),
+  stage='cpt',
+  windows=continued('cpt'),
+  check=check_regenerated,
+)

@@ -19,18 +19,22 @@ in the useful passage; row `chance` is what random ones hit on average, 1 / P.
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax.config.schema import expanded_chunks
+from refrag_jax.config import check
+from refrag_jax.config.schema import Config, expanded_chunks
+from refrag_jax.data import batch
 from refrag_jax.evals import common, selection
+from refrag_jax.evals.eval import Eval
+from refrag_jax.report import tables
 from refrag_jax.runtime.progress import say
 
 
 def run(context: common.Context) -> dict:
   """The `passages` table of results.json."""
   config = context.session.config
-  P, k = config.eval.num_passages, config.model.chunk_size
+  P = config.eval.num_passages
   if not P or not selection.selecting_role(context):
     return {}
-  length = config.stage['mixed'].context_length // k // P * k
+  length, _ = one_passage(config)
   out = {}
   for name in context.datasets:
     windows = common.text_windows(context, name, length)
@@ -43,7 +47,7 @@ def run(context: common.Context) -> dict:
     # Where the useful passage of each window stood, for later questions.
     documents['windows'] = {'doc': doc_W, 'place': place_W}
     out[name] = common.table(
-      measure(context, side_by_side(windows, source_WP), place_W, P),
+      measure(context, batch.side_by_side(windows, source_WP), place_W, P),
       doc_W,
       ['none', 'chance']
       + [
@@ -81,17 +85,6 @@ def places(
   return source_WP, place_W
 
 
-def side_by_side(windows: dict, source_WP: np.ndarray) -> dict:
-  """The windows with the contexts of rows `source_WP` in place of their own."""
-  joined = {}
-  for key in ('chunks_BCK', 'chunk_len_BC', 'encoder_BCM', 'encoder_len_BC'):
-    value = windows[key][source_WP]  # (W, P, chunks of a passage, ...)
-    joined[key] = value.reshape(len(value), -1, *value.shape[3:])
-  pieces = ('piece_BPM', 'piece_len_BP')  # of a window's own context
-  rest = {key: windows[key] for key in windows if key not in pieces}
-  return rest | joined
-
-
 def measure(
   context: common.Context, windows: dict, place_W: np.ndarray, P: int
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -124,3 +117,32 @@ def measure(
         rows[f'{name}_p{p:g}'] = row(score_WC, draws)
       rows[f'useful_p{p:g}'] = row(from_end_WC, min(draws, C // P))
   return rows
+
+
+def one_passage(config: Config) -> tuple[int, int]:
+  """Windows of the useful passage; without any passages it is skipped."""
+  P, k = config.eval.num_passages, config.model.chunk_size
+  chunks = config.stage['mixed'].context_length // k // P if P else 0
+  return chunks * k, max(config.eval.output_lengths)
+
+
+def check_passages(config: Config) -> None:
+  number = config.eval.num_passages
+  chunks = config.stage['mixed'].context_length // config.model.chunk_size
+  check.refuse(
+    number == 1 or 0 < chunks < number,
+    f'config.eval.num_passages is {number}: use 2 or more, one of them useful, '
+    f'and no more than the {chunks} chunks of '
+    'config.stage.mixed.context_length; 0 skips the eval',
+  )
+
+
+EVAL = Eval(
+  run=run,
+  title='Which passage to expand',
+  table=tables.passages,
+  needs=('output_lengths', 'expand_fractions', 'selectors'),
+  stage='mixed',
+  windows=one_passage,
+  check=check_passages,
+)

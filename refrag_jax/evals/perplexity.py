@@ -12,9 +12,13 @@ well.
 
 import numpy as np
 
-from refrag_jax import forward
-from refrag_jax.config.schema import expanded_chunks
+from refrag_jax.config.schema import Config, expanded_chunks
+from refrag_jax.data.tasks.windows import check_pieces
 from refrag_jax.evals import common, replug, selection
+from refrag_jax.evals.eval import Eval, continued
+from refrag_jax.models.cepe import Cepe
+from refrag_jax.models.refrag import Refrag
+from refrag_jax.report import tables
 
 PLAIN = {'no_context': 'none', 'full_context': 'full', 'last_k': 'last_k'}
 DECODERS = {
@@ -63,7 +67,7 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
   for role in CEPE if config.model.piece_length else ():
     if context.available(role):
       for which, data in (('', windows), ('_shuffled', shuffled)):
-        rows[role + which] = common.apply(context, role, forward.cepe_nll, data)
+        rows[role + which] = common.apply(context, role, cepe_nll, data)
   return rows
 
 
@@ -72,8 +76,14 @@ def plain_nll(
 ) -> np.ndarray:
   """NLL of the outputs by the decoder alone, (W, O); `rows` of a batch."""
   return common.apply(
-    context, role, forward.plain_nll, windows, rows, context=kind
+    context, role, Refrag.plain_nll, windows, rows, context=kind
   )
+
+
+def cepe_nll(model, params, batch):
+  """NLL of the outputs by the baseline CEPE, (B, O)."""
+  cepe = Cepe(model.cfg)
+  return cepe.apply({'params': params}, batch, method=Cepe.output_nll)
 
 
 def run(context: common.Context) -> dict:
@@ -104,3 +114,18 @@ def run(context: common.Context) -> dict:
       common.bits_per_nat(corpus),
     )
   return out
+
+
+def check_contexts(config: Config) -> None:
+  check_pieces(config, 'cpt')
+
+
+EVAL = Eval(
+  run=run,
+  title='Log-perplexity on held-out documents',
+  table=tables.comparison,
+  needs=('output_lengths',),
+  stage='cpt',
+  windows=continued('cpt'),
+  check=check_contexts,
+)

@@ -12,11 +12,15 @@ the questions cannot tell compression from ignorance, and the table says so.
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax import forward, generate, results
-from refrag_jax.data import tokenizers
-from refrag_jax.data.questions import examples as rag
+from refrag_jax import generate, results
+from refrag_jax.config import check
+from refrag_jax.config.schema import Config
+from refrag_jax.data.tasks import questions
 from refrag_jax.evals import common, text_metrics
+from refrag_jax.evals.eval import Eval
 from refrag_jax.models import losses
+from refrag_jax.models.refrag import Refrag
+from refrag_jax.report import tables
 
 # row: (role, passages, as tokens)
 ROWS = {
@@ -46,13 +50,7 @@ def run(context: common.Context) -> dict:
   config = context.session.config
   if not config.eval.num_questions or not context.available('sft'):
     return {}
-  tokenizer = context.session.tokenizer
-  source = rag.build(
-    config,
-    tokenizer,
-    tokenizers.load(config.data.encoder_tokenizer),
-    'heldout',
-  )
+  source = questions.build(config, 'heldout')
   rows, docs = {}, None
   wanted = ROWS if 'gold' in source.kinds else UNMARKED_ROWS
   for row, (role, kind, as_tokens) in wanted.items():
@@ -104,26 +102,34 @@ def written(context, role, batch, as_tokens: bool, prompt: int):
 def answer_nll(model, params, batch, as_tokens: bool):
   """Mean NLL of each gold answer, (B,)."""
   if as_tokens:
-    nll_BO = forward.plain_nll(model, params, batch, 'full')
+    nll_BO = model.apply(
+      {'params': params}, batch, 'full', method=Refrag.plain_nll
+    )
   else:
-    nll_BO = forward.compressed_nll(model, params, batch)
+    nll_BO = model.apply(
+      {'params': params}, batch, method=Refrag.compressed_nll
+    )
   return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
 
 
 def greedy(model, params, batch, as_tokens: bool, prompt: int, eos_id: int):
   """The most probable ids after the first `prompt` outputs, (B, O - prompt)."""
   B, C, _ = batch['chunks_BCK'].shape
-  num_tokens = batch['output_BO'].shape[1] - prompt
-  forced = batch | {
-    'output_BO': batch['output_BO'][:, :prompt],
-    'output_len_B': jnp.full((B,), prompt, jnp.int32),
-  }
-  e_BCD = None
-  if not as_tokens:
-    c_BCE = forward.chunk_vectors(model, params, batch)
-    e_BCD = model.apply({'params': params}, c_BCE, method='project')
-  expand_BC = jnp.full((B, C), as_tokens)
-  return generate.greedy(
-      model, params, forced, e_BCD, expand_BC, C if as_tokens else 0,
-      num_tokens, eos_id,
+  return generate.continuation(
+      model, params, batch, jnp.full((B, C), as_tokens), C if as_tokens else 0,
+      prompt, eos_id,
   )  # fmt: skip
+
+
+def check_questions(config: Config) -> None:
+  check.positive(config.eval, 'eval.', 'num_questions')
+  questions.check_questions(config)
+
+
+EVAL = Eval(
+  run=run,
+  title='Questions',
+  table=tables.questions,
+  check=check_questions,
+  reads='questions',
+)

@@ -5,9 +5,12 @@ through the frozen decoder, or one that was trained along. The rows beside it:
 another document's embeddings, and none at all.
 """
 
-from refrag_jax import forward
-from refrag_jax.data import pipeline
+from refrag_jax.data import batch
+from refrag_jax.data.tasks.windows import reconstruction_windows
 from refrag_jax.evals import common, perplexity
+from refrag_jax.evals.eval import Eval, check_regenerated, regenerated
+from refrag_jax.models.refrag import Refrag
+from refrag_jax.report import tables
 
 # role: ending of its rows' names
 REFRAG = {'reconstruct': '', 'reconstruct_unfrozen': '_unfrozen'}
@@ -20,7 +23,7 @@ def run(context: common.Context) -> dict:
   out = {}
   for name, corpus in context.datasets.items() if roles else ():
     # The same windows for every n, cut to their first n tokens.
-    windows = pipeline.reconstruction_windows(
+    windows = reconstruction_windows(
       config,
       corpus,
       max(config.eval.reconstruct_lengths),
@@ -44,11 +47,12 @@ def measure(context: common.Context, role: str, windows: dict) -> dict:
   k, ending = context.session.config.model.chunk_size, REFRAG[role]
   own = f'refrag_k{k}{ending}'
   compressed = lambda windows: common.apply(
-    context, role, forward.compressed_nll, windows
+    context, role, Refrag.compressed_nll, windows
   )
   rows = {own: {}, f'{own}_shuffled': {}, f'no_context{ending}': {}}
   for n in context.session.config.eval.reconstruct_lengths:
-    cut = _first(windows, n, k)
+    # n tokens of output and the n / k chunks that hold them
+    cut = batch.cut_outputs(batch.cut_chunks(windows, slice(n // k)), n)
     nll = (
       compressed(cut),
       compressed(common.shuffled(cut)),
@@ -59,9 +63,11 @@ def measure(context: common.Context, role: str, windows: dict) -> dict:
   return rows
 
 
-def _first(windows: dict, n: int, k: int) -> dict:
-  """Windows cut to n tokens of output and the n / k chunks that hold them."""
-  chunk_keys = ('chunks_BCK', 'chunk_len_BC', 'encoder_BCM', 'encoder_len_BC')
-  cut = {key: windows[key][:, : n // k] for key in chunk_keys}
-  cut |= {key: windows[key][:, :n] for key in ('output_BO', 'loss_mask_BO')}
-  return windows | cut | {'output_len_B': windows['output_len_B'] * 0 + n}
+EVAL = Eval(
+  run=run,
+  title='Reconstruction',
+  table=tables.comparison,
+  needs=('reconstruct_lengths',),
+  windows=regenerated,
+  check=check_regenerated,
+)

@@ -17,8 +17,10 @@ from collections import Counter
 
 import numpy as np
 
-from refrag_jax.data import pipeline
+from refrag_jax.data.tasks.windows import reconstruction_windows
 from refrag_jax.evals import common, qa, reconstruction
+from refrag_jax.evals.eval import Eval, check_regenerated, regenerated
+from refrag_jax.report import tables
 
 NUM_TEXTS = 12
 
@@ -29,7 +31,7 @@ def run(context: common.Context) -> dict:
   roles = [role for role in reconstruction.REFRAG if context.available(role)]
   out = {}
   for name, corpus in context.datasets.items() if roles else ():
-    windows = pipeline.reconstruction_windows(
+    windows = reconstruction_windows(
       config,
       corpus,
       max(config.eval.reconstruct_lengths),
@@ -73,3 +75,13 @@ def compare(ids_WN: np.ndarray, source_WN: np.ndarray) -> dict:
     'share': np.array(both_W) / source_WN.shape[1],
     'same_place': (ids_WN == source_WN).mean(1),
   }
+
+
+EVAL = Eval(
+  run=run,
+  title='What is written from chunks alone',
+  table=tables.regeneration,
+  needs=('reconstruct_lengths',),
+  windows=regenerated,
+  check=check_regenerated,
+)

@@ -25,7 +25,6 @@ context in every cell; this one reads its pieces.)
 import jax
 import jax.numpy as jnp
 
-from refrag_jax import forward
 from refrag_jax.models.refrag import Refrag
 
 
@@ -43,7 +42,9 @@ def nll(model: Refrag, params, batch) -> jax.Array:
     'chunks_BCK': batch['chunks_BCK'].reshape(B * P, 1, C),
     'chunk_len_BC': jnp.full((B * P, 1), C, jnp.int32),
   }
-  nll_XO = forward.plain_nll(model, params, pieces, 'full')
+  nll_XO = model.apply(
+    {'params': params}, pieces, 'full', method=Refrag.plain_nll
+  )
   return mixture(nll_XO.reshape(B, P, -1))[0]
 
 

@@ -19,11 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax import forward, results
-from refrag_jax.config.schema import expanded_chunks
-from refrag_jax.data import pipeline
+from refrag_jax import results
+from refrag_jax.config import check
+from refrag_jax.config.schema import Config, expanded_chunks
+from refrag_jax.data.tasks.windows import eval_windows
 from refrag_jax.evals import common
+from refrag_jax.evals.eval import Eval, continued
 from refrag_jax.models import losses, policy
+from refrag_jax.models.refrag import Refrag
+from refrag_jax.report import tables
 
 
 def selecting_role(context: common.Context) -> str:
@@ -60,7 +64,7 @@ def _scores(context: common.Context, windows: dict, tail: int) -> dict:
   wanted = config.eval.selectors
   out = {}
   if 'rl' in wanted and context.available('policy'):
-    out['rl'] = common.apply(context, role, policy_logits, windows)
+    out['rl'] = common.apply(context, role, Refrag.chunk_scores, windows)
   if {'ppl_desc', 'ppl_asc'} & set(wanted) and context.available('before'):
     nll_WC = common.apply(context, 'before', chunk_nll, windows)
     out['ppl_desc'], out['ppl_asc'] = nll_WC, -nll_WC
@@ -82,12 +86,6 @@ def oracle(context: common.Context, windows: dict, tail: int) -> np.ndarray:
   return common.once(context, windows, ('oracle', tail), make)
 
 
-def policy_logits(model, params, batch) -> jax.Array:
-  """The policy's logits, (B, C)."""
-  c_BCE = forward.chunk_vectors(model, params, batch)
-  return forward.policy_scores(model, params, batch, c_BCE)
-
-
 def chunk_nll(model, params, batch) -> jax.Array:
   """Mean NLL of each chunk's tokens after all text before it, (B, C)."""
   chunks_BCK = batch['chunks_BCK']
@@ -99,7 +97,9 @@ def chunk_nll(model, params, batch) -> jax.Array:
     'output_len_B': jnp.full((B,), C * K, jnp.int32),
   }
   none_BC = jnp.zeros((B, 0), bool)
-  nll_BO = forward.output_nll(model, params, as_output, None, none_BC, 0)
+  nll_BO = model.apply(
+    {'params': params}, as_output, None, none_BC, 0, method=Refrag.output_nll
+  )
   return nll_BO.reshape(B, C, K).mean(-1)
 
 
@@ -111,13 +111,14 @@ def with_tail(expand_BC, tail: int):
 
 def single_gains(model, params, batch, tail: int) -> jax.Array:
   """-NLL of the output with each chunk expanded alone (plus tail), (B, C)."""
-  c_BCE = forward.chunk_vectors(model, params, batch)
+  variables = {'params': params}
+  c_BCE = model.apply(variables, batch, method=Refrag.chunk_embeddings)
   B, C, _ = c_BCE.shape
 
   def one(i):
     expand_BC = with_tail(jnp.arange(C)[None] == jnp.full((B, 1), i), tail)
-    nll_BO = forward.output_nll(
-      model, params, batch, c_BCE, expand_BC, 1 + tail
+    nll_BO = model.apply(
+      variables, batch, c_BCE, expand_BC, 1 + tail, method=Refrag.output_nll
     )
     return -losses.masked_mean(nll_BO, batch['loss_mask_BO'])
 
@@ -156,10 +157,12 @@ def selected_nll(
 
 def expanded_nll(model, params, batch, draws: int, tail: int) -> jax.Array:
   """NLL of the outputs with the best chunks of score_BC expanded, (B, O)."""
-  c_BCE = forward.chunk_vectors(model, params, batch)
   expand_BC = expand_top(batch['score_BC'], draws, tail)
-  return forward.output_nll(
-    model, params, batch, c_BCE, expand_BC, draws + tail
+  return model.apply(
+    {'params': params},
+    batch | {'expand_BC': expand_BC},
+    draws + tail,
+    method=Refrag.mixed_nll,
   )
 
 
@@ -234,10 +237,10 @@ def policy_pictures(context: common.Context, num: int = 6) -> list[dict]:
   config, tokenizer = context.session.config, context.session.tokenizer
   name, corpus = next(iter(context.datasets.items()))
   cfg = config.stage['mixed']
-  windows = pipeline.eval_windows(
+  windows = eval_windows(
     config, corpus, cfg.context_length, max(config.eval.output_lengths), num
   )
-  score_WC = common.apply(context, 'policy', policy_logits, windows)
+  score_WC = common.apply(context, 'policy', Refrag.chunk_scores, windows)
   draws = max(
     1, expanded_chunks(max(config.eval.expand_fractions), score_WC.shape[1])
   )
@@ -257,3 +260,23 @@ def policy_pictures(context: common.Context, num: int = 6) -> list[dict]:
     }
     for w in range(len(score_WC))
   ]
+
+
+def check_tail(config: Config) -> None:
+  chunks = config.stage['mixed'].context_length // config.model.chunk_size
+  check.refuse(
+    0 < chunks <= config.eval.tail_chunks,
+    f'config.eval.tail_chunks {config.eval.tail_chunks} leaves nothing of the '
+    f'{chunks} chunks of config.stage.mixed.context_length: use fewer',
+  )
+
+
+EVAL = Eval(
+  run=run,
+  title='Which chunks to expand',
+  table=tables.selection,
+  needs=('output_lengths', 'expand_fractions', 'selectors'),
+  stage='mixed',
+  windows=continued('mixed'),
+  check=check_tail,
+)

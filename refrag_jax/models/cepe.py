@@ -25,7 +25,7 @@ from refrag_jax.config.schema import DecoderConfig, ModelConfig
 from refrag_jax.models import layers, splice
 from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoders import ENCODERS
-from refrag_jax.sharding import constrain
+from refrag_jax.models.spliced_decoder import SplicedDecoder
 
 
 class CrossAttention(nn.Module):
@@ -50,14 +50,12 @@ class CrossAttention(nn.Module):
     return x_BTD + dense((N, H, D), 2, False, name='o_proj')(out_BTNH)
 
 
-class Cepe(nn.Module):
-  """Call a method with `Cepe(cfg).apply({'params': params}, ..., method=...)`.
+class Cepe(SplicedDecoder):
+  """Call as `Cepe(cfg).apply({'params': params}, ..., method=Cepe.output_nll)`.
 
   `params` are those of `refrag.init_params`; other groups in there are not
   read.
   """
-
-  cfg: ModelConfig
 
   def setup(self):
     c = self.cfg
@@ -90,36 +88,28 @@ class Cepe(nn.Module):
       jnp.concatenate([real_BS, nothing_B1], axis=1),
     )
 
-  def decode(self, batch, memory) -> jax.Array:
+  def output_states(self, batch, memory) -> jax.Array:
     """Hidden states that predict the outputs, (B, O, D).
 
     Args:
-      batch: prefix_BQ, prefix_len_B, output_BO, output_len_B are read; its
-        chunks are not.
+      batch: its prefix and output are read; its chunks are not.
       memory: as `encode` returns it.
     """
-    chunks_BCK = batch['chunks_BCK'][:, :0]
-    B, C, K = chunks_BCK.shape
-    T = splice.num_positions(
-      batch['prefix_BQ'].shape[1], C, K, batch['output_BO'].shape[1], 0
-    )
-    layout = splice.build_layout(
-        batch['prefix_BQ'], batch['prefix_len_B'], chunks_BCK,
-        jnp.zeros((B, C), jnp.int32), jnp.zeros((B, C), bool),
-        batch['output_BO'], batch['output_len_B'], T,
-    )  # fmt: skip
-    positions_BT = jnp.broadcast_to(
-      jnp.arange(T, dtype=jnp.int32)[None], (B, T)
-    )
-    hidden_BTD, _ = self.decoder(
-      self.decoder.embed(layout.token_BT), positions_BT, memory=memory
-    )
-    hidden_BOD = jnp.take_along_axis(hidden_BTD, layout.output_BO[..., None], 1)
-    return constrain(hidden_BOD, 'batch', 'sequence', None)
+    alone = batch | {
+      'chunks_BCK': batch['chunks_BCK'][:, :0],
+      'chunk_len_BC': jnp.zeros((len(batch['output_BO']), 0), jnp.int32),
+    }
+    none_BC = jnp.zeros(alone['chunk_len_BC'].shape, bool)
+    return self.outputs(splice.layout_of(alone, none_BC, 0), memory=memory)
 
-  def head(self) -> jax.Array:
-    """The output matrix, float32 (D, V)."""
-    return self.decoder.head()
+  def output_nll(self, batch) -> jax.Array:
+    """NLL of every output token, (B, O), by attention to the pieces.
+
+    Args:
+      batch: with piece_BPM and piece_len_BP (0 = absent); P may be 0.
+    """
+    memory = self.encode(batch['piece_BPM'], batch['piece_len_BP'])
+    return self.nll(self.output_states(batch, memory), batch['output_BO'])
 
 
 def init_cross(cfg: ModelConfig, key: jax.Array) -> dict:
@@ -132,7 +122,7 @@ def init_cross(cfg: ModelConfig, key: jax.Array) -> dict:
         'chunks_BCK': zeros(1, 0, cfg.chunk_size),
         'output_BO': zeros(1, 2), 'output_len_B': zeros(1) + 2,
     }  # fmt: skip
-    model.decode(batch, model.encode(zeros(1, 1, 3), zeros(1, 1) + 3))
+    model.output_states(batch, model.encode(zeros(1, 1, 3), zeros(1, 1) + 3))
 
   return Cepe(cfg).init(key, method=touch_all)['params']['cross']
 

@@ -4,7 +4,7 @@ Dimension key: B batch, Q prefix slots, C chunks (the paper's L), K chunk size
 (k), M encoder tokens of a chunk, O output slots, T decoder positions, E encoder
 width, D decoder width, X = B * C chunks folded, or any texts to encode.
 
-    chunks --encode--> c_i --project--> e_i --splice--> decode --> hidden
+    chunks --encode--> c_i --project--> e_i --splice--> decoder --> nll
                         +----score----> s_i (which chunks to expand)
 
 All chunks of a batch go through one encoder call.
@@ -12,7 +12,6 @@ All chunks of a batch go through one encoder call.
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -22,13 +21,11 @@ from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoders import ENCODERS
 from refrag_jax.models.policy import Policy
 from refrag_jax.models.projection import ChunkProjection
-from refrag_jax.sharding import constrain
+from refrag_jax.models.spliced_decoder import SplicedDecoder
 
 
-class Refrag(nn.Module):
-  """Call a method with `model.apply({'params': params}, ..., method=...)`."""
-
-  cfg: ModelConfig
+class Refrag(SplicedDecoder):
+  """Call as `model.apply({'params': params}, ..., method=Refrag.project)`."""
 
   def setup(self):
     c = self.cfg
@@ -45,6 +42,10 @@ class Refrag(nn.Module):
     c_XE = self.encoder(encoder_BCM.reshape(-1, M), encoder_len_BC.reshape(-1))
     return c_XE.reshape(B, C, -1)
 
+  def chunk_embeddings(self, batch) -> jax.Array:
+    """`encode` of a batch's chunks, (B, C, E): what can be cached."""
+    return self.encode(batch['encoder_BCM'], batch['encoder_len_BC'])
+
   def encoder_states(self, ids_XM, len_X) -> jax.Array:
     """The encoder's state of every token, (X, M, E) in compute dtype."""
     return self.encoder.states(ids_XM, len_X)
@@ -53,47 +54,78 @@ class Refrag(nn.Module):
     """e_i = phi(c_i), float32 (B, C, D)."""
     return self.projection(c_BCE)
 
+  def project_chunks(self, batch) -> jax.Array:
+    """`project` of a batch's chunks, which are encoded for it, (B, C, D)."""
+    return self.project(self.chunk_embeddings(batch))
+
   def score(self, c_BCE, valid_BC) -> jax.Array:
     """The policy's logit for each chunk, float32 (B, C)."""
     return self.policy(c_BCE, valid_BC)
 
-  def decode(self, batch, e_BCD, expand_BC, num_expanded: int):
-    """Hidden states that predict the outputs, (B, O, D).
+  def chunk_scores(self, batch) -> jax.Array:
+    """`score` of a batch's chunks, which are encoded for it, (B, C)."""
+    return self.score(self.chunk_embeddings(batch), batch['chunk_len_BC'] > 0)
+
+  def output_states(self, batch, c_BCE, expand_BC, num_expanded: int):
+    """The states that predict the outputs, (B, O, D); as `output_nll`."""
+    layout = splice.layout_of(batch, expand_BC, num_expanded)
+    e_BCD = None if c_BCE is None else self.project(c_BCE)
+    return self.outputs(layout, e_BCD)
+
+  def output_nll(self, batch, c_BCE, expand_BC, num_expanded: int) -> jax.Array:
+    """NLL of every output token given the (partly expanded) context, (B, O).
 
     Args:
-      batch: prefix_BQ, prefix_len_B, chunks_BCK, chunk_len_BC, output_BO,
-        output_len_B (data/pipeline.py has the format).
-      e_BCD: chunk embeddings; None where every chunk is expanded.
-      expand_BC: bool; at most `num_expanded` (static) True in a row.
+      c_BCE: chunk embeddings before the projection; None with every chunk
+        expanded.
+      expand_BC: bool, chunks that stay tokens; at most `num_expanded` (static)
+        True in a row.
     """
-    layout = self.layout(batch, expand_BC, num_expanded)
-    hidden_BTD, _ = self.run(layout, e_BCD)
-    hidden_BOD = jnp.take_along_axis(hidden_BTD, layout.output_BO[..., None], 1)
-    return constrain(hidden_BOD, 'batch', 'sequence', None)
+    hidden_BOD = self.output_states(batch, c_BCE, expand_BC, num_expanded)
+    return self.nll(hidden_BOD, batch['output_BO'])
 
-  def layout(self, batch, expand_BC, num_expanded: int) -> splice.Layout:
-    chunks_BCK = batch['chunks_BCK']
-    T = splice.num_positions(
-      batch['prefix_BQ'].shape[1],
-      chunks_BCK.shape[1],
-      chunks_BCK.shape[2],
-      batch['output_BO'].shape[1],
-      num_expanded,
-    )
-    return splice.build_layout(
-        batch['prefix_BQ'], batch['prefix_len_B'], chunks_BCK,
-        batch['chunk_len_BC'], expand_BC, batch['output_BO'],
-        batch['output_len_B'], T,
-    )  # fmt: skip
+  def compressed_nll(self, batch) -> jax.Array:
+    """NLL of every output token with nothing expanded, (B, O)."""
+    c_BCE = self.chunk_embeddings(batch)
+    none_BC = jnp.zeros(c_BCE.shape[:2], bool)
+    return self.output_nll(batch, c_BCE, none_BC, 0)
 
-  def run(self, layout: splice.Layout, e_BCD, cache=None):
-    """The decoder over a layout: hidden_BTD and the cache, if one came in."""
-    embeds_BTD = splice.fill(layout, self.decoder.embed(layout.token_BT), e_BCD)
-    B, T = layout.token_BT.shape
-    positions_BT = jnp.broadcast_to(
-      jnp.arange(T, dtype=jnp.int32)[None], (B, T)
+  def mixed_nll(self, batch, num_expanded: int) -> jax.Array:
+    """NLL of every output token, chunks of `expand_BC` as tokens, (B, O)."""
+    c_BCE = self.chunk_embeddings(batch)
+    return self.output_nll(batch, c_BCE, batch['expand_BC'], num_expanded)
+
+  def plain_nll(self, batch, context: str) -> jax.Array:
+    """The decoder alone, (B, O): 'none', 'last_k' or 'full' context as tokens.
+
+    'last_k' keeps as many last context tokens as REFRAG has chunk positions
+    (LLaMA_K of the paper's Table 1); contexts without ragged chunks only.
+    """
+    chunks_BCK, len_BC = batch['chunks_BCK'], batch['chunk_len_BC']
+    B, C, K = chunks_BCK.shape
+    if context == 'none':
+      chunks_BCK, len_BC = chunks_BCK[:, :0], len_BC[:, :0]
+    elif context == 'last_k':
+      chunks_BCK = chunks_BCK.reshape(B, 1, C * K)[:, :, C * K - C :]
+      len_BC = jnp.full((B, 1), C, jnp.int32)
+    elif context != 'full':
+      raise ValueError(f'no context {context!r}')
+    batch = batch | {'chunks_BCK': chunks_BCK, 'chunk_len_BC': len_BC}
+    all_BC = jnp.ones(len_BC.shape, bool)
+    return self.output_nll(batch, None, all_BC, len_BC.shape[1])
+
+  def next_token_nll(self, batch) -> tuple[jax.Array, jax.Array]:
+    """NLL of each next token of packed rows, (B, T - 1), and its mask.
+
+    A target is predicted from its own segment alone.
+    """
+    tokens_BT, segment_ids_BT = batch['tokens_BT'], batch['segment_ids_BT']
+    hidden_BTD = self.lm(tokens_BT, batch['positions_BT'], segment_ids_BT)
+    nll_BT = self.nll(hidden_BTD[:, :-1], tokens_BT[:, 1:])
+    mask_BT = (segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]) & (
+      segment_ids_BT[:, 1:] > 0
     )
-    return self.decoder(embeds_BTD, positions_BT, cache=cache)
+    return nll_BT, mask_BT
 
   def lm(self, tokens_BT, positions_BT, segment_ids_BT) -> jax.Array:
     """The plain decoder over packed rows, hidden_BTD."""
@@ -107,10 +139,6 @@ class Refrag(nn.Module):
       embeds_B1D, position_B[:, None], cache=cache
     )
     return hidden_B1D[:, 0], cache
-
-  def head(self) -> jax.Array:
-    """The output matrix, float32 (D, V)."""
-    return self.decoder.head()
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
@@ -126,7 +154,7 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
     c_BCE = model.encode(zeros(1, 1, 3), zeros(1, 1) + 3)
     valid_BC = zeros(1, 1) == 0
     model.score(c_BCE, valid_BC)
-    model.decode(batch, model.project(c_BCE), ~valid_BC, 0)
+    model.output_states(batch, c_BCE, ~valid_BC, 0)
     model.head()
 
   # How attention is computed changes no parameter, and may not work here.

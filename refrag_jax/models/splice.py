@@ -114,6 +114,27 @@ def build_layout(
   )
 
 
+def layout_of(batch, expand_BC, num_expanded: int) -> Layout:
+  """The layout of a batch (data/batch.py has the fields).
+
+  Args:
+    expand_BC: bool; at most `num_expanded` (static) True in a row.
+  """
+  chunks_BCK = batch['chunks_BCK']
+  T = num_positions(
+    batch['prefix_BQ'].shape[1],
+    chunks_BCK.shape[1],
+    chunks_BCK.shape[2],
+    batch['output_BO'].shape[1],
+    num_expanded,
+  )
+  return build_layout(
+      batch['prefix_BQ'], batch['prefix_len_B'], chunks_BCK,
+      batch['chunk_len_BC'], expand_BC, batch['output_BO'],
+      batch['output_len_B'], T,
+  )  # fmt: skip
+
+
 def fill(layout: Layout, token_embeds_BTD, chunk_embeds_BCD) -> jax.Array:
   """The decoder's input (B, T, D): tokens with chunk vectors between them."""
   if chunk_embeds_BCD is None:

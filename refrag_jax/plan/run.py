@@ -20,12 +20,12 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 
-from refrag_jax import flops, programs, results, sharding
-from refrag_jax.config.load import changed
+from refrag_jax import compilation, flops, results, sharding
 from refrag_jax.config.schema import Config
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.plan import collectives, page, topologies
+from refrag_jax.resolve import changed
 from refrag_jax.runtime.progress import say
 from refrag_jax.session import (
   Session,
@@ -140,8 +140,8 @@ def plan_stage(
   session: Session, there: topologies.Topology, name: str
 ) -> StagePlan:
   """Compiles a stage's most expensive step and adds up what it costs."""
-  state, clock = programs.abstract_state(session, name), time.monotonic()
-  counts = collections.Counter(programs.step_keys(session, name))
+  state, clock = compilation.abstract_state(session, name), time.monotonic()
+  counts = collections.Counter(compilation.step_keys(session, name))
   with jax.set_mesh(session.mesh):
     traced = {key: _trace(session, name, state, key) for key in counts}
     cost = {key: flops.count(t.jaxpr) for key, t in traced.items()}
@@ -151,7 +151,7 @@ def plan_stage(
     memory, text = _compile(traced[key], there, there.options | flags)
     compile_s = time.monotonic() - clock
   devices = len(there.devices)
-  batch = programs.abstract_batch(session, name, key[0])
+  batch = compilation.abstract_batch(session, name, key[0])
   trainable, frozen = partition(state.params, STAGES[name].trainable)
   sent = collectives.read(
     text, session.mesh.axis_names, session.mesh.devices.shape
@@ -168,7 +168,7 @@ def plan_stage(
   bounds = {'compute': compute_s, 'hbm': hbm_s, 'network': network_s}
   bound_by = max(bounds, key=lambda name: np.nan_to_num(bounds[name]))
   bound = bounds[bound_by]
-  model = programs.model_flops(session, name, state, key) / devices
+  model = compilation.model_flops(session, name, state, key) / devices
   return StagePlan(
     chunks=key[0],
     variant=key[1],
@@ -196,7 +196,7 @@ def plan_stage(
     network_s=network_s,
     bound_step_s=bound,
     bound_by=bound_by,
-    tokens_per_s=programs.text_tokens(batch) / bound,
+    tokens_per_s=compilation.text_tokens(batch) / bound,
     mfu_ceiling=model / there.chip.flops / bound,
     # Shorter steps by their arithmetic; what they send is not known.
     bound_hours=sum(
@@ -211,9 +211,9 @@ def plan_stage(
 
 
 def _trace(session: Session, name: str, state: TrainState, key):
-  batch = programs.abstract_batch(session, name, key[0])
+  batch = compilation.abstract_batch(session, name, key[0])
   try:
-    return programs.trace_step(session, name, state, batch, key[1])
+    return compilation.trace_step(session, name, state, batch, key[1])
   except RuntimeError as e:
     if 'cuDNN' not in str(e):
       raise
@@ -373,7 +373,7 @@ def fixes_of(
       session = open_planned(changed(config, change), there)
     except UserError:
       continue  # not a batch, or not a mesh, that there can be
-    if device_bytes(programs.abstract_state(session, name)) > usable(there):
+    if device_bytes(compilation.abstract_state(session, name)) > usable(there):
       continue  # needs no compiler to be too large
     stage, tried = plan_stage(session, there, name), tried + 1
     if stage.fits:

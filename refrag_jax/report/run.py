@@ -28,8 +28,12 @@ BASELINES = (
 )  # fmt: skip
 
 
-def write(workdir: str) -> str:
-  """Writes `<workdir>/report.html` and returns its path."""
+def write(workdir: str, evals_by_name: Mapping[str, Any]) -> str:
+  """Writes `<workdir>/report.html` and returns its path.
+
+  Args:
+    evals_by_name: evals.EVALS, whose tables follow in this order.
+  """
 
   def read(name: str) -> dict[str, Any]:
     path = os.path.join(workdir, name)
@@ -45,24 +49,11 @@ def write(workdir: str) -> str:
     ('Training', curves(stages, lines)),
     ('Stages', report_tables.stage_table(stages)),
     ('Curriculum', curriculum(workdir)),
-    (
-      'Log-perplexity on held-out documents',
-      report_tables.comparison(evals.get('log_perplexity', {})),
-    ),
-    (
-      'Reconstruction',
-      report_tables.comparison(evals.get('reconstruction', {})),
-    ),
-    (
-      'What is written from chunks alone',
-      report_tables.regeneration(evals.get('regeneration', {})),
-    ),
-    (
-      'Which chunks to expand',
-      report_tables.selection(evals.get('selection', {})),
+    *(
+      (of.title, of.table(evals.get(name, {})))
+      for name, of in evals_by_name.items()
     ),
     ('What the policy expands', policy_pictures(scored)),
-    ('Questions', report_tables.questions(evals.get('qa', {}))),
     ('Sample texts', samples(tables)),
     ('Left out', left_out(numbers.get('left_out', []))),
     ('Config', config_table(saved)),

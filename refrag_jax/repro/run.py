@@ -20,12 +20,13 @@ from typing import Any
 
 import jax
 
-from refrag_jax import checkpoint, evaluate, results, train
-from refrag_jax.config.load import changed
+from refrag_jax import checkpoint, evaluate, lineage, results
+from refrag_jax import run as training
 from refrag_jax.config.schema import Config
 from refrag_jax.errors import NonFinite, UserError
 from refrag_jax.repro import report
 from refrag_jax.repro import verdicts as claims
+from refrag_jax.resolve import changed
 from refrag_jax.runtime import environment
 from refrag_jax.runtime import workdir as workdir_lib
 from refrag_jax.runtime.progress import say
@@ -54,15 +55,15 @@ def run(config: Config, workdir: str) -> int:
     folder = os.path.join(workdir, f'seed{seed}', arm)
     try:
       if _complete(cfg, folder):
-        train.say_done(folder)
+        training.say_done(folder)
         continue
       with _held(folder):
         if _complete(cfg, folder):  # by another run, in between
-          train.say_done(folder)
+          training.say_done(folder)
           continue
         save_config(config, arm, cfg, folder)
         train_sources_again(config, cfg, seed, workdir)
-        train.run(cfg, folder)
+        training.run(cfg, folder)
     except (UserError, NonFinite) as e:
       failures[f'seed{seed}/{arm}'] = str(e)
       say(f'arm {arm}, seed {seed} failed: {e}')
@@ -100,7 +101,7 @@ def train_sources_again(
     there = checkpoint.latest_step(os.path.join(folder, 'checkpoints', stage))
     done = os.path.exists(os.path.join(folder, 'results.json'))
     # Another run may be at it, so that only one process looks.
-    if _first(bool(there) and not done and not train.finished(folder, stage)):
+    if _first(bool(there) and not done and not lineage.finished(folder, stage)):
       raise UserError(
         f'{other}/{stage}, which this arm starts from, is not trained to its '
         f'end: run arm {other} first'
@@ -113,7 +114,7 @@ def train_sources_again(
       train_sources_again(config, again, seed, workdir)
       chain = again.stages[: again.stages.index(stage) + 1]
       again = dataclasses.replace(again, stages=chain)
-      train.run_stages(again, folder, lambda *_: None)
+      training.run_stages(again, folder, lambda *_: None)
 
 
 def _complete(cfg: Config, folder: str) -> bool:

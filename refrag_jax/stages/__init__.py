@@ -1,25 +1,75 @@
 """The stages by name; the order of a run comes from `config.stages`."""
 
-from refrag_jax.stages import cepe, compressed, control, grpo, lm, mlm
+from refrag_jax.config import check as checks
+from refrag_jax.config.schema import Config
+from refrag_jax.stages import baselines, compressed, grpo, lm, mlm
 from refrag_jax.stages.stage import Stage
 
 STAGES: dict[str, Stage] = {
-  'lm': lm.STAGE,
-  'mlm': mlm.STAGE,
-  'reconstruct': compressed.RECONSTRUCT,
-  'cpt': compressed.CPT,
-  'mixed': compressed.MIXED,
-  'grpo': grpo.STAGE,
-  'sft': compressed.SFT,
-  # Control arms (design.md section 4): never part of REFRAG itself.
-  'cpt_trained': control.control('lm'),
-  'mixed_trained': control.control('cpt_trained'),
-  'sft_full': control.control('mixed_trained'),
-  'sft_none': control.control('mixed_trained'),
-  'reconstruct_unfrozen': compressed.RECONSTRUCT_UNFROZEN,
-  'cpt_frozen': compressed.CPT_FROZEN,
-  # The paper's strongest baseline.
-  'cepe_warmup': cepe.WARMUP,
-  'cepe': cepe.CEPE,
-  'cepe_unfrozen': cepe.UNFROZEN,
+  stage.name: stage
+  for stage in (
+    lm.LM,
+    mlm.MLM,
+    compressed.RECONSTRUCT,
+    compressed.CPT,
+    compressed.MIXED,
+    grpo.GRPO,
+    compressed.SFT,
+    # Never part of REFRAG itself.
+    baselines.CPT_TRAINED,
+    baselines.MIXED_TRAINED,
+    baselines.SFT_FULL,
+    baselines.SFT_NONE,
+    compressed.RECONSTRUCT_UNFROZEN,
+    compressed.CPT_FROZEN,
+    # The paper's strongest baseline.
+    baselines.CEPE_WARMUP,
+    baselines.CEPE,
+    baselines.CEPE_UNFROZEN,
+  )
 }
+IMPORTED = 'imported'  # what --mode=import writes, beside the stages
+
+
+def check(config: Config) -> None:
+  """Refuses stages that there are not, and sections that cannot work.
+
+  Raises:
+    UserError: in one line, what to change.
+  """
+  checks.names(config.stages, STAGES, 'stages')
+  for name in config.stages:
+    checks.refuse(
+      name not in config.stage,
+      f'config.stages names {name!r}, but config.stage.{name} is missing: add '
+      'it to the config file',
+    )
+  starts = {'init_from': config.init_from} | {
+    f'stage.{name}.init_from': config.stage[name].init_from
+    for name in config.stages
+  }
+  for key, source in starts.items():
+    if source.startswith('@'):
+      beside(source, key)
+  for name in config.stages:
+    STAGES[name].check(config)
+
+
+def beside(source: str, key: str) -> tuple[str, str]:
+  """(run, stage) of '@RUN/STAGE': a stage of the workdir RUN beside this one.
+
+  Args:
+    source: what the config says.
+    key: where it says it, for the message.
+
+  Raises:
+    UserError: it is not in this form, or there is no such stage.
+  """
+  run, _, stage = source.removeprefix('@').partition('/')
+  checks.refuse(
+    run in ('', '.', '..') or not stage or '/' in stage,
+    f'config.{key} is {source!r}: write @RUN/STAGE, such as @main/lm, for a '
+    'stage of the workdir RUN beside this one; other checkpoints by their path',
+  )
+  checks.known((stage,), (*STAGES, IMPORTED), key)
+  return run, stage

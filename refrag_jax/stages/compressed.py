@@ -1,7 +1,7 @@
 """`reconstruct`, `cpt`, `mixed` and `sft`: one loss, four uses (paper 2).
 
-They differ in the batch (data/pipeline.py), in what is trained, and in whether
-some chunks stay tokens:
+They differ in the task, in what is trained, and in whether some chunks stay
+tokens:
 
   reconstruct  decoder frozen; regenerate x_{1:s} from its chunk embeddings
   cpt          next paragraph x_{s+1:s+o} from the chunk embeddings of x_{1:s}
@@ -11,25 +11,28 @@ some chunks stay tokens:
 Dimension key: B batch, C chunks, O output slots.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 
-from refrag_jax import forward
-from refrag_jax.models import losses, policy
-from refrag_jax.stages.stage import Stage, expansion_variants
+from refrag_jax.config import check
+from refrag_jax.config.schema import Config
+from refrag_jax.data.tasks.questions import Questions
+from refrag_jax.data.tasks.windows import Continue, Regenerate
+from refrag_jax.models import policy
+from refrag_jax.models.refrag import Refrag
+from refrag_jax.stages.context import SomeExpanded
+from refrag_jax.stages.mlm import MLM
+from refrag_jax.stages.stage import Stage
 
 ALL_BUT_POLICY = r'^(encoder|projection|decoder)/'
 
 
-def loss(model, params, batch, variant, cfg):
-  del variant, cfg
-  nll_BO = forward.compressed_nll(model, params, batch)
-  return *losses.masked_sum(nll_BO, batch['loss_mask_BO']), {}
-
-
-def evaluate(model, params, batch, keys_B, variant, cfg):
-  del keys_B, variant, cfg
-  nll_BO = forward.compressed_nll(model, params, batch)
-  return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
+def nll(model, params, batch, variant):
+  """NLL of the outputs with nothing expanded, (B, O), and the loss mask."""
+  del variant
+  nll_BO = model.apply({'params': params}, batch, method=Refrag.compressed_nll)
+  return nll_BO, batch['loss_mask_BO']
 
 
 def expand_random(model, params, batch, keys_B, variant, cfg):
@@ -42,51 +45,65 @@ def expand_random(model, params, batch, keys_B, variant, cfg):
 
 
 def mixed_nll(model, params, batch, variant):
-  c_BCE = forward.chunk_vectors(model, params, batch)
-  return forward.output_nll(
-    model, params, batch, c_BCE, batch['expand_BC'], variant
+  """As `nll`, with the marked chunks as tokens."""
+  nll_BO = model.apply(
+    {'params': params}, batch, variant, method=Refrag.mixed_nll
   )
+  return nll_BO, batch['loss_mask_BO']
 
 
-def mixed_loss(model, params, batch, variant, cfg):
-  del cfg
-  nll_BO = mixed_nll(model, params, batch, variant)
-  return *losses.masked_sum(nll_BO, batch['loss_mask_BO']), {}
+class Reconstruct(Stage):
+  """The first stage that trains an encoder with this decoder."""
+
+  def check(self, config: Config) -> None:
+    super().check(config)
+    before = config.stages[: config.stages.index(self.name)]
+    check.refuse(
+      MLM.name in before and not config.stage[self.name].init_from,
+      f'config.stages has mlm before {self.name}, which would start from lm '
+      f'all the same: set config.stage.{self.name}.init_from to @RUN/mlm, RUN '
+      "being the workdir's last name, or to WORKDIR/checkpoints/mlm",
+    )
 
 
-def mixed_evaluate(model, params, batch, keys_B, variant, cfg):
-  batch = expand_random(model, params, batch, keys_B, variant, cfg)
-  nll_BO = mixed_nll(model, params, batch, variant)
-  return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
-
-
-RECONSTRUCT = Stage(
+RECONSTRUCT = Reconstruct(
+  name='reconstruct',
   predecessor='lm',
   trainable=r'^(encoder|projection)/',
-  loss=loss,
-  evaluate=evaluate,
+  task=Regenerate(),
+  nll=nll,
 )
 # A decoder that is too small to write what it has only read as vectors.
-RECONSTRUCT_UNFROZEN = RECONSTRUCT._replace(trainable=ALL_BUT_POLICY)
+RECONSTRUCT_UNFROZEN = dataclasses.replace(
+  RECONSTRUCT,
+  name='reconstruct_unfrozen',
+  trainable=ALL_BUT_POLICY,
+  mirrors='reconstruct',
+)
 CPT = Stage(
+  name='cpt',
   predecessor='reconstruct',
   trainable=ALL_BUT_POLICY,
-  loss=loss,
-  evaluate=evaluate,
+  task=Continue(),
+  nll=nll,
 )
 # What an encoder alone can do for a decoder that stays as it is.
-CPT_FROZEN = CPT._replace(trainable=RECONSTRUCT.trainable)
+CPT_FROZEN = dataclasses.replace(
+  CPT, name='cpt_frozen', trainable=RECONSTRUCT.trainable, mirrors='cpt'
+)
 MIXED = Stage(
+  name='mixed',
   predecessor='cpt',
   trainable=ALL_BUT_POLICY,
-  loss=mixed_loss,
-  evaluate=mixed_evaluate,
+  task=Continue(),
+  nll=mixed_nll,
+  context=SomeExpanded(),
   prepare=expand_random,
-  variants=expansion_variants,
 )
 SFT = Stage(
+  name='sft',
   predecessor='mixed',
   trainable=ALL_BUT_POLICY,
-  loss=loss,
-  evaluate=evaluate,
+  task=Questions(),
+  nll=nll,
 )

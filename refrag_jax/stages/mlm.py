@@ -17,12 +17,16 @@ encoder width, V its vocabulary, X texts to encode, T tokens of a row.
 
 import jax.numpy as jnp
 
+from refrag_jax.data.tasks.windows import Masked
 from refrag_jax.models import losses
+from refrag_jax.models.refrag import Refrag
+from refrag_jax.stages.context import Nothing
 from refrag_jax.stages.stage import Stage
 
 
-def nll(model, params, batch):
+def nll(model, params, batch, variant):
   """NLL of every token of each window in both forms, (B, T), and its mask."""
+  del variant
   B, C, M = batch['encoder_BCM'].shape
   parts = (
     (batch['whole_BM'], batch['whole_len_B'], batch['whole_target_BM']),
@@ -36,7 +40,7 @@ def nll(model, params, batch):
   nlls, masks = [], []
   for ids_XM, len_X, target_XM in parts:
     states_XME = model.apply(
-      {'params': params}, ids_XM, len_X, method='encoder_states'
+      {'params': params}, ids_XM, len_X, method=Refrag.encoder_states
     )
     nll_XM = losses.token_nll(
       states_XME, head_EV, jnp.maximum(target_XM, 0), model.cfg.loss_block
@@ -46,16 +50,11 @@ def nll(model, params, batch):
   return jnp.concatenate(nlls, 1), jnp.concatenate(masks, 1)
 
 
-def loss(model, params, batch, variant, cfg):
-  del variant, cfg
-  return *losses.masked_sum(*nll(model, params, batch)), {}
-
-
-def evaluate(model, params, batch, keys_B, variant, cfg):
-  del keys_B, variant, cfg
-  return losses.masked_mean(*nll(model, params, batch))
-
-
-STAGE = Stage(
-  predecessor='lm', trainable=r'^encoder/', loss=loss, evaluate=evaluate
+MLM = Stage(
+  name='mlm',
+  predecessor='lm',
+  trainable=r'^encoder/',
+  task=Masked(),
+  nll=nll,
+  context=Nothing(),
 )

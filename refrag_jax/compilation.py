@@ -1,4 +1,4 @@
-"""A stage's compiled step programs: one per batch shape and variant.
+"""Ahead-of-time compilation: a stage's step programs, one a shape and variant.
 
 Everything is compiled before the first step, so that compile time is known and
 apart, and a shape that nobody planned is an error instead of a recompilation.
@@ -17,7 +17,6 @@ import numpy as np
 
 from refrag_jax import flops, sharding
 from refrag_jax.config.schema import ModelConfig
-from refrag_jax.data import pipeline
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.session import Session, abstract_params, with_shardings
 from refrag_jax.stages import STAGES
@@ -141,7 +140,7 @@ def model_flops(
 def abstract_batch(session: Session, name: str, num_chunks: int) -> dict:
   """Shapes of a stage's global batch with so many chunks."""
   rows = session.config.stage[name].batch_size
-  shapes = pipeline.row_shapes(session.config, name, num_chunks)
+  shapes = STAGES[name].task.row_shapes(session.config, name, num_chunks)
   return {
     key: jax.ShapeDtypeStruct(
       (rows, *shape), dtype, sharding=sharding.batch_sharding(session.mesh)
@@ -161,29 +160,18 @@ def text_tokens(batch: dict) -> int:
 
 def step_key(session: Session, name: str, step: int) -> jax.Array:
   """The key of a step: a pure function of (seed, stage, step)."""
-  seed = pipeline.stream_seed(session.config, name) & 0xFFFFFFFF
+  seed = STAGES[name].seed(session.config) & 0xFFFFFFFF
   return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def step_keys(session: Session, name: str) -> list[tuple[int, Any]]:
   """(chunks, variant) of every step of a stage, on the host."""
-  cfg, seed = (
-    session.config.stage[name],
-    pipeline.stream_seed(session.config, name),
-  )
+  cfg, stage = session.config.stage[name], STAGES[name]
+  seed = stage.seed(session.config)
   keys = []
-  for step, chunks in enumerate(_chunks_of_steps(session, name)):
-    variants = STAGES[name].variants(cfg, int(chunks))
+  for step, chunks in enumerate(stage.chunks_of_steps(session.config)):
+    variants = stage.context.variants(cfg, int(chunks))
     # Drawn, not cycled: a cycle could lock in step with the curriculum.
     rng = np.random.Generator(np.random.Philox(key=[seed, step]))
     keys.append((int(chunks), variants[rng.integers(len(variants))]))
   return keys
-
-
-def _chunks_of_steps(session: Session, name: str) -> np.ndarray:
-  cfg = session.config.stage[name]
-  if name == 'lm' or name.startswith('sft'):
-    data = session.config.data
-    chunks = 0 if name == 'lm' else data.num_passages * data.passage_chunks
-    return np.full(cfg.num_train_steps, chunks)
-  return pipeline.factor_schedule(session.config, name)
