@@ -40,8 +40,9 @@ import tempfile
 
 import jax
 
-from refrag_jax import evaluate, train
-from refrag_jax.config import load
+from refrag_jax import run
+from refrag_jax import evaluate
+from refrag_jax import resolve
 
 values = importlib.import_module(f'configs.{CONFIG}').get_config(PRESET)
 values.mesh.update(data=-1, fsdp=1, tensor=1, sequence=1)
@@ -54,7 +55,7 @@ print(jax.device_count(), 'x', jax.devices()[0].device_kind)
 
 # %%
 if made_here:
-  train.run(load.build(values), WORKDIR)
+  run.run(resolve.build(values), WORKDIR)
 
 # %% [markdown]
 # ## Restore and evaluate
@@ -65,7 +66,7 @@ if made_here:
 # %%
 values.evals = ('log_perplexity',)  # with a policy also 'selection'
 values.eval.data = tuple(TEXT.split(',')) if TEXT else ()
-evaluate.run(load.build(values), WORKDIR)
+evaluate.run(resolve.build(values), WORKDIR)
 
 # %%
 with open(os.path.join(WORKDIR, 'results.json')) as f:

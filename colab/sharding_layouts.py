@@ -46,8 +46,8 @@ import difflib
 import importlib
 import tempfile
 
-from refrag_jax import checkpoint, programs, sharding
-from refrag_jax.config import load
+from refrag_jax import checkpoint, compilation, sharding
+from refrag_jax import resolve
 from refrag_jax.plan import run as plan
 from refrag_jax.plan import topologies
 
@@ -63,7 +63,7 @@ def open_on(data, fsdp, tensor, sequence, model=MODEL):
   here = topologies.Topology(
     'here', topologies.CHIPS['cpu'], devices, len(devices), {}
   )
-  return plan.open_planned(load.build(values), here), here
+  return plan.open_planned(resolve.build(values), here), here
 
 
 session, here = open_on(DATA, FSDP, TENSOR, SEQUENCE)
@@ -76,12 +76,12 @@ print(dict(session.mesh.shape))
 # divide it (`-`: whole). Moments of the optimizer lie where their parameter lies.
 
 # %%
-before = sharding.layout(programs.abstract_state(session, STAGE).params)
+before = sharding.layout(compilation.abstract_state(session, STAGE).params)
 print(before)
 
 # %%
 # The devices that hold each part of two of the matrices.
-params = programs.abstract_state(session, STAGE).params
+params = compilation.abstract_state(session, STAGE).params
 for path in (('decoder', 'embed_tokens'), ('projection', 'up_proj', 'kernel')):
   array = params
   for name in path:
@@ -122,7 +122,7 @@ kept = sharding.AXIS_RULES['embed']
 sharding.AXIS_RULES['embed'] = ()
 try:
   changed, _ = open_on(DATA, FSDP, TENSOR, SEQUENCE)
-  after = sharding.layout(programs.abstract_state(changed, STAGE).params)
+  after = sharding.layout(compilation.abstract_state(changed, STAGE).params)
   moved = [
     line
     for line in difflib.ndiff(before.splitlines(), after.splitlines())

@@ -8,6 +8,7 @@ heads, J key/value heads, H head dimension.
 import dataclasses
 import functools
 
+import forward
 import jax
 import numpy as np
 import pytest
@@ -15,13 +16,13 @@ import toy
 import toy_config
 import toy_run
 
-from refrag_jax import forward, results, session, train
+from refrag_jax import lineage, results, session
 from refrag_jax.config import schema as config_lib
-from refrag_jax.data import pipeline
 from refrag_jax.errors import UserError
 from refrag_jax.models import cepe
 from refrag_jax.models.refrag import init_params
 from refrag_jax.sharding import path_str
+from refrag_jax.stages import STAGES
 
 PARAMS = toy.params(toy.CEPE)
 LENGTH = 4  # of a piece in the sessions below: four to a context
@@ -233,8 +234,8 @@ def test_pieces_hold_the_context_of_the_windows_of_refrag(
   s = opened(folder, model__piece_length=length)
   s = toy_run.with_stage(s, base, factors=())
   rows = np.arange(8)
-  batch = pipeline.sampler(s.config, name, s.corpus)(2, rows)
-  of_refrag = pipeline.sampler(s.config, base, s.corpus)(2, rows)
+  batch = STAGES[name].sampler(s.config, s.corpus)(2, rows)
+  of_refrag = STAGES[base].sampler(s.config, s.corpus)(2, rows)
   assert batch.keys() - of_refrag.keys() == {'piece_BPM', 'piece_len_BP'}
   for key, values in of_refrag.items():
     np.testing.assert_array_equal(batch[key], values)
@@ -311,7 +312,7 @@ def test_an_arm_starts_from_a_decoder_that_was_trained_without_it(
   toy_run.train(opened(folder), 'lm')
   s = opened(folder, model__piece_length=LENGTH)
   lm, _ = session.load_params(s, s.checkpoint_dir('lm'), 'test')
-  start = train.initial_params(s, 'cepe_warmup')
+  start = lineage.initial_params(s, 'cepe_warmup')
   jax.tree.map(np.testing.assert_array_equal, start['decoder'], lm['decoder'])
   own = lm['decoder']['layers']['q_proj']['kernel']
   np.testing.assert_array_equal(start['cross']['q_proj']['kernel'], own)
@@ -321,7 +322,7 @@ def test_an_arm_starts_from_a_decoder_that_was_trained_without_it(
   params, groups = session.load_params(s, warm, 'test')
   assert set(groups) == {'encoder', 'decoder', 'cross'}
   jax.tree.map(np.testing.assert_array_equal, params['decoder'], lm['decoder'])
-  began = train.initial_params(s, 'cepe')
+  began = lineage.initial_params(s, 'cepe')
   for group in ('encoder', 'cross'):
     jax.tree.map(np.testing.assert_array_equal, began[group], params[group])
     assert toy.distance(start[group], params[group]) > 1e-4

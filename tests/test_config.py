@@ -10,9 +10,9 @@ from configs import llama2_7b
 from refrag_jax import cli, evals, stages, state
 from refrag_jax.config import check
 from refrag_jax.config import schema as config
-from refrag_jax.config.load import build
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import init_params
+from refrag_jax.resolve import build
 from refrag_jax.runtime.environment import ROOT
 
 CONFIGS = (

@@ -7,7 +7,7 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import doctor, train
+from refrag_jax import doctor, run, train
 from refrag_jax.errors import UserError
 from refrag_jax.runtime import environment
 
@@ -200,7 +200,7 @@ def test_a_package_that_is_missing_is_found(
   assert [f.what for f in found if package in f.what]
   monkeypatch.setattr(train, 'check_order', lambda *_: None)
   with pytest.raises(UserError, match=package):
-    train.run_stages(cfg, str(tmp_path), None)
+    run.run_stages(cfg, str(tmp_path), None)
 
 
 def test_one_mistake_is_told_once(texts, tmp_path, monkeypatch, capsys):

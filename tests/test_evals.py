@@ -10,6 +10,7 @@ import json
 import os
 import threading
 
+import forward
 import jax
 import jax.extend
 import numpy as np
@@ -17,9 +18,9 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import checkpoint, evaluate, forward, results, train
+from refrag_jax import checkpoint, evaluate, results, run, train
 from refrag_jax.config import check
-from refrag_jax.data import pipeline
+from refrag_jax.data.tasks import windows as windows_task
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.evals import (
   EVALS,
@@ -83,7 +84,7 @@ def surroundings(session, params, stop=None):
 @pytest.fixture(scope='module')
 def windows(session):
   cfg = session.config
-  return pipeline.eval_windows(cfg, session.corpus, C * K, 6, 16)
+  return windows_task.eval_windows(cfg, session.corpus, C * K, 6, 16)
 
 
 @pytest.fixture(scope='module')
@@ -490,7 +491,7 @@ def test_reconstruction_rows(session, params, tables):
   for row in rows.values():
     assert {'P4', 'P16'} <= row.keys()
     assert_stats(row)
-  batch = pipeline.reconstruction_windows(
+  batch = windows_task.reconstruction_windows(
     session.config, session.corpus, 16, session.config.eval.num_windows
   )
   compressed = jax.jit(functools.partial(forward.compressed_nll, session.model))
@@ -509,7 +510,7 @@ def test_regeneration_rows(session, params, context, tables):
   assert rows.keys() - {'texts'} == {
     *names, *(f'{name}_shuffled' for name in names),
   }  # fmt: skip
-  batch = pipeline.reconstruction_windows(
+  batch = windows_task.reconstruction_windows(
     session.config, session.corpus, 16, session.config.eval.num_windows
   )
   ids_WN = qa.written(context, 'reconstruct_unfrozen', batch, False, 0)
@@ -731,7 +732,7 @@ def test_each_source_is_measured_on_its_own_documents(mixed_text, data):
   opened, datasets = open_mixed(mixed_text, *data)
   assert list(datasets) == ['a', 'b']
   for name, corpus in datasets.items():
-    batch = pipeline.eval_windows(opened.config, corpus, C * K, 6, 500)
+    batch = windows_task.eval_windows(opened.config, corpus, C * K, 6, 500)
     ids = np.concatenate(
       [batch['chunks_BCK'].reshape(len(batch['doc_B']), -1),
        batch['output_BO']], 1
@@ -820,7 +821,7 @@ def test_what_the_end_lacks_is_found_before_the_first_step(
     **{'stages': ('lm',), 'evals': ('log_perplexity',)} | changes,
   )
   with pytest.raises(UserError, match=message) as e:
-    train.run(cfg, str(tmp_path / 'run'))
+    run.run(cfg, str(tmp_path / 'run'))
   assert not started
   assert '\n' not in str(e.value)
 

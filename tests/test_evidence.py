@@ -9,6 +9,7 @@ import functools
 import threading
 import types
 
+import forward
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,9 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import forward, results
-from refrag_jax.data import pipeline, tokenizers
+from refrag_jax import results
+from refrag_jax.data import tokenizers
+from refrag_jax.data.tasks import windows as windows_task
 from refrag_jax.data.text import corpus as corpus_lib
 from refrag_jax.evals import (
   EVALS,
@@ -83,7 +85,7 @@ def tables(context):
 @pytest.fixture(scope='module')
 def windows(session):
   """What `passages` and `details` cut: the longest output, C chunks."""
-  return pipeline.eval_windows(session.config, session.corpus, C * K, O, W)
+  return windows_task.eval_windows(session.config, session.corpus, C * K, O, W)
 
 
 @functools.cache
@@ -187,7 +189,7 @@ def test_all_lengths_predict_the_same_from_the_last_tokens(
     expected |= {f'refrag_k4_s{s}', f'refrag_k4_s{s}_shuffled'}
     expected |= {f'full_context_trained_s{s}', f'last_k_trained_s{s}'}
   assert rows.keys() == expected
-  whole = pipeline.eval_windows(session.config, session.corpus, 32, O, W)
+  whole = windows_task.eval_windows(session.config, session.corpus, 32, O, W)
   doc_W, output_WO = whole['doc_B'], whole['output_BO']
   text_WT = whole['chunks_BCK'].reshape(W, 32)
   chunks = ('chunks_BCK', 'chunk_len_BC', 'encoder_BCM', 'encoder_len_BC')
@@ -272,7 +274,7 @@ def test_each_length_is_measured_in_its_own_batches(
 
   monkeypatch.setattr(context_length.perplexity, 'plain_nll', plain)
   monkeypatch.setattr(selection, 'selected_nll', selected)
-  whole = pipeline.eval_windows(session.config, session.corpus, 32, O, W)
+  whole = windows_task.eval_windows(session.config, session.corpus, 32, O, W)
   context_length.measure(context, whole)
   assert seen == {
     ('trained', 'none', 8, 0),
@@ -291,7 +293,7 @@ def test_full_context_ends_at_a_multiple_of_the_trained_length(
   monkeypatch.setattr(context_length.perplexity, 'plain_nll', zeros)
   monkeypatch.setattr(selection, 'selected_nll', zeros)
   monkeypatch.setattr(context_length, 'last_chunks', lambda whole, _: whole)
-  whole = pipeline.eval_windows(session.config, session.corpus, 32, O, W)
+  whole = windows_task.eval_windows(session.config, session.corpus, 32, O, W)
   longer = config_with(session, context_lengths=(64, 68))
   rows = context_length.measure(context._replace(session=longer), whole)
   assert {row for row in rows if row.startswith('full')} == {
@@ -332,7 +334,7 @@ def test_too_few_documents_come_twice_but_never_the_own(session):
 def joined_windows(session, P=2):
   """As `passages` makes them: P passages in four chunks, and their places."""
   length = C // P * K
-  base = pipeline.eval_windows(session.config, session.corpus, length, O, W)
+  base = windows_task.eval_windows(session.config, session.corpus, length, O, W)
   source_WP, place_W = passages.places(base['doc_B'], P)
   return passages.side_by_side(base, source_WP), place_W
 
@@ -352,7 +354,7 @@ def test_the_useful_passage_stands_before_the_output_in_its_document(session):
       )
   assert 0 < place_W.mean() < 1
   # The other one stands before another document's output.
-  base = pipeline.eval_windows(session.config, session.corpus, 2 * K, O, W)
+  base = windows_task.eval_windows(session.config, session.corpus, 2 * K, O, W)
   source_WP, _ = passages.places(base['doc_B'], 2)
   for w in range(W):
     other = source_WP[w, 1 - place_W[w]]

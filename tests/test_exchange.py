@@ -66,7 +66,7 @@ def run(cfg, models, tmp_path_factory):
   """A run that starts straight from these directories: two steps."""
   workdir = str(tmp_path_factory.mktemp('run'))
   started = toy_run.replaced(cfg, init_from=both(models))
-  train.run(started, workdir)
+  run.run(started, workdir)
   return started, workdir
 
 
@@ -95,7 +95,7 @@ def test_imported_is_a_starting_point_like_any(cfg, models, run, tmp_path):
   for group in ('decoder', 'encoder'):
     equal(params[group], models[1][group])
   workdir = str(tmp_path / 'run')
-  train.run(toy_run.replaced(cfg, init_from=target), workdir)
+  run.run(toy_run.replaced(cfg, init_from=target), workdir)
   records = [
     train.results.read_json(f'{path}/results.json')['stages']['reconstruct']
     for path in (workdir, run[1])
@@ -553,7 +553,7 @@ def test_a_trained_run_remembers_what_it_came_from(cfg, released, tmp_path):
     (tmp_path / group / 'tokenizer.json').unlink()
   pair = f'{tmp_path}/decoder,{tmp_path}/encoder'
   started = toy_run.replaced(named, data=cfg.data, init_from=pair, evals=())
-  train.run(started, str(tmp_path / 'run'))
+  run.run(started, str(tmp_path / 'run'))
   source, out = f'{tmp_path}/run/checkpoints/reconstruct', f'{tmp_path}/out'
   exchange.run_export(started, '', source, out)
   kinds = lambda of: {

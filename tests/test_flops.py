@@ -16,10 +16,10 @@ import toy
 from jax._src.cudnn import fused_attention_stablehlo
 
 from configs import llama2_7b
-from refrag_jax import flops, programs, sharding
-from refrag_jax.config.load import build
+from refrag_jax import compilation, flops, sharding
 from refrag_jax.models import attention
 from refrag_jax.models.refrag import Refrag, init_params
+from refrag_jax.resolve import build
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state, train_step
@@ -64,7 +64,7 @@ def test_counter_on_known_functions(f, products):
 # Of the paper's run: its model, k, and lengths. Costs scale with the rows, and
 # memory is none: everything is traced on shapes.
 CONFIG = build(llama2_7b.get_config('k16'))
-MODEL = programs.plain_model(CONFIG.model)
+MODEL = compilation.plain_model(CONFIG.model)
 ROWS = 2
 K, L, O = 16, 128, 2048
 DATA = CONFIG.data

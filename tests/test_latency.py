@@ -3,11 +3,12 @@
 import dataclasses
 
 import closed_form
+import forward
 import jax
 import pytest
 import toy
 
-from refrag_jax import flops, forward
+from refrag_jax import flops
 from refrag_jax.models.refrag import init_params
 from refrag_jax.repro import costs
 from refrag_jax.repro.costs import LLAMA2_7B

@@ -14,10 +14,10 @@ import toy_config
 import toy_run
 from test_encoder import states_by_hand
 
-from refrag_jax import checkpoint, show, train
-from refrag_jax.data import masked, pipeline, tokenizers
+from refrag_jax import checkpoint, lineage, show
+from refrag_jax.data import masked, tokenizers
 from refrag_jax.errors import UserError
-from refrag_jax.stages import mlm
+from refrag_jax.stages import STAGES, mlm
 
 BYTES = tokenizers.load('bytes')
 K, MAX_LENGTH = 4, 8  # of toy_config.py
@@ -113,7 +113,7 @@ def text_of(ids_M) -> bytes:
 
 @pytest.mark.parametrize('factor', [1, 4])
 def test_both_forms_hold_the_windows_text(session, factor):
-  batch = pipeline.heldout_batch(
+  batch = STAGES['mlm'].task.heldout_batch(
     session.config, 'mlm', session.corpus, 12, factor=factor
   )
   assert batch.keys() == {key for form in FORMS for key in form} | {
@@ -137,7 +137,7 @@ def test_both_forms_hold_the_windows_text(session, factor):
 
 def test_every_epoch_hides_other_tokens(session):
   long = toy_run.with_stage(session, 'mlm', num_train_steps=300, factors=())
-  sample = pipeline.sampler(long.config, 'mlm', session.corpus)
+  sample = STAGES['mlm'].sampler(long.config, session.corpus)
   first, again = sample(0, np.arange(8)), 0
   for step in range(1, 300):
     batch = sample(step, np.arange(8))
@@ -156,14 +156,14 @@ def test_every_epoch_hides_other_tokens(session):
 
 
 def test_a_step_is_the_same_for_any_number_of_processes(session):
-  sample = pipeline.sampler(session.config, 'mlm', session.corpus)
+  sample = STAGES['mlm'].sampler(session.config, session.corpus)
   whole = sample(3, np.arange(8))
   parts = [sample(3, rows) for rows in np.split(np.arange(8), 4)]
   for key, value in whole.items():
     joined = np.concatenate([part[key] for part in parts])
     np.testing.assert_array_equal(joined, value)
-  other = pipeline.sampler(
-    toy_run.replaced(session.config, seed=1), 'mlm', session.corpus
+  other = STAGES['mlm'].sampler(
+    toy_run.replaced(session.config, seed=1), session.corpus
   )
   assert (other(3, np.arange(8))['id_B'] != whole['id_B']).any()
 
@@ -203,11 +203,11 @@ def test_nll_is_that_of_states_times_word_embeddings():
 def test_reconstruct_starts_from_it_where_the_config_says_so(trained):
   directory = trained.checkpoint_dir('mlm')
   assert checkpoint.read_meta(directory)['trained'] == ['decoder', 'encoder']
-  started = train.initial_params(trained, 'reconstruct')
+  started = lineage.initial_params(trained, 'reconstruct')
   after = checkpoint.load_params(
     directory, {'encoder': started['encoder'], 'decoder': started['decoder']}
   )
-  before = train.initial_params(trained, 'mlm')
+  before = lineage.initial_params(trained, 'mlm')
   same = lambda a, b: all(
     np.array_equal(x, y)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -216,10 +216,10 @@ def test_reconstruct_starts_from_it_where_the_config_says_so(trained):
   assert not same(started['encoder'], before['encoder'])
   assert same(started['decoder'], before['decoder'])
   by_path = toy_run.with_stage(trained, 'reconstruct', init_from=directory)
-  assert same(train.initial_params(by_path, 'reconstruct'), started)
+  assert same(lineage.initial_params(by_path, 'reconstruct'), started)
   # Without it: from `lm`, with a fresh encoder.
   plain = toy_run.with_stage(trained, 'reconstruct', init_from='')
-  fresh = train.initial_params(plain, 'reconstruct')
+  fresh = lineage.initial_params(plain, 'reconstruct')
   assert same(fresh['encoder'], before['encoder'])
 
 
@@ -229,7 +229,7 @@ def test_a_fresh_encoder_may_take_the_decoders_embeddings(trained):
     plain, 'reconstruct', encoder_init='decoder_embeddings'
   )
   fresh, got = (
-    jax.tree.map(np.asarray, train.initial_params(s, 'reconstruct'))
+    jax.tree.map(np.asarray, lineage.initial_params(s, 'reconstruct'))
     for s in (plain, taking)
   )
   own_VE = got['encoder'].pop('word_embeddings')
@@ -248,7 +248,7 @@ def test_a_trained_encoder_is_not_overwritten(trained):
     trained, 'reconstruct', encoder_init='decoder_embeddings'
   )
   with pytest.raises(UserError, match='stage reconstruct: encoder_init is for'):
-    train.initial_params(after_mlm, 'reconstruct')
+    lineage.initial_params(after_mlm, 'reconstruct')
 
 
 @pytest.mark.parametrize(
@@ -281,6 +281,6 @@ def test_data_mode_shows_what_is_hidden(folder, tmp_path, capsys):
 
 def test_the_paths_of_a_run(trained):
   """`@run/mlm` is this run's own directory."""
-  assert train.init_from(trained, 'reconstruct') == os.path.abspath(
+  assert lineage.init_from(trained, 'reconstruct') == os.path.abspath(
     trained.checkpoint_dir('mlm')
   )

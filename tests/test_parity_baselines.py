@@ -10,12 +10,12 @@ O output slots, T positions, N heads, H head dimension, D width, E encoder width
 
 import functools
 
+import forward
 import jax
 import numpy as np
 import pytest
 import toy
 
-from refrag_jax import forward
 from refrag_jax.evals import replug
 from refrag_jax.models import losses
 

@@ -16,9 +16,9 @@ import pytest
 torch = pytest.importorskip('torch')
 hf_torch = pytest.importorskip('hf_torch')
 
+import forward  # noqa: E402
 import toy  # noqa: E402
 
-from refrag_jax import forward  # noqa: E402
 from refrag_jax.hf import convert  # noqa: E402
 from refrag_jax.models import losses  # noqa: E402
 from refrag_jax.models.refrag import Refrag, init_params  # noqa: E402

@@ -10,12 +10,14 @@ import pytest
 
 from refrag_jax.config.schema import StageConfig
 from refrag_jax.data import pipeline, tokenizers
+from refrag_jax.data.tasks import windows as windows_task
 from refrag_jax.errors import UserError
+from refrag_jax.stages import STAGES
 
 BYTES = tokenizers.load('bytes')
 K, S, O = 4, 16, 6
 PAPER_STAGES = ('reconstruct', 'cpt', 'mixed', 'grpo')
-STAGES = ('lm', *PAPER_STAGES, 'cpt_trained', 'mixed_trained')
+NAMES = ('lm', *PAPER_STAGES, 'cpt_trained', 'mixed_trained')
 
 
 def stage(**fields):
@@ -42,7 +44,7 @@ def config(tmp_path_factory):
     ]
     lines = '\n'.join(json.dumps({'text': t}) for t in texts)
     (directory / f'{name}.jsonl').write_text(lines)
-  stages = {name: stage() for name in STAGES}
+  stages = {name: stage() for name in NAMES}
   stages['lm'] = stage(output_length=32, factors=(), periodic_fraction=0.4)
   return types.SimpleNamespace(
     seed=0,
@@ -72,13 +74,18 @@ def assert_same(got, want):
     assert got[name].dtype == want[name].dtype
 
 
-def read(config, name, corpus, start=0, process=0, of=1):
-  size = config.stage[name].batch_size
-  rows = np.split(np.arange(size), of)[process]
-  return list(pipeline.train_batches(config, name, corpus, start, rows))
+def batches(config, name, corpus, start=0, process=0, of=1):
+  cfg = config.stage[name]
+  rows = np.split(np.arange(cfg.batch_size), of)[process]
+  sample = STAGES[name].sampler(config, corpus)
+  return pipeline.batches(sample, rows, start, cfg.num_train_steps)
 
 
-@pytest.mark.parametrize('name', STAGES)
+def read(*args, **kwargs):
+  return list(batches(*args, **kwargs))
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_formats(config, corpus, name):
   batches = read(config, name, corpus)
   assert [step for step, _ in batches] == list(range(24))
@@ -92,7 +99,7 @@ def test_formats(config, corpus, name):
         'doc_B': (16,),
       }
     else:
-      factor = pipeline.factor_schedule(config, name)[step]
+      factor = STAGES[name].chunks_of_steps(config)[step]
       out = factor * K if name == 'reconstruct' else O
       assert shapes == {
         'prefix_BQ': (16, 1),
@@ -133,7 +140,7 @@ def test_chunks_beyond_the_encoder_s_cap_are_counted(config, corpus):
     assert cut_BC.any()
 
 
-@pytest.mark.parametrize('name', STAGES)
+@pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('count', [2, 4, 8])
 def test_the_same_rows_for_any_number_of_processes(config, corpus, name, count):
   whole = read(config, name, corpus, start=20)
@@ -146,7 +153,7 @@ def test_the_same_rows_for_any_number_of_processes(config, corpus, name, count):
     assert_same(joined, batch)
 
 
-@pytest.mark.parametrize('name', STAGES)
+@pytest.mark.parametrize('name', NAMES)
 def test_resuming_anywhere_gives_the_same_batches(config, corpus, name):
   whole = read(config, name, corpus)
   for start in (1, 7, 23, 24):
@@ -180,17 +187,16 @@ def test_context_and_output_are_neighbours_in_their_document(
 
 def test_cpt_takes_the_last_chunks_and_reconstruct_the_first(config, corpus):
   sample = {
-    name: pipeline.sampler(config, name, corpus)
+    name: STAGES[name].sampler(config, corpus)
     for name in ('cpt', 'reconstruct')
   }
   for name, batch_of in sample.items():
-    factors = pipeline.factor_schedule(config, name)
+    factors = STAGES[name].chunks_of_steps(config)
     # The same window, wide and narrow: from two schedules of one stream.
-    wide = pipeline._window_sampler(
+    wide = STAGES[name].sampler(
       types.SimpleNamespace(
         **(vars(config) | {'stage': {name: stage(factors=(4,))}})
       ),
-      name,
       corpus,
     )
     step = int(np.argmin(factors))
@@ -209,7 +215,7 @@ def test_control_arms_see_what_their_stage_sees(config, corpus):
     ):
       assert_same(got, want)
   cpt, mixed = (
-    next(b for _, b in pipeline.train_batches(config, name, corpus, 23))
+    next(b for _, b in batches(config, name, corpus, 23))
     for name in ('cpt', 'mixed')
   )
   assert (cpt['id_B'] != mixed['id_B']).any()
@@ -225,7 +231,7 @@ def test_mixture_weights(config, corpus, name):
 
 
 def test_no_target_twice_in_an_epoch(config, corpus):
-  sample = pipeline.sampler(config, 'cpt', corpus)
+  sample = STAGES['cpt'].sampler(config, corpus)
   ids, sources = [], []
   for step in range(24):
     batch = sample(step, np.arange(16))
@@ -254,31 +260,33 @@ def test_lm_rows(config, corpus):
   assert 5.5 * 24 < periodic <= 6 * 24
 
 
-@pytest.mark.parametrize('name', STAGES)
+@pytest.mark.parametrize('name', NAMES)
 def test_heldout_batch(config, corpus, name):
   held = set(corpus.documents('heldout').tolist())
-  batch = pipeline.heldout_batch(config, name, corpus, 12)
-  assert_same(batch, pipeline.heldout_batch(config, name, corpus, 12))
-  train = next(b for _, b in pipeline.train_batches(config, name, corpus, 23))
+  batch = STAGES[name].task.heldout_batch(config, name, corpus, 12)
+  assert_same(batch, STAGES[name].task.heldout_batch(config, name, corpus, 12))
+  train = next(b for _, b in batches(config, name, corpus, 23))
   assert batch.keys() == train.keys()
   assert {len(v) for v in batch.values()} == {12}
   docs = batch['doc_B'].tolist()
   assert len(set(docs)) == 12
   assert set(docs) <= held
-  other = pipeline.heldout_batch(config, name, corpus, 12, batch_seed=1)
+  other = STAGES[name].task.heldout_batch(config, name, corpus, 12, seed=1)
   assert (other['doc_B'] != batch['doc_B']).any()
   # All there is, in place of rows that repeat each other.
-  most = pipeline.heldout_batch(config, name, corpus, 10_000)
+  most = STAGES[name].task.heldout_batch(config, name, corpus, 10_000)
   if name != 'lm':
     assert len(set(most['id_B'].tolist())) == len(most['id_B']) < 10_000
     assert batch['chunks_BCK'].shape[1] == 4
-    narrow = pipeline.heldout_batch(config, name, corpus, 12, factor=1)
+    narrow = STAGES[name].task.heldout_batch(
+      config, name, corpus, 12, num_chunks=1
+    )
     assert narrow['chunks_BCK'].shape[1] == 1
     np.testing.assert_array_equal(narrow['id_B'], batch['id_B'])
 
 
 def test_eval_windows(config, corpus):
-  batch = pipeline.eval_windows(config, corpus, 2 * K, 5, num_windows=30)
+  batch = windows_task.eval_windows(config, corpus, 2 * K, 5, num_windows=30)
   assert batch['chunks_BCK'].shape == (30, 2, K)
   assert batch['output_BO'].shape == (30, 5)
   for b in range(30):
@@ -297,11 +305,11 @@ def test_documents_too_short(config, corpus):
   }
   wide = types.SimpleNamespace(**(vars(config) | {'stage': stages}))
   with pytest.raises(UserError, match=r'training documents of .*a.jsonl holds'):
-    pipeline.sampler(wide, 'cpt', corpus)
+    STAGES['cpt'].sampler(wide, corpus)
   with pytest.raises(UserError, match='held-out documents'):
-    pipeline.heldout_batch(wide, 'cpt', corpus, 4)
+    STAGES['cpt'].task.heldout_batch(wide, 'cpt', corpus, 4)
   # They still serve `lm`, packed.
-  batch = pipeline.sampler(wide, 'lm', corpus)(0, np.arange(2))
+  batch = STAGES['lm'].sampler(wide, corpus)(0, np.arange(2))
   assert (batch['segment_ids_BT'].max(axis=1) > 5).all()
 
 
@@ -332,7 +340,9 @@ def test_questions_are_drawn_by_seed_and_step(config, corpus, monkeypatch):
     assert [step for step, _ in got] == [22, 23]
     assert got[1][1]['id_B'].tolist() == [2300 + i for i in range(8, 16)]
     assert got[0][1]['seed'] == batches[0][0][1]['seed']  # twins, same rows
-  assert pipeline.heldout_batch(asked, 'sft', corpus, 3)['kind'] == 'given'
+  assert (
+    STAGES['sft'].task.heldout_batch(asked, 'sft', corpus, 3)['kind'] == 'given'
+  )
   assert calls == [('bytes', 'bytes', 'train')] * 3 + [
     ('bytes', 'bytes', 'heldout')
   ]
@@ -351,7 +361,7 @@ def test_speed(config, corpus):
       },
     }
   )
-  sample = pipeline.sampler(wide, 'cpt', corpus)
+  sample = STAGES['cpt'].sampler(wide, corpus)
   times = []
   for step in range(20):
     begin = time.perf_counter()

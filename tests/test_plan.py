@@ -11,8 +11,7 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import evaluate, flops, programs, sharding
-from refrag_jax.data import pipeline
+from refrag_jax import compilation, evaluate, flops, sharding
 from refrag_jax.errors import UserError
 from refrag_jax.plan import collectives, topologies
 from refrag_jax.plan import run as plan
@@ -62,8 +61,8 @@ def test_predicted_sizes_are_those_of_real_arrays(cfg, planned, folder):
   state = TrainState(np.int32(0), params, init_opt_state(params, STAGES['cpt']))
   state = jax.device_put(state, sharding.infer_shardings(state, opened.mesh))
   rows = np.arange(cfg.stage['cpt'].batch_size)
-  sample = pipeline.sampler(cfg, 'cpt', opened.corpus)
-  keys = pipeline.factor_schedule(cfg, 'cpt')
+  sample = STAGES['cpt'].sampler(cfg, opened.corpus)
+  keys = STAGES['cpt'].chunks_of_steps(cfg)
   batch = to_device(sample(int(keys.argmax()), rows), opened.mesh)
 
   def held(tree):
@@ -109,7 +108,7 @@ def test_frozen_weights_that_are_multiplied_with_are_read(cfg):
   tables = plan.device_bytes([
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(
-      programs.abstract_state(session, 'grpo').params
+      compilation.abstract_state(session, 'grpo').params
     )
     if 'embed' in jax.tree_util.keystr(path)
   ])  # fmt: skip
@@ -124,16 +123,16 @@ def test_model_flops_are_of_nothing_twice(cfg):
   )
   other = plan.open_planned(dataclasses.replace(cfg, model=model), eight())
   session, name = plan.open_planned(cfg, eight()), 'cpt'
-  state, key = programs.abstract_state(session, name), (2, None)
-  batch = programs.abstract_batch(session, name, key[0])
+  state, key = compilation.abstract_state(session, name), (2, None)
+  batch = compilation.abstract_batch(session, name, key[0])
   with jax.set_mesh(session.mesh):
     plain, heavy = (
-      flops.count(programs.trace_step(s, name, state, batch, key[1]).jaxpr)
+      flops.count(compilation.trace_step(s, name, state, batch, key[1]).jaxpr)
       for s in (session, other)
     )
   assert heavy > 1.1 * plain
-  assert programs.model_flops(session, name, state, key) == plain
-  assert programs.model_flops(other, name, state, key) == plain
+  assert compilation.model_flops(session, name, state, key) == plain
+  assert compilation.model_flops(other, name, state, key) == plain
 
 
 def test_the_time_of_the_network_by_hand():

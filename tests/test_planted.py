@@ -11,13 +11,14 @@ R draws, T row length.
 import dataclasses
 import functools
 
+import forward
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import common
-from refrag_jax import forward, optimizer
+from refrag_jax import optimizer
 from refrag_jax.config import schema as config
 from refrag_jax.models import policy
 from refrag_jax.models.refrag import Refrag, init_params

@@ -6,8 +6,7 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import programs
-from refrag_jax.data import pipeline
+from refrag_jax import compilation
 from refrag_jax.stages import STAGES
 
 
@@ -21,13 +20,13 @@ def session(tmp_path_factory):
 @pytest.mark.parametrize('name', STAGES)
 def test_shapes_are_known_without_text(session, name):
   config = session.config
-  sample = pipeline.sampler(config, name, session.corpus)
-  keys = programs.step_keys(session, name)
+  sample = STAGES[name].sampler(config, session.corpus)
+  keys = compilation.step_keys(session, name)
   for step in {chunks: step for step, (chunks, _) in enumerate(keys)}.values():
     row = sample(step, np.arange(3, 4))
     want = {key: (x.shape[1:], x.dtype) for key, x in row.items()}
-    shapes = pipeline.row_shapes(config, name, keys[step][0])
+    shapes = STAGES[name].task.row_shapes(config, name, keys[step][0])
     assert {k: (s, np.dtype(d)) for k, (s, d) in shapes.items()} == want
-    batch = programs.abstract_batch(session, name, keys[step][0])
+    batch = compilation.abstract_batch(session, name, keys[step][0])
     rows = config.stage[name].batch_size
     assert {x.shape[0] for x in jax.tree.leaves(batch)} == {rows}

@@ -5,12 +5,13 @@ Dimension key: B batch, C chunks, K chunk size, P pieces, O outputs.
 
 import functools
 
+import forward
 import jax
 import numpy as np
 import pytest
 import toy
 
-from refrag_jax import flops, forward
+from refrag_jax import flops
 from refrag_jax.evals import replug
 
 PARAMS = toy.params()

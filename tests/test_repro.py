@@ -13,8 +13,7 @@ import toy_config
 import toy_run
 from toy_run import one_device  # noqa: F401
 
-from refrag_jax import checkpoint, cli, results, train
-from refrag_jax.config import load
+from refrag_jax import checkpoint, cli, lineage, resolve, results, train
 from refrag_jax.config.schema import ArmConfig
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.repro import run as repro
@@ -42,7 +41,7 @@ def with_arms(cfg, chosen=(), seeds=(0,), **arms):
 
 def test_changes_are_what_one_would_type(folder):
   cfg = toy_run.config(folder)
-  changed = load.changed(
+  changed = resolve.changed(
     cfg,
     (
       'model.decoder.width=32',
@@ -62,7 +61,7 @@ def test_changes_are_what_one_would_type(folder):
   back = ('model.decoder.width=16', 'stage.cpt.factors=(2,4)',
           'stage.cpt.init_from=', 'model.policy.positions=true',
           'stage.lm.peak_learning_rate=3e-3')  # fmt: skip
-  assert load.changed(changed, back) == cfg
+  assert resolve.changed(changed, back) == cfg
 
 
 @pytest.mark.parametrize(
@@ -130,9 +129,9 @@ def test_a_stage_of_a_run_beside(folder, tmp_path):
   cfg = toy_run.config(folder, stage__cpt__init_from='@main/lm')
   session = toy_run.open_session(cfg, tmp_path / 'k8', toy_run.mesh())
   beside = str(tmp_path / 'main' / 'checkpoints' / 'lm')
-  assert train.init_from(session, 'cpt') == beside
+  assert lineage.init_from(session, 'cpt') == beside
   with pytest.raises(UserError, match=f'there is no checkpoint in {beside}'):
-    train.initial_params(session, 'cpt')
+    lineage.initial_params(session, 'cpt')
 
 
 @pytest.fixture(scope='module')
@@ -152,7 +151,7 @@ def runs(folder, tmp_path_factory):
 def start(folder, root, stage, **changes):
   cfg = toy_run.config(folder, stages=(stage,), **changes)
   session = toy_run.open_session(cfg, root / 'other', toy_run.mesh())
-  return session, train.initial_params(session, stage)
+  return session, lineage.initial_params(session, stage)
 
 
 def stored(root, run, stage):

@@ -17,8 +17,7 @@ import two_processes
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import llama2_7b, repro, tiny
-from refrag_jax import sharding
-from refrag_jax.config import load
+from refrag_jax import resolve, sharding
 from refrag_jax.errors import UserError
 from refrag_jax.models import losses
 from refrag_jax.models.refrag import init_params
@@ -47,7 +46,7 @@ def test_the_layout_of_every_parameter(name, tmp_path):
 
   All axes are larger than 1, so that none is left out for nothing.
   """
-  model = load.build(CONFIGS[name].get_config()).model
+  model = resolve.build(CONFIGS[name].get_config()).model
   model = dataclasses.replace(
     model, piece_length=4
   )  # the group `cross` as well

@@ -6,13 +6,13 @@ T decoder positions, D width, V vocabulary.
 
 import itertools
 
+import forward
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
-from refrag_jax import forward
 from refrag_jax.models import splice
 
 BOS, QUESTION = 90, 91

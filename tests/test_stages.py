@@ -2,15 +2,15 @@
 
 import functools
 
+import forward
 import jax
 import numpy as np
 import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import forward, optimizer, programs
+from refrag_jax import compilation, optimizer
 from refrag_jax.config import schema as config
-from refrag_jax.data import pipeline
 from refrag_jax.models.refrag import init_params
 from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES
@@ -130,7 +130,7 @@ def three_steps(session, params):
     stage, cfg = STAGES[name], session.config.stage[name]
     # The last step: late in a curriculum, so with several chunks.
     step = cfg.num_train_steps - 1
-    batch = pipeline.sampler(session.config, name, session.corpus)(
+    batch = STAGES[name].sampler(session.config, session.corpus)(
       step, np.arange(cfg.batch_size)
     )
     chunks = batch['chunks_BCK'].shape[1] if 'chunks_BCK' in batch else 0
@@ -197,7 +197,7 @@ def test_every_stage_is_covered():
 
 def test_reconstruct_reads_its_frozen_decoder(session, params):
   stage, cfg = STAGES['reconstruct'], session.config.stage['reconstruct']
-  batch = pipeline.heldout_batch(
+  batch = STAGES['reconstruct'].task.heldout_batch(
     session.config, 'reconstruct', session.corpus, 8
   )
   loss = jax.jit(
@@ -213,7 +213,7 @@ def test_reconstruct_reads_its_frozen_decoder(session, params):
 
 
 def test_reconstruct_predicts_its_own_chunks(session):
-  batch = pipeline.heldout_batch(
+  batch = STAGES['reconstruct'].task.heldout_batch(
     session.config, 'reconstruct', session.corpus, 8
   )
   np.testing.assert_array_equal(
@@ -252,14 +252,14 @@ def test_variants_are_the_distinct_numbers_of_expanded_chunks(session):
 
 def test_each_step_draws_its_variant_from_seed_and_step(session):
   long = toy_run.with_stage(session, 'cpt_trained', num_train_steps=900)
-  keys = programs.step_keys(long, 'cpt_trained')
-  assert keys == programs.step_keys(long, 'cpt_trained')
+  keys = compilation.step_keys(long, 'cpt_trained')
+  assert keys == compilation.step_keys(long, 'cpt_trained')
   variants = [variant for _, variant in keys]
   for context in ('none', 'last_k', 'full'):  # an equal mixture
     assert abs(variants.count(context) - 300) < 60
     # ... in each half of the curriculum
     assert abs(variants[:450].count(context) - 150) < 45
-  other = programs.step_keys(
+  other = compilation.step_keys(
     long._replace(config=toy_run.replaced(long.config, seed=1)), 'cpt_trained'
   )
   assert [variant for _, variant in other] != variants
@@ -268,7 +268,9 @@ def test_each_step_draws_its_variant_from_seed_and_step(session):
 def test_mixed_decodes_the_chunks_that_it_draws(session, params):
   """The loss is that of the drawn mask, and another draw is another loss."""
   stage, cfg = STAGES['mixed'], session.config.stage['mixed']
-  batch = pipeline.heldout_batch(session.config, 'mixed', session.corpus, 8)
+  batch = STAGES['mixed'].task.heldout_batch(
+    session.config, 'mixed', session.corpus, 8
+  )
   draw = lambda seed: stage.prepare(
     session.model, params, batch, row_keys(jax.random.key(seed), 8), 1, cfg
   )
@@ -291,7 +293,7 @@ def test_mixed_decodes_the_chunks_that_it_draws(session, params):
 def test_control_arms_read_text_and_no_encoder(session, params):
   """`last_k` keeps as many last tokens as there are chunks."""
   stage, cfg = STAGES['cpt_trained'], session.config.stage['cpt_trained']
-  batch = pipeline.heldout_batch(
+  batch = STAGES['cpt_trained'].task.heldout_batch(
     session.config, 'cpt_trained', session.corpus, 8
   )
   C = batch['chunks_BCK'].shape[1]

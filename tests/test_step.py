@@ -7,13 +7,14 @@ R draws.
 import functools
 import re
 
+import forward
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
-from refrag_jax import flops, forward
+from refrag_jax import flops
 from refrag_jax.models import losses, policy
 from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES, compressed, grpo

@@ -22,10 +22,13 @@ from toy_run import one_device  # noqa: F401
 
 from refrag_jax import (
   checkpoint,
+  compilation,
   evaluate,
+  heldout,
+  lineage,
   optimizer,
-  programs,
   results,
+  run,
   samples,
   sharding,
   train,
@@ -88,7 +91,7 @@ def whole(session):
 
 def last_state(session, workdir, name) -> TrainState:
   """The newest checkpoint, moments included."""
-  abstract = programs.abstract_state(session, name)
+  abstract = compilation.abstract_state(session, name)
   directory = os.path.join(workdir, 'checkpoints', name)
   _, state, _ = checkpoint.restore(directory, abstract)
   return jax.tree.map(np.asarray, state)
@@ -167,9 +170,9 @@ def test_the_held_out_measure_is_in_pieces_of_a_step(
   monkeypatch.setattr(train, 'HELDOUT_ROWS', 2 * size + 3)
   params = toy_run.fresh_params(session)
   with jax.set_mesh(session.mesh):
-    heldout = train.fixed_heldout(session._replace(config=config), name)
-    found_B = heldout.measure(params)
-    rows = len(heldout.batch['doc_B'])
+    fixed = heldout.fixed_heldout(session._replace(config=config), name)
+    found_B = fixed.measure(params)
+    rows = len(fixed.batch['doc_B'])
     keys_B = row_keys(jax.random.key(config.seed), rows)
     chunks = heldout.batch['chunks_BCK'].shape[1]
     variants = STAGES[name].variants(cfg, chunks)
@@ -286,11 +289,13 @@ def test_a_stop_before_the_first_step_is_heard(
   elif at == 'start_state':
     monkeypatch.setattr(train, 'start_state', then(train.start_state))
   elif at == 'between':
-    monkeypatch.setattr(programs, 'trace_step', then(programs.trace_step))
+    monkeypatch.setattr(compilation, 'trace_step', then(compilation.trace_step))
   else:
-    monkeypatch.setattr(programs.flops, 'count', then(programs.flops.count))
+    monkeypatch.setattr(
+      compilation.flops, 'count', then(compilation.flops.count)
+    )
   batches = lambda *args: compiled.append(args) or iter(())
-  monkeypatch.setattr(pipeline, 'train_batches', batches)
+  monkeypatch.setattr(pipeline, 'batches', batches)
   fresh = toy_run.fresh_params(session)
   monkeypatch.setattr(train, 'initial_params', lambda *_: fresh)
   monkeypatch.setattr(train, 'groups_after', lambda *_: {'decoder'})
@@ -311,7 +316,7 @@ def finished_run(tmp_path, **changes):
        'stage__reconstruct__num_train_steps': 2} | changes,
   )  # fmt: skip
   workdir = str(tmp_path / 'run')
-  train.run(cfg, workdir)
+  run.run(cfg, workdir)
   return cfg, workdir, results.read_json(f'{workdir}/results.json')
 
 
@@ -340,7 +345,7 @@ def evals_run(monkeypatch):
 def test_a_finished_run_is_done(done, tmp_path, monkeypatch, capsys):
   cfg, workdir, _ = copied(done, tmp_path)
   monkeypatch.setattr(train, 'run_stages', None)
-  train.run(cfg, workdir)
+  run.run(cfg, workdir)
   assert 'all done' in capsys.readouterr().out
 
 
@@ -354,7 +359,7 @@ def test_what_was_deleted_is_made_again(
   if gone == 'both':
     os.remove(f'{workdir}/stages/reconstruct.json')
   seen = evals_run(monkeypatch)
-  train.run(cfg, workdir)
+  run.run(cfg, workdir)
   said = capsys.readouterr().out
   assert 'lm  done before' in said and 'all done' not in said
   assert ('no checkpoint: trained again' in said) == (gone == 'checkpoints')
@@ -364,7 +369,7 @@ def test_what_was_deleted_is_made_again(
   assert again['evals'] == numbers['evals']  # training is a function of these
   # Trained again for fewer evals, the others' documents go with their results.
   shutil.rmtree(f'{workdir}/checkpoints/reconstruct')
-  train.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
+  run.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
   documents = results.read_json(f'{workdir}/documents.json')
   assert list(documents['evals']) == ['copying']
 
@@ -374,13 +379,13 @@ def test_fewer_evals_throw_no_result_away(done, tmp_path, monkeypatch):
   numbers = numbers | {'date': '2025-09-01 12:00 UTC'}  # of a while ago
   results.write_json(f'{workdir}/results.json', numbers)
   seen = evals_run(monkeypatch)
-  train.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
+  run.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
   assert results.read_json(f'{workdir}/results.json') == numbers
   more = toy_run.replaced(
     cfg, evals=('copying', 'regeneration'), log_every_steps=5,
     checkpoint_every_steps=1,
   )  # fmt: skip
-  train.run(more, workdir)
+  run.run(more, workdir)
   assert seen == [('regeneration',)]
   after = results.read_json(f'{workdir}/results.json')
   assert after['evals'].keys() == {'copying', 'reconstruction', 'regeneration'}
@@ -400,7 +405,7 @@ def test_what_is_only_seen_makes_no_result_stale(done, tmp_path, monkeypatch):
   changed = toy_run.replaced(
     cfg, log_every_steps=7, sample_every_steps=-1, checkpoint_every_seconds=9.0,
   )  # fmt: skip
-  train.run(changed, workdir)
+  run.run(changed, workdir)
   for name in evaluate.UNSEEN:
     assert hasattr(cfg, name)
 
@@ -410,7 +415,7 @@ def test_other_text_under_the_same_name_is_not_done(tmp_path):
   with open(cfg.data.text[0], 'a') as f:
     f.write(json.dumps({'text': 'One more document. ' * 9}) + '\n')
   with pytest.raises(UserError, match='corpus was'):
-    train.run(cfg, workdir)
+    run.run(cfg, workdir)
 
 
 def test_other_questions_under_the_same_name_are_other_settings(
@@ -422,18 +427,18 @@ def test_other_questions_under_the_same_name_are_other_settings(
   data = dataclasses.replace(session.config.data, questions=str(path))
   cfg = toy_run.replaced(session.config, data=data)
   mine = session._replace(config=cfg, workdir=str(tmp_path))
-  old = train.stage_settings(mine, 'sft')
-  train.check_settings(old, train.stage_settings(mine, 'sft'), 'sft')
+  old = lineage.stage_settings(mine, 'sft')
+  lineage.check_settings(old, lineage.stage_settings(mine, 'sft'), 'sft')
   path.write_text(path.read_text().replace('"answers": ["', '"answers": ["x'))
   with pytest.raises(UserError, match='questions_content was'):
-    train.check_settings(old, train.stage_settings(mine, 'sft'), 'sft')
+    lineage.check_settings(old, lineage.stage_settings(mine, 'sft'), 'sft')
   done = {'contents': {'questions': old['questions_content']}}
   asked = mine._replace(config=toy_run.replaced(cfg, evals=('qa',)))
   assert not evaluate.is_of_contents(done, asked)
   # A file that has only moved is the same.
   moved = dataclasses.replace(data, questions=session.config.data.questions)
   moved = mine._replace(config=toy_run.replaced(cfg, data=moved))
-  train.check_settings(old, train.stage_settings(moved, 'sft'), 'sft')
+  lineage.check_settings(old, lineage.stage_settings(moved, 'sft'), 'sft')
 
 
 def test_a_stop_during_the_last_step_ends_the_stage(session, whole, tmp_path):
@@ -507,7 +512,7 @@ def test_a_missing_predecessor_is_named(folder, tmp_path, name):
   cfg = toy_run.config(folder)
   session = toy_run.open_session(cfg, tmp_path, toy_run.mesh())
   with pytest.raises(UserError) as e:
-    train.init_from(session, name)
+    lineage.init_from(session, name)
   message = str(e.value)
   predecessor = STAGES[name].predecessor
   assert f'put {predecessor} before it in config.stages' in message
@@ -526,7 +531,7 @@ def test_a_half_trained_predecessor_is_no_predecessor(session, tmp_path):
 def test_init_from_overrides_the_predecessor(session, whole, tmp_path):
   """`mixed` starts from `lm` here; only the fresh projection is rescaled."""
   lm = last_state(session, whole('lm'), 'lm').params
-  start = train.initial_params(session, 'mixed')
+  start = lineage.initial_params(session, 'mixed')
   for group in ('decoder', 'encoder', 'policy'):
     jax.tree.map(np.testing.assert_array_equal, start[group], lm[group])
   # That of config.init_from is for the run's first stage alone.
@@ -535,11 +540,11 @@ def test_init_from_overrides_the_predecessor(session, whole, tmp_path):
     tmp_path,
     session.mesh,
   )
-  assert train.init_from(elsewhere, 'cpt') == '/x'
+  assert lineage.init_from(elsewhere, 'cpt') == '/x'
   with pytest.raises(UserError, match='put mixed before it'):
-    train.init_from(elsewhere, 'grpo')
+    lineage.init_from(elsewhere, 'grpo')
   with pytest.raises(UserError, match='there is no checkpoint in /x'):
-    train.initial_params(elsewhere, 'cpt')
+    lineage.initial_params(elsewhere, 'cpt')
 
 
 def test_a_checkpoint_of_another_shape_is_refused(session, whole, folder):
@@ -552,7 +557,7 @@ def test_a_checkpoint_of_another_shape_is_refused(session, whole, folder):
     session.mesh,
   )
   with pytest.raises(UserError, match=r'decoder.width is 16 there and 32 here'):
-    train.initial_params(other, 'cpt')
+    lineage.initial_params(other, 'cpt')
 
 
 def test_steps_compile_once_per_shape_and_variant(folder, tmp_path):
@@ -569,7 +574,7 @@ def test_steps_compile_once_per_shape_and_variant(folder, tmp_path):
     stage__cpt_trained__factors=(1, 4),
   )
   session = toy_run.open_session(cfg, tmp_path, toy_run.mesh())
-  keys = programs.step_keys(session, 'cpt_trained')
+  keys = compilation.step_keys(session, 'cpt_trained')
   assert len(set(keys)) > 3  # factors and contexts
   at_step = []
   fresh = toy_run.fresh_params(session)
@@ -629,7 +634,7 @@ def test_non_finite_later_names_the_batch_and_keeps_the_checkpoint(
       toy_run.train(session, 'mixed', workdir=str(tmp_path))
   assert 'at step 3;' in str(e.value)
   assert 'last good checkpoint: step 2' in str(e.value)
-  batch = train.pipeline.sampler(session.config, 'mixed', session.corpus)(
+  batch = train.STAGES['mixed'].sampler(session.config, session.corpus)(
     2, np.arange(8)
   )
   assert f'batch ids {batch["id_B"].tolist()}' in str(e.value)
@@ -644,7 +649,7 @@ def test_frozen_unchanged_is_measured(session, whole):
   workdir = whole(name)
   params = last_state(session, workdir, name).params
   heldout = train.Heldout({'doc_B': np.arange(4)}, None)
-  frozen = train.frozen_checksums(params, train.STAGES[name])
+  frozen = lineage.frozen_checksums(params, train.STAGES[name])
   meta = {
     'before_B': [1.0] * 4, 'wall_s': 0.0, 'compile_s': 0.0, 'frozen': frozen,
   }  # fmt: skip
@@ -700,7 +705,7 @@ if point:
     'first step': lambda: at(optimizer, 'learning_rate'),
     'step 3': lambda: at(optimizer, 'learning_rate', call=3),
     'step 6': lambda: at(optimizer, 'learning_rate', call=6),
-    'compiling': lambda: at(programs, 'compile_stage'),
+    'compiling': lambda: at(compilation, 'compile_stage'),
     'saving': lambda: at(checkpoint, 'save', before=False, call=2),
     'saving the last': lambda: at(checkpoint, 'save', before=False, call=3),
     'sampling': lambda: at(samples, 'rows'),
@@ -812,7 +817,7 @@ def test_a_signal_after_the_last_step_is_heard(folder, tmp_path):
     assert stop.wait(10)
 
   with pytest.raises(Stopped, match='at the end of a run'):
-    train.run_stages(cfg, str(tmp_path), then)
+    run.run_stages(cfg, str(tmp_path), then)
 
 
 @pytest.mark.slow

@@ -10,10 +10,9 @@ import toy_config
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
+from refrag_jax import lineage, resolve, sharding
 from refrag_jax import session as session_lib
-from refrag_jax import sharding
 from refrag_jax import train as train_lib
-from refrag_jax.config import load
 from refrag_jax.config import schema as config_lib
 from refrag_jax.data import pipeline
 from refrag_jax.runtime import metrics
@@ -29,7 +28,7 @@ def config(folder: str, **changes) -> config_lib.Config:
       for name in parents:
         node = node[name]
       node[last] = value
-  return load.build(c)
+  return resolve.build(c)
 
 
 def replaced(config: config_lib.Config, **fields) -> config_lib.Config:
@@ -75,7 +74,7 @@ def open_session(cfg: config_lib.Config, workdir, on: jax.sharding.Mesh):
 
 def fresh_params(session) -> dict:
   """The parameters of a run's first stage."""
-  return train_lib.initial_params(session, 'lm')
+  return lineage.initial_params(session, 'lm')
 
 
 def train(session, name: str, stop_in: int = 0, workdir: str = '') -> str:
@@ -87,7 +86,7 @@ def train(session, name: str, stop_in: int = 0, workdir: str = '') -> str:
   if workdir:
     session = session._replace(workdir=workdir)
   stop = threading.Event()
-  batches = pipeline.train_batches
+  batches = pipeline.batches
 
   def watched(*args):
     for step, batch in batches(*args):
@@ -97,7 +96,7 @@ def train(session, name: str, stop_in: int = 0, workdir: str = '') -> str:
 
   writer = metrics.Writer(session.workdir)
   with pytest.MonkeyPatch.context() as patch, jax.set_mesh(session.mesh):
-    patch.setattr(pipeline, 'train_batches', watched)
+    patch.setattr(pipeline, 'batches', watched)
     try:
       train_lib.train_stage(session, name, writer, stop, None)
     finally:

@@ -27,8 +27,7 @@ import jax
 import numpy as np
 
 from configs import tiny
-from refrag_jax import checkpoint, programs, session
-from refrag_jax.config import load
+from refrag_jax import checkpoint, compilation, resolve, session
 from refrag_jax.errors import UserError
 from refrag_jax.state import TrainState
 
@@ -55,7 +54,7 @@ def main() -> None:
 def damage_all(folder: str, flips: int, rng: random.Random) -> None:
   opened = train(folder)
   directory = opened.checkpoint_dir('lm')
-  abstract = programs.abstract_state(opened, 'lm')
+  abstract = compilation.abstract_state(opened, 'lm')
   step, state, meta = checkpoint.restore(directory, abstract)
   newest = os.path.join(directory, str(step))
   files = sorted(
@@ -108,10 +107,10 @@ def train(folder: str) -> session.Session:
      f'--workdir={workdir}', *flags],
     check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
   )  # fmt: skip
-  cfg = load.changed(load.build(tiny.get_config('smoke')), CHANGES)
+  cfg = resolve.changed(resolve.build(tiny.get_config('smoke')), CHANGES)
   opened = session.open_session(cfg, workdir, with_text=False)
   directory = opened.checkpoint_dir('lm')
-  abstract = programs.abstract_state(opened, 'lm')
+  abstract = compilation.abstract_state(opened, 'lm')
   # One more, worse: then two steps are there, whatever the loss was.
   step, state, meta = checkpoint.restore(directory, abstract)
   with checkpoint.open_manager(directory) as manager:

@@ -34,8 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import common, llama2_7b
-from refrag_jax import programs
-from refrag_jax.config import load
+from refrag_jax import compilation, resolve
 from refrag_jax.config.schema import Config
 from refrag_jax.errors import UserError
 from refrag_jax.plan import run as plan
@@ -100,14 +99,14 @@ def config_of(variant: str, devices: int, given: dict) -> tuple[str, Config]:
     for key, value in given.items()
     if key.startswith('config.')
   ]
-  return stage, load.changed(load.build(c), changes)
+  return stage, resolve.changed(resolve.build(c), changes)
 
 
 def random_batch(session: Session, stage: str, chunks: int) -> dict:
   """Full rows of any ids; the same for every way of attending."""
   rng = np.random.default_rng(0)
   model = session.config.model
-  abstract = programs.abstract_batch(session, stage, chunks)
+  abstract = compilation.abstract_batch(session, stage, chunks)
   ids = min(model.decoder.vocab_size, model.encoder.vocab_size)
   full = {'segment_ids_BT': 1, 'chunk_len_BC': model.chunk_size}
   for of, name in (
@@ -153,7 +152,7 @@ def measure(variant: str, given: dict) -> dict:
   )
   session, stage, predicted = planned(variant, here, given)
   with jax.set_mesh(session.mesh):
-    abstract = programs.abstract_state(session, stage)
+    abstract = compilation.abstract_state(session, stage)
     params = fresh_params(session, tuple(abstract_params(session)))
     init = jax.jit(
       lambda p: init_opt_state(p, STAGES[stage]),
@@ -164,7 +163,7 @@ def measure(variant: str, given: dict) -> dict:
     del params, opt_state
     batch = random_batch(session, stage, predicted.chunks)
     batch = to_device(batch, session.mesh)
-    traced = programs.trace_step(
+    traced = compilation.trace_step(
       session, stage, abstract, batch, predicted.variant
     )
     compiled, metrics, start = traced.lower().compile(), [], 0.0
@@ -172,7 +171,7 @@ def measure(variant: str, given: dict) -> dict:
       if step == WARM_UP:
         jax.block_until_ready(state)
         start = time.perf_counter()
-      key = programs.step_key(session, stage, step)
+      key = compilation.step_key(session, stage, step)
       state, found = compiled(state, batch, key, np.float32(1e-5))
       metrics.append(found)
     jax.block_until_ready(state)
