@@ -65,10 +65,14 @@ class Continue(Task):
   def num_chunks(self, config: Config, name: str) -> int:
     return config.stage[name].context_length // config.model.chunk_size
 
+  def chunk_counts(self, config: Config, name: str) -> tuple[int, ...]:
+    """How many chunks contexts have, over the curriculum; ascending."""
+    return context_chunks(config.stage[name], config.model.chunk_size)
+
   def chunks_of_steps(self, config: Config, name: str, seed: int) -> np.ndarray:
     return curriculum.schedule(
       config.stage[name].num_train_steps,
-      context_chunks(config.stage[name], config.model.chunk_size),
+      self.chunk_counts(config, name),
       seed,
     )
 
@@ -131,9 +135,7 @@ class Continue(Task):
     documents = corpus.documents('heldout')
     table = self.table(config, name, corpus, documents, 'held-out documents')
     n_B = windows.spread(table, num_rows, seed)
-    if not num_chunks:
-      stage, k = config.stage[name], config.model.chunk_size
-      num_chunks = context_chunks(stage, k)[-1]
+    num_chunks = num_chunks or self.chunk_counts(config, name)[-1]
     batch = self.cut(config, name, corpus, table, n_B, num_chunks)
     return self.finish(config, batch, n_B, seed)
 
