@@ -288,7 +288,7 @@ def with_decoder_before(
   """The paths, with what the run's first stage started from as its `lm`.
 
   Where a run begins with a decoder from elsewhere, that is the decoder before
-  REFRAG (design: `no_context`, `full_context`, `last_k`).
+  REFRAG (rows `no_context`, `full_context`, `last_k`).
 
   Args:
     run: the workdir of the run whose checkpoints these are.

@@ -196,8 +196,9 @@ def _dispatch(argv: list[str]) -> int | None:
       )
       if problem := environment.bad_flags(os.environ.get('XLA_FLAGS', '')):
         raise UserError(problem)
-      # It imports JAX, which reads the environment once.
-      importlib.import_module('refrag_jax.resolve').check(config)
+      from refrag_jax import resolve  # JAX, which reads the environment once
+
+      resolve.check(config)
   first = False
   if command.mode != 'doctor':
     # Here JAX waits outside Python: a signal ends the process at once.

@@ -1,8 +1,8 @@
 """AdamW, clipping, and the one warm-up and cosine of a stage.
 
 Paper B.2: AdamW, 4 % linear warm-up, cosine, one schedule over the whole stage.
-Betas, weight decay and clip are not stated there; these are CEPE's, whose
-recipe the paper follows (paper.md section 2).
+Betas, weight decay and clip are not stated there; these are those of
+princeton-nlp/CEPE, which the paper says that it follows.
 """
 
 import math

@@ -205,7 +205,7 @@ def check_finite(pending, name: str, saved: int | None) -> None:
 def stage_record(
   session: Session, name: str, meta: dict, params, after_B, heldout: Heldout
 ) -> dict[str, Any]:
-  """The stage's entry in results.json (design.md section 4)."""
+  """The stage's entry in results.json."""
   stage = STAGES[name]
   docs = heldout.batch['doc_B']
   before_N = results.by_document(np.array(meta['before_B']), docs)

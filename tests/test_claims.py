@@ -627,7 +627,7 @@ def test_a_large_mean_with_an_interval_on_both_sides_is_unsure():
 
 
 def test_the_papers_9_30():
-  """Footnote 2, from Table 2 at s = 16,384 (paper.md section 5)."""
+  """Footnote 2, from Table 2 at s = 16,384 of the paper."""
   none = [1.174, 1.939, 2.041, 1.081]
   full = [9.043, 8.913, 8.848, 8.989], [0.865, 1.840, 1.943, 0.770]
   refrag_16, cepe = [0.942, 1.840, 1.945, 0.850], [0.960, 1.864, 1.966, 0.863]
@@ -635,7 +635,7 @@ def test_the_papers_9_30():
     none, cepe, *full
   )
   assert round(100 * gain, 2) == 9.30
-  # The same from our copy of the table; and the other two that paper.md has.
+  # The same from our copy of the table; and two others.
   at = lambda name: TABLES['Table 2'].rows[f'{name} s=16384']
   closed = lambda name: 100 * claims.gap_closed(
     at('LLaMA-No Context'), at(name), at('LLaMA-Full Context'),

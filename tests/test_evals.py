@@ -167,7 +167,7 @@ def test_rows_without_their_checkpoint_are_left_out(session, params):
 def test_each_row_is_measured_with_its_own_weights(
   session, params, context, tables, windows
 ):
-  """design.md section 4, "Which weights an eval uses"."""
+  """Each row is of the weights that its name says."""
   rows = tables['log_perplexity']['toy']
   plain = jax.jit(
     functools.partial(forward.plain_nll, session.model), static_argnums=2
@@ -916,7 +916,7 @@ def test_a_mean_that_is_not_finite_is_a_cell_like_any(tmp_path):
     'selection': {'toy': [point | {'nll': results.stat(nan_W)}]},
   }
   results.write_json(tmp_path / 'results.json', {'evals': evals})
-  report.write(str(tmp_path))
+  report.write(str(tmp_path), EVALS)
   html = (tmp_path / 'report.html').read_text()
   assert html.count('not finite') >= 2
 

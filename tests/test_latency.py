@@ -22,7 +22,7 @@ from refrag_jax.repro.costs import LLAMA2_7B
   ],
 )  # fmt: skip
 def test_time_to_first_token(s, k, expected):
-  """paper.md section 6, to the digits that it prints."""
+  """Ratios of the closed form for Llama-2-7B, to the digits given."""
   assert costs.ttft_ratio(LLAMA2_7B, s, k) == pytest.approx(
     expected, abs=0.05 if expected < 100 else 0.5
   )

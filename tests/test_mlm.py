@@ -114,7 +114,7 @@ def text_of(ids_M) -> bytes:
 @pytest.mark.parametrize('factor', [1, 4])
 def test_both_forms_hold_the_windows_text(session, factor):
   batch = STAGES['mlm'].task.heldout_batch(
-    session.config, 'mlm', session.corpus, 12, factor=factor
+    session.config, 'mlm', session.corpus, 12, num_chunks=factor
   )
   assert batch.keys() == {key for form in FORMS for key in form} | {
     'doc_B', 'id_B',
@@ -191,10 +191,10 @@ def test_nll_is_that_of_states_times_word_embeddings():
       for m in np.flatnonzero(batch[target][place] >= 0):
         right = logits[m, batch[target][place][m]]
         rows[place[0]].append(np.log(np.exp(logits[m]).sum()) - right)
-  got_B = mlm.evaluate(toy.model(), toy.params(), batch, None, None, None)
+  got_B = mlm.MLM.evaluate(toy.model(), toy.params(), batch, None, None, None)
   expected_B = [np.mean(row) for row in rows]
   np.testing.assert_allclose(got_B, expected_B, rtol=1e-5)
-  total, weight, _ = mlm.loss(toy.model(), toy.params(), batch, None, None)
+  total, weight, _ = mlm.MLM.loss(toy.model(), toy.params(), batch, None, None)
   assert weight == sum(len(row) for row in rows)
   np.testing.assert_allclose(total, sum(map(sum, rows)), rtol=1e-5)
 

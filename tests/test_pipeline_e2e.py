@@ -102,7 +102,7 @@ def test_the_head_says_what_ran(numbers):
 
 
 def test_every_stage_has_its_record(numbers):
-  """design.md section 4."""
+  """The keys of results.json that others rely on."""
   assert list(numbers['stages']) == list(CONFIG.stages)
   for name, record in numbers['stages'].items():
     assert record['steps'] == 2

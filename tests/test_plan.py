@@ -20,7 +20,7 @@ from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state
 
-KEYS = {  # design.md section 4
+KEYS = {  # of plan.json, which others read
   'parameter_bytes', 'optimizer_bytes', 'argument_bytes', 'temp_bytes',
   'peak_bytes', 'fits', 'flops', 'collectives', 'compile_s', 'bound_step_s',
   'bound_by', 'tokens_per_s', 'mfu_ceiling',

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from refrag_jax import results
+from refrag_jax.evals import EVALS
 from refrag_jax.report import figures, page
 from refrag_jax.report import run as report
 
@@ -189,7 +190,7 @@ def parsed(text):
 def whole(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('run')
   fake_run(workdir)
-  path = report.write(workdir)
+  path = report.write(workdir, EVALS)
   assert path == str(workdir / 'report.html')
   return (workdir / 'report.html').read_text(encoding='utf-8')
 
@@ -304,20 +305,20 @@ def test_samples_are_text_not_markup(whole):
 
 def test_the_same_run_gives_the_same_report(tmp_path):
   fake_run(tmp_path)
-  report.write(tmp_path)
+  report.write(tmp_path, EVALS)
   first = (tmp_path / 'report.html').read_bytes()
-  report.write(tmp_path)
+  report.write(tmp_path, EVALS)
   assert (tmp_path / 'report.html').read_bytes() == first
   assert not list(tmp_path.glob('.writing*'))
 
 
 def test_any_part_may_be_missing(tmp_path):
-  report.write(tmp_path)  # nothing at all
+  report.write(tmp_path, EVALS)  # nothing at all
   numbers = fake_results()
   for part in ('stages', 'evals'):
     less = {k: v for k, v in numbers.items() if k != part}
     results.write_json(tmp_path / 'results.json', less)
-    report.write(tmp_path)
+    report.write(tmp_path, EVALS)
     text = (tmp_path / 'report.html').read_text()
     parsed(text)
     assert f'id="{"stages" if part == "stages" else "questions"}"' not in text
@@ -325,9 +326,9 @@ def test_any_part_may_be_missing(tmp_path):
     results.write_json(
       tmp_path / 'results.json', {'evals': {part: numbers['evals'][part]}}
     )
-    report.write(tmp_path)
+    report.write(tmp_path, EVALS)
   (tmp_path / 'metrics.jsonl').write_text('{"stage": "lm", "step": 1, "loss": ')
-  report.write(tmp_path)
+  report.write(tmp_path, EVALS)
 
 
 def test_numbers_that_are_not_there(tmp_path):
@@ -353,7 +354,7 @@ def test_numbers_that_are_not_there(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text(
     json.dumps({'stage': 'lm', 'step': 1, 'split': 'train', 'loss': None})
   )
-  report.write(tmp_path)
+  report.write(tmp_path, EVALS)
   text = (tmp_path / 'report.html').read_text()
   parsed(text)
   assert cells(text, 'what-this-run-shows')[1][3:] == [

@@ -19,7 +19,7 @@ from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state, row_keys, train_step
 
 REFRAG = ('encoder', 'projection', 'decoder')
-# stage: the parameter groups that it trains (design.md section 2)
+# stage: the parameter groups that it trains
 TRAINS = {
   'lm': ('decoder',),
   'mlm': ('encoder',),

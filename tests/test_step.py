@@ -4,6 +4,7 @@ Dimension key: B batch, C chunks, O output slots, G rollouts of a context,
 R draws.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -77,7 +78,7 @@ def test_frozen_weights_cost_no_weight_gradient():
   T = 3 + 4 + O - 1  # prefix, chunks, and outputs but the last
 
   def cost(trainable):
-    stage = STAGES['reconstruct']._replace(trainable=trainable)
+    stage = dataclasses.replace(STAGES['reconstruct'], trainable=trainable)
     state = toy.state('reconstruct').replace(
       opt_state=init_opt_state(toy.params(), stage)
     )
@@ -133,12 +134,8 @@ def test_draws_belong_to_the_row_and_not_to_its_piece(name, pieces):
 
 def scalar_step(loss, value, updates=1):
   """A step on one parameter w; `loss` is a function of w alone."""
-  stage = Stage(
-    predecessor=None,
-    trainable='.*',
-    loss=lambda model, params, *_: (loss(params['w']), jnp.float32(1), {}),
-    evaluate=None,
-  )
+  nll = lambda model, params, *_: (loss(params['w']), jnp.float32(1))
+  stage = Stage('toy', predecessor=None, trainable='.*', task=None, nll=nll)
   state = TrainState(jnp.int32(7), {'w': jnp.float32(value)}, None)
   state = state.replace(opt_state=init_opt_state(state.params, stage))
   new_state, metrics = train_step(
@@ -277,7 +274,7 @@ def test_before_the_first_update_the_surrogate_is_minus_the_mean_advantage():
   rolled = rollout(toy.batch(B=3))
   cfg = toy.stage(clip_eps=1e-6)
   total, weight, metrics = toy.jit(
-    lambda params: grpo.loss(toy.model(), params, rolled, 2, cfg)
+    lambda params: grpo.GRPO.loss(toy.model(), params, rolled, 2, cfg)
   )(toy.params())
   assert float(weight) == 3
   assert float(total) == pytest.approx(0, abs=1e-5)

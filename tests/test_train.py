@@ -165,24 +165,25 @@ def test_the_held_out_measure_is_in_pieces_of_a_step(
     seen.append(len(batch['doc_B']))
     return evaluate(model, params, batch, *rest)
 
-  watched_stage = STAGES[name]._replace(evaluate=watched)
-  monkeypatch.setitem(train.STAGES, name, watched_stage)
-  monkeypatch.setattr(train, 'HELDOUT_ROWS', 2 * size + 3)
+  watched_stage = dataclasses.replace(STAGES[name])
+  object.__setattr__(watched_stage, 'evaluate', watched)
+  monkeypatch.setitem(STAGES, name, watched_stage)
+  monkeypatch.setattr(heldout, 'HELDOUT_ROWS', 2 * size + 3)
   params = toy_run.fresh_params(session)
   with jax.set_mesh(session.mesh):
     fixed = heldout.fixed_heldout(session._replace(config=config), name)
     found_B = fixed.measure(params)
     rows = len(fixed.batch['doc_B'])
     keys_B = row_keys(jax.random.key(config.seed), rows)
-    chunks = heldout.batch['chunks_BCK'].shape[1]
-    variants = STAGES[name].variants(cfg, chunks)
+    chunks = fixed.batch['chunks_BCK'].shape[1]
+    variants = STAGES[name].context.variants(cfg, chunks)
     whole_B = np.mean(
       [
         jax.jit(
           lambda batch, v=v: evaluate(
             session.model, params, batch, keys_B, v, cfg
           )
-        )(heldout.batch)
+        )(fixed.batch)
         for v in variants
       ],
       axis=0,

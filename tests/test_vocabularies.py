@@ -114,7 +114,7 @@ def random_texts(seed, num=60):
 
 @pytest.mark.parametrize('name', [*ALL, *REAL_NAMES])
 def test_spans_partition_any_text_and_no_reserved_id_comes_out(name, request):
-  """design.md section 5.4, over generated Unicode."""
+  """Chunks cut text between tokens and lose none, over generated Unicode."""
   tokenizer = tokenizers.load(directory_of(name, request))
   reserved = {
     tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.cls_id,

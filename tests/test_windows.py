@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from refrag_jax.data import tokenizers, windows
+from refrag_jax.data import packing, tokenizers, windows
 from refrag_jax.data.text import corpus
 from refrag_jax.errors import UserError
 
@@ -125,8 +125,8 @@ def test_every_source_is_gone_through_in_epochs():
 
 @pytest.mark.parametrize('length', [2, 5, 16, 200])
 def test_packed_rows_hold_every_token_once(made, length):
-  table = windows.pack(made, ALL, length)
-  rows = windows.fill_rows(made, table, np.arange(table.num), BOS, PAD)
+  table = packing.pack(made, ALL, length)
+  rows = packing.fill_rows(made, table, np.arange(table.num), BOS, PAD)
   tokens, segments = rows['tokens_BT'], rows['segment_ids_BT']
   assert tokens.shape == (table.num, length)
   pieces = []
@@ -153,7 +153,7 @@ def test_packed_rows_hold_every_token_once(made, length):
 
 
 def test_no_two_packed_rows_fit_into_one(made):
-  table = windows.pack(made, ALL, 16)
+  table = packing.pack(made, ALL, 16)
   used = np.add.reduceat(table.size + 1, table.bounds[:-1])
   assert (used <= 16).all()
   assert np.sort(used)[:2].sum() > 16
@@ -162,9 +162,9 @@ def test_no_two_packed_rows_fit_into_one(made):
 
 def test_periodic_rows(made):
   length = 130
-  table = windows.pack(made, ALL, length)
+  table = packing.pack(made, ALL, length)
   key = np.arange(400)
-  rows = windows.periodic_rows(made, table, key, BOS, seed=0)
+  rows = packing.periodic_rows(made, table, key, BOS, seed=0)
   tokens = rows['tokens_BT']
   assert (tokens[:, 0] == BOS).all()
   assert (tokens[:, 1:] < 256).all()
@@ -176,24 +176,24 @@ def test_periodic_rows(made):
     period = next(p for p in range(1, 60) if (row[p:] == row[:-p]).all())
     periods.append(period)
     real += bytes(row[:period].tolist()).decode() in texts[doc]
-  low, high = windows.PERIODS
+  low, high = packing.PERIODS
   # A document shorter than its period repeats its last token: still periodic.
   assert max(periods) == high
   assert np.mean([low <= p for p in periods]) > 0.95
   assert 120 < real < 220  # of 400; half, but for the shortest documents
-  again = windows.periodic_rows(made, table, key[[7, 3]], BOS, seed=0)
+  again = packing.periodic_rows(made, table, key[[7, 3]], BOS, seed=0)
   np.testing.assert_array_equal(again['tokens_BT'], tokens[[7, 3]])
-  other = windows.periodic_rows(made, table, key, BOS, seed=1)
+  other = packing.periodic_rows(made, table, key, BOS, seed=1)
   assert (other['tokens_BT'] != tokens).any(axis=1).mean() > 0.9
 
 
 @pytest.mark.parametrize('fraction', [0.0, 0.4, 0.3, 1.0])
 def test_periodic_share_is_exact_and_spread(fraction):
   row = np.arange(40)
-  periodic = windows.is_periodic(row, fraction)
+  periodic = packing.is_periodic(row, fraction)
   assert periodic.sum() == round(40 * fraction)
   np.testing.assert_array_equal(
-    windows.periodic_before(row, fraction), np.cumsum(periodic) - periodic
+    packing.periodic_before(row, fraction), np.cumsum(periodic) - periodic
   )
   for part in np.split(periodic, 4):
     assert abs(part.sum() - 10 * fraction) < 1

@@ -1,7 +1,7 @@
 """What every eval needs: checkpoints by role, batching, tables of STATs.
 
-Which weights answer for which rows (design.md section 4) is data, in ROLES: the
-stage whose checkpoint plays the role.
+Which weights answer for which rows is data, in ROLES: the stage whose
+checkpoint plays the role.
 """
 
 import functools
@@ -168,7 +168,7 @@ def map_batches(
 
 
 def other_document(doc_W: np.ndarray) -> np.ndarray:
-  """For each row the index of a row of another document (design: _shuffled).
+  """For each row the index of a row of another document (rows `_shuffled`).
 
   A shift by half the rows, then further where it hits the same document; rows
   keep theirs only if there is one document in all.

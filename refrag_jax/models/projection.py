@@ -3,7 +3,7 @@
 Dimension key: X chunks, E encoder width, D decoder width.
 
 The paper gives two layers with hidden = output = decoder width; GELU and
-biases are ours (paper.md section 8).
+biases are ours.
 """
 
 import flax.linen as nn

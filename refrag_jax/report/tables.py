@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from refrag_jax import results
-from refrag_jax.report import figures, page
+from refrag_jax.report import page
 
 Stat = Mapping[str, Any]
 
@@ -140,6 +140,9 @@ def _control_differences(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 def selection(datasets: Mapping[str, Any]) -> str:
   """The two figures of a data set side by side, then their tables."""
+  # Here: evals are imported at every start, and matplotlib takes its time.
+  from refrag_jax.report import figures
+
   parts = []
   for dataset, rows in datasets.items():
     pictures, tables = '', []

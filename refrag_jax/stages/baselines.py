@@ -1,14 +1,14 @@
 """What REFRAG is held against: control arms, and the baseline CEPE.
 
 Control arms are the same continued training without compression. The paper's
-tables lack them (paper.md section 7.11): its REFRAG decoder is trained further
-on the evaluation's domains, its LLaMA rows are not. Here one decoder sees the
+tables lack them: its REFRAG decoder is trained further on the evaluation's
+domains (page 5), its LLaMA rows are not. Here one decoder sees the
 same windows in the same order at the same learning rate for the same target
 tokens, its context given as tokens: nothing, the last tokens at REFRAG's
 length, or all of it, in equal shares over the steps.
 
-CEPE (models/cepe.py) has the recipe of its authors (paper.md section 4;
-princeton-nlp/CEPE): first the same text goes to the encoder and to the decoder,
+CEPE (models/cepe.py) has the recipe of its authors (Yen et al.
+2024; princeton-nlp/CEPE): first the same text goes to the encoder and to the decoder,
 then x_{1:s} to the encoder, and the decoder predicts the o tokens after it.
 Encoder and cross-attention are trained, the decoder is frozen; `cepe_unfrozen`
 trains it as well, because REFRAG's is. All of the context at every step: CEPE
