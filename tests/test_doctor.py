@@ -7,7 +7,8 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import doctor, run, train
+from refrag_jax import doctor
+from refrag_jax import run as training
 from refrag_jax.errors import UserError
 from refrag_jax.runtime import environment
 
@@ -198,9 +199,9 @@ def test_a_package_that_is_missing_is_found(
   monkeypatch.setitem(sys.modules, package, None)
   found = problems(doctor.check_config(cfg, str(tmp_path)))
   assert [f.what for f in found if package in f.what]
-  monkeypatch.setattr(train, 'check_order', lambda *_: None)
+  monkeypatch.setattr(training, 'check_order', lambda *_: None)
   with pytest.raises(UserError, match=package):
-    run.run_stages(cfg, str(tmp_path), None)
+    training.run_stages(cfg, str(tmp_path), None)
 
 
 def test_one_mistake_is_told_once(texts, tmp_path, monkeypatch, capsys):

@@ -18,8 +18,8 @@ import pytest
 import toy_config
 import toy_run
 
-from refrag_jax import checkpoint, evaluate, results, run, train
-from refrag_jax.config import check
+from refrag_jax import checkpoint, evaluate, resolve, results
+from refrag_jax import run as training
 from refrag_jax.data.tasks import windows as windows_task
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.evals import (
@@ -99,7 +99,7 @@ def tables(context):
   names = (
     'log_perplexity', 'reconstruction', 'regeneration', 'selection', 'qa',
   )  # fmt: skip
-  return {name: EVALS[name](context) for name in names}
+  return {name: EVALS[name].run(context) for name in names}
 
 
 def document_means(windows, nll_WO, length=6):
@@ -332,7 +332,7 @@ def test_evals_share_what_they_have_in_common(session, params, monkeypatch):
   monkeypatch.setattr(selection, 'selected_nll', counted_nll)
   fresh = surroundings(session, params)
   for name in ('log_perplexity', 'selection', 'details'):
-    EVALS[name](fresh)
+    EVALS[name].run(fresh)
   assert tails == [0, session.config.eval.tail_chunks]  # counts traces
   assert set(collections.Counter(expanded).values()) == {len(SELECTORS)}
 
@@ -356,27 +356,23 @@ def captured(jaxpr):
 def test_parameters_are_arguments(session, params, monkeypatch, name):
   """Captured, they are a constant of each program, on every device whole; and
   where processes share them out there is no such program."""
-  jit, seen = jax.jit, []
+  seen = []
 
-  def watched(function, **options):
-    compiled = jit(function, **options)
-
-    def call(*args):
-      program = jax.make_jaxpr(function)(*args)
-      seen.append(max([x.nbytes for x in captured(program)], default=0))
-      return compiled(*args)
-
-    return call
+  def watched(params, batch, **static):
+    program = functools.partial(call, **static)
+    traced = jax.make_jaxpr(program)(params, batch)
+    seen.append(max([x.nbytes for x in captured(traced)], default=0))
+    return jax.jit(program)(params, batch)
 
   # Without its memory of what other tests have compiled.
-  monkeypatch.setattr(common, 'compiled', common.compiled.__wrapped__)
-  monkeypatch.setattr(jax, 'jit', watched)
+  call = common.call.__wrapped__
+  monkeypatch.setattr(common, 'call', watched)
   wide = dataclasses.replace(
     session.config.eval, context_lengths=(16,), num_passages=2
   )
   config = dataclasses.replace(session.config, eval=wide)
   context = surroundings(session._replace(config=config), params)
-  run = EVALS.get(name, selection.policy_pictures)
+  run = EVALS[name].run if name in EVALS else selection.policy_pictures
   assert run(context)
   assert seen
   assert max(seen) <= LARGEST_CONSTANT
@@ -476,9 +472,9 @@ def test_chunk_perplexity_is_the_mean_over_the_chunks_tokens(
       np.arange(tokens_WT.shape[1]), tokens_WT.shape
     ),
   }
-  token_nll_WT, _ = jax.jit(functools.partial(lm.nll, session.model))(
-    params['before'], rows
-  )
+  token_nll_WT, _ = jax.jit(
+    functools.partial(lm.nll, session.model, variant=None)
+  )(params['before'], rows)
   expected_WC = np.asarray(token_nll_WT).reshape(16, C, K).mean(-1)
   np.testing.assert_allclose(nll_WC, expected_WC, rtol=1e-5)
 
@@ -542,7 +538,7 @@ def test_regeneration_rows(session, params, context, tables):
 def test_another_data_set_compiles_nothing(session, context, tables, name):
   datasets = {'toy': session.corpus, 'again': session.corpus}
   with toy_run.watch_compiles() as seen:
-    found = EVALS[name](context._replace(datasets=datasets))
+    found = EVALS[name].run(context._replace(datasets=datasets))
   assert seen == [] and found['again'] == tables[name]['toy']
 
 
@@ -571,7 +567,7 @@ def test_qa_without_gold_marks_has_the_records_own_passages(
   data = dataclasses.replace(data, questions=str(path))
   cfg = toy_run.replaced(session.config, data=data)
   context = surroundings(session._replace(config=cfg), params)
-  (rows,) = EVALS['qa'](context).values()
+  (rows,) = EVALS['qa'].run(context).values()
   assert rows.keys() - {'note'} == set(qa.UNMARKED_ROWS)
   assert {'given', 'full_context_twin'} <= rows.keys()
   assert 'full_context_twin' in rows['given']['vs']
@@ -617,7 +613,7 @@ def test_text_of_ones_own_needs_no_training_text(
   """Who has a checkpoint seldom has what it was trained on."""
   seen = {}
   monkeypatch.setattr(evaluate, '_stages_beside', lambda _: {'lm': 'there'})
-  monkeypatch.setattr(evaluate.report, 'write', lambda _: None)
+  monkeypatch.setattr(evaluate.report, 'write', lambda *_: None)
 
   def run_evals(opened, paths, stop):
     seen.update(evaluate._datasets(opened))
@@ -655,7 +651,7 @@ def test_one_more_eval_keeps_the_others(session, monkeypatch, tmp_path):
   for name, value in zip(names, ({'toy': 1}, {'toy': [1.0]}), strict=True):
     results.write_json(tmp_path / name, done | {'evals': {'selection': value}})
   monkeypatch.setattr(evaluate, '_stages_beside', lambda _: {'lm': 'there'})
-  monkeypatch.setattr(evaluate.report, 'write', lambda _: None)
+  monkeypatch.setattr(evaluate.report, 'write', lambda *_: None)
 
   def evals_of(config):
     def run_evals(opened, paths, stop):
@@ -772,7 +768,8 @@ def test_a_text_that_fails_leaves_the_others(session, params, monkeypatch):
       raise UserError('no document has 10 tokens')
     return {name: {'row': 1}}
 
-  monkeypatch.setitem(evaluate.EVALS, 'log_perplexity', run)
+  failing = EVALS['log_perplexity']._replace(run=run)
+  monkeypatch.setitem(evaluate.EVALS, 'log_perplexity', failing)
   monkeypatch.setattr(evaluate, 'write_documents', lambda _: None)
   monkeypatch.setattr(
     evaluate, '_datasets', lambda _: dict.fromkeys(['short', 'long'])
@@ -814,14 +811,16 @@ def test_what_the_end_lacks_is_found_before_the_first_step(
   tmp_path, monkeypatch, changes, message
 ):
   started = []
-  monkeypatch.setattr(train, 'train_stage', lambda *args: started.append(args))
+  monkeypatch.setattr(
+    training, 'train_stage', lambda *args: started.append(args)
+  )
   folder = toy_config.write_data(tmp_path)
   cfg = toy_run.config(
     folder,
     **{'stages': ('lm',), 'evals': ('log_perplexity',)} | changes,
   )
   with pytest.raises(UserError, match=message) as e:
-    run.run(cfg, str(tmp_path / 'run'))
+    training.run(cfg, str(tmp_path / 'run'))
   assert not started
   assert '\n' not in str(e.value)
 
@@ -836,7 +835,7 @@ def test_an_eval_without_its_stages_config_is_refused(session, name, stage):
     session.config, stages=('lm',), stage=stages, evals=(name,)
   )
   with pytest.raises(UserError, match=rf'config\.stage\.{stage}, which is mis'):
-    check.check(cfg)
+    resolve.check(cfg)
 
 
 def test_documents_trained_on_are_never_held_out(session, tmp_path):
@@ -878,7 +877,7 @@ def test_other_data_is_added_to_a_runs_results(session, monkeypatch, tmp_path):
   for name, value in zip(names, ({'toy': 1}, {'toy': [1.0]}), strict=True):
     results.write_json(tmp_path / name, done | {'evals': {'copying': value}})
   monkeypatch.setattr(evaluate, '_stages_beside', lambda _: {'lm': 'there'})
-  monkeypatch.setattr(evaluate.report, 'write', lambda _: None)
+  monkeypatch.setattr(evaluate.report, 'write', lambda *_: None)
 
   def run_evals(opened, paths, stop):
     context = surroundings(opened, {})._replace(datasets={})

@@ -18,6 +18,7 @@ import toy_config
 import toy_run
 
 from refrag_jax import results
+from refrag_jax.data import batch as batch_lib
 from refrag_jax.data import tokenizers
 from refrag_jax.data.tasks import windows as windows_task
 from refrag_jax.data.text import corpus as corpus_lib
@@ -30,7 +31,7 @@ from refrag_jax.evals import (
   passages,
   selection,
 )
-from refrag_jax.models.refrag import init_params
+from refrag_jax.models.refrag import Refrag, init_params
 from refrag_jax.stages import lm
 
 K, C, O, W = 4, 4, 6, 16  # of toy_config.py
@@ -77,7 +78,7 @@ def tables(context):
 
   @functools.cache
   def run(name):
-    return EVALS[name](context)['toy']
+    return EVALS[name].run(context)['toy']
 
   return run
 
@@ -90,7 +91,7 @@ def windows(session):
 
 @functools.cache
 def plain_lm(model):
-  return jax.jit(functools.partial(lm.nll, model))
+  return jax.jit(functools.partial(lm.nll, model, variant=None))
 
 
 def lm_nll(session, params, tokens_WT):
@@ -292,7 +293,9 @@ def test_full_context_ends_at_a_multiple_of_the_trained_length(
   zeros = lambda *_, **__: np.zeros((W, O))
   monkeypatch.setattr(context_length.perplexity, 'plain_nll', zeros)
   monkeypatch.setattr(selection, 'selected_nll', zeros)
-  monkeypatch.setattr(context_length, 'last_chunks', lambda whole, _: whole)
+  monkeypatch.setattr(
+    context_length.batch, 'cut_chunks', lambda whole, _: whole
+  )
   whole = windows_task.eval_windows(session.config, session.corpus, 32, O, W)
   longer = config_with(session, context_lengths=(64, 68))
   rows = context_length.measure(context._replace(session=longer), whole)
@@ -336,7 +339,7 @@ def joined_windows(session, P=2):
   length = C // P * K
   base = windows_task.eval_windows(session.config, session.corpus, length, O, W)
   source_WP, place_W = passages.places(base['doc_B'], P)
-  return passages.side_by_side(base, source_WP), place_W
+  return batch_lib.side_by_side(base, source_WP), place_W
 
 
 def test_the_useful_passage_stands_before_the_output_in_its_document(session):
@@ -622,11 +625,12 @@ def test_what_stands_before_an_exact_span(
   """Its own chunks' vectors, its own tokens, another document's vectors."""
   seen = []
 
-  def states(model, params, batch, c_BCE, expand_BC, num_expanded):
+  def states(model, batch, c_BCE, expand_BC, num_expanded):
+    del model
     seen.append((batch, c_BCE is None, num_expanded))
     return jnp.zeros((*batch['output_BO'].shape, 16))
 
-  monkeypatch.setattr(forward, 'output_states', states)
+  monkeypatch.setattr(Refrag, 'output_states', states)
   monkeypatch.setattr(
     common,
     'map_batches',

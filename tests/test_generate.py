@@ -11,6 +11,8 @@ import pytest
 import toy
 
 from refrag_jax import generate
+from refrag_jax.models import splice
+from refrag_jax.models.refrag import Refrag
 
 B, C, W = 5, 4, 6
 NO_EOS = -1
@@ -56,8 +58,9 @@ def batched():
 @toy.jit
 def teacher_forced(params, batch, e_BCD, expand_BC):
   """Logits (B, O, V) that predict the outputs, by training's own path."""
+  layout = splice.layout_of(batch, expand_BC, 2)
   hidden_BOD = toy.model().apply(
-    {'params': params}, batch, e_BCD, expand_BC, 2, method='decode'
+    {'params': params}, layout, e_BCD, method=Refrag.outputs
   )
   return hidden_BOD @ params['decoder']['lm_head']
 

@@ -13,7 +13,8 @@ import toy_config
 import toy_run
 from toy_run import one_device  # noqa: F401
 
-from refrag_jax import checkpoint, cli, lineage, resolve, results, train
+from refrag_jax import checkpoint, cli, lineage, resolve, results
+from refrag_jax import run as training
 from refrag_jax.config.schema import ArmConfig
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.repro import run as repro
@@ -309,7 +310,7 @@ def test_a_stop_is_no_failure(folder, tmp_path, monkeypatch):
   def stopped(*_):
     raise Stopped('stopped in stage lm')
 
-  monkeypatch.setattr(train, 'run', stopped)
+  monkeypatch.setattr(training, 'run', stopped)
   with pytest.raises(Stopped):
     repro.run(cfg, str(tmp_path / 'run'))
 
@@ -330,7 +331,7 @@ def test_two_runs_share_a_workdir_and_no_arm(folder, tmp_path, monkeypatch):
         pass
     trained.append(os.path.basename(folder))
 
-  monkeypatch.setattr(train, 'run', trains)
+  monkeypatch.setattr(training, 'run', trains)
   run = tmp_path / 'run'
   with workdir.held(str(run / 'seed0' / 'main')):
     os.makedirs(run / 'seed0' / 'main' / 'checkpoints' / 'lm' / '3')  # so far

@@ -14,7 +14,7 @@ from refrag_jax.config import schema as config
 from refrag_jax.models.refrag import init_params
 from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES
-from refrag_jax.stages.stage import expansion_variants
+from refrag_jax.stages.context import SomeExpanded
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state, row_keys, train_step
 
@@ -140,7 +140,7 @@ def three_steps(session, params):
         model=session.model,
         stage=stage,
         cfg=cfg,
-        variant=stage.variants(cfg, chunks)[-1],
+        variant=stage.context.variants(cfg, chunks)[-1],
       )
     )
     state = TrainState(np.int32(0), params, init_opt_state(params, stage))
@@ -241,13 +241,16 @@ def test_the_number_of_expanded_chunks_is_a_floor(fraction, chunks, expanded):
 
 def test_variants_are_the_distinct_numbers_of_expanded_chunks(session):
   cfg = session.config.stage['grpo']  # p = 0.25 and 0.5
-  assert expansion_variants(cfg, 16) == (4, 8)
-  assert expansion_variants(cfg, 6) == (1, 3)
-  assert expansion_variants(cfg, 3) == (0, 1)
-  assert STAGES['cpt_trained'].variants(
+  expansions = SomeExpanded().variants
+  assert expansions(cfg, 16) == (4, 8)
+  assert expansions(cfg, 6) == (1, 3)
+  assert expansions(cfg, 3) == (0, 1)
+  assert STAGES['cpt_trained'].context.variants(
     session.config.stage['cpt_trained'], 4
   ) == ('none', 'last_k', 'full')
-  assert STAGES['cpt'].variants(session.config.stage['cpt'], 4) == (None,)
+  assert STAGES['cpt'].context.variants(session.config.stage['cpt'], 4) == (
+    None,
+  )
 
 
 def test_each_step_draws_its_variant_from_seed_and_step(session):

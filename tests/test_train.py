@@ -28,11 +28,11 @@ from refrag_jax import (
   lineage,
   optimizer,
   results,
-  run,
   samples,
   sharding,
   train,
 )
+from refrag_jax import run as training
 from refrag_jax.data import pipeline
 from refrag_jax.errors import NonFinite, Stopped, UserError
 from refrag_jax.runtime import metrics
@@ -298,8 +298,8 @@ def test_a_stop_before_the_first_step_is_heard(
   batches = lambda *args: compiled.append(args) or iter(())
   monkeypatch.setattr(pipeline, 'batches', batches)
   fresh = toy_run.fresh_params(session)
-  monkeypatch.setattr(train, 'initial_params', lambda *_: fresh)
-  monkeypatch.setattr(train, 'groups_after', lambda *_: {'decoder'})
+  monkeypatch.setattr(lineage, 'initial_params', lambda *_: fresh)
+  monkeypatch.setattr(lineage, 'groups_after', lambda *_: {'decoder'})
   session = session._replace(workdir=str(tmp_path))
   writer = metrics.Writer(str(tmp_path))
   with jax.set_mesh(session.mesh), contextlib.closing(writer):
@@ -317,7 +317,7 @@ def finished_run(tmp_path, **changes):
        'stage__reconstruct__num_train_steps': 2} | changes,
   )  # fmt: skip
   workdir = str(tmp_path / 'run')
-  run.run(cfg, workdir)
+  training.run(cfg, workdir)
   return cfg, workdir, results.read_json(f'{workdir}/results.json')
 
 
@@ -345,8 +345,8 @@ def evals_run(monkeypatch):
 
 def test_a_finished_run_is_done(done, tmp_path, monkeypatch, capsys):
   cfg, workdir, _ = copied(done, tmp_path)
-  monkeypatch.setattr(train, 'run_stages', None)
-  run.run(cfg, workdir)
+  monkeypatch.setattr(training, 'run_stages', None)
+  training.run(cfg, workdir)
   assert 'all done' in capsys.readouterr().out
 
 
@@ -360,7 +360,7 @@ def test_what_was_deleted_is_made_again(
   if gone == 'both':
     os.remove(f'{workdir}/stages/reconstruct.json')
   seen = evals_run(monkeypatch)
-  run.run(cfg, workdir)
+  training.run(cfg, workdir)
   said = capsys.readouterr().out
   assert 'lm  done before' in said and 'all done' not in said
   assert ('no checkpoint: trained again' in said) == (gone == 'checkpoints')
@@ -370,7 +370,7 @@ def test_what_was_deleted_is_made_again(
   assert again['evals'] == numbers['evals']  # training is a function of these
   # Trained again for fewer evals, the others' documents go with their results.
   shutil.rmtree(f'{workdir}/checkpoints/reconstruct')
-  run.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
+  training.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
   documents = results.read_json(f'{workdir}/documents.json')
   assert list(documents['evals']) == ['copying']
 
@@ -380,13 +380,13 @@ def test_fewer_evals_throw_no_result_away(done, tmp_path, monkeypatch):
   numbers = numbers | {'date': '2025-09-01 12:00 UTC'}  # of a while ago
   results.write_json(f'{workdir}/results.json', numbers)
   seen = evals_run(monkeypatch)
-  run.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
+  training.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
   assert results.read_json(f'{workdir}/results.json') == numbers
   more = toy_run.replaced(
     cfg, evals=('copying', 'regeneration'), log_every_steps=5,
     checkpoint_every_steps=1,
   )  # fmt: skip
-  run.run(more, workdir)
+  training.run(more, workdir)
   assert seen == [('regeneration',)]
   after = results.read_json(f'{workdir}/results.json')
   assert after['evals'].keys() == {'copying', 'reconstruction', 'regeneration'}
@@ -402,11 +402,11 @@ def test_fewer_evals_throw_no_result_away(done, tmp_path, monkeypatch):
 
 def test_what_is_only_seen_makes_no_result_stale(done, tmp_path, monkeypatch):
   cfg, workdir, _ = copied(done, tmp_path)
-  monkeypatch.setattr(train, 'run_stages', None)
+  monkeypatch.setattr(training, 'run_stages', None)
   changed = toy_run.replaced(
     cfg, log_every_steps=7, sample_every_steps=-1, checkpoint_every_seconds=9.0,
   )  # fmt: skip
-  run.run(changed, workdir)
+  training.run(changed, workdir)
   for name in evaluate.UNSEEN:
     assert hasattr(cfg, name)
 
@@ -416,7 +416,7 @@ def test_other_text_under_the_same_name_is_not_done(tmp_path):
   with open(cfg.data.text[0], 'a') as f:
     f.write(json.dumps({'text': 'One more document. ' * 9}) + '\n')
   with pytest.raises(UserError, match='corpus was'):
-    run.run(cfg, workdir)
+    training.run(cfg, workdir)
 
 
 def test_other_questions_under_the_same_name_are_other_settings(
@@ -580,8 +580,8 @@ def test_steps_compile_once_per_shape_and_variant(folder, tmp_path):
   at_step = []
   fresh = toy_run.fresh_params(session)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, 'initial_params', lambda *_: fresh)
-    patch.setattr(train, 'groups_after', lambda *_: {'decoder'})
+    patch.setattr(lineage, 'initial_params', lambda *_: fresh)
+    patch.setattr(lineage, 'groups_after', lambda *_: {'decoder'})
     learning_rate = optimizer.learning_rate
     patch.setattr(
       optimizer,
@@ -606,7 +606,7 @@ def poisoned(params):
 
 def test_non_finite_at_the_start(session, tmp_path, monkeypatch):
   fresh = toy_run.fresh_params(session)
-  monkeypatch.setattr(train, 'initial_params', lambda *_: poisoned(fresh))
+  monkeypatch.setattr(lineage, 'initial_params', lambda *_: poisoned(fresh))
   with pytest.raises(NonFinite) as e:
     toy_run.train(session, 'lm', workdir=str(tmp_path))
   message = str(e.value)
@@ -700,7 +700,7 @@ def at(module, name, before=True, call=1):
   setattr(module, name, wrapped)
 
 if point:
-  from refrag_jax import checkpoint, evaluate, optimizer, programs, results
+  from refrag_jax import checkpoint, compilation, evaluate, optimizer, results
   from refrag_jax import samples
   {
     'first step': lambda: at(optimizer, 'learning_rate'),
@@ -818,7 +818,7 @@ def test_a_signal_after_the_last_step_is_heard(folder, tmp_path):
     assert stop.wait(10)
 
   with pytest.raises(Stopped, match='at the end of a run'):
-    run.run_stages(cfg, str(tmp_path), then)
+    training.run_stages(cfg, str(tmp_path), then)
 
 
 @pytest.mark.slow
