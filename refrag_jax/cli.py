@@ -390,7 +390,7 @@ def save_config(loaded: Loaded, workdir: str) -> str:
     'git': environment.git_commit(),
   }
   workdir_lib.make(workdir)
-  from refrag_jax import results  # its NumPy is more than --help needs
+  from refrag_jax.runtime import files
 
-  results.write_json(path, record)
+  files.write_json(path, record)
   return path

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from refrag_jax import checkpoint, results
+from refrag_jax import checkpoint
 from refrag_jax.config.schema import Config
 from refrag_jax.data import tokenizers
 from refrag_jax.data import windows as windows_lib
@@ -29,7 +29,7 @@ from refrag_jax.evals import EVALS, asks_questions, selection
 from refrag_jax.evals.common import ROLES, Context
 from refrag_jax.hf import sources
 from refrag_jax.report import run as report
-from refrag_jax.runtime import environment, watchdog
+from refrag_jax.runtime import environment, files, watchdog
 from refrag_jax.runtime.progress import say
 from refrag_jax.runtime.stopping import stop_on_signal
 from refrag_jax.session import (
@@ -98,7 +98,7 @@ def run(config: Config, workdir: str) -> int:
   ):
     evals, left_out = run_evals(session, paths, stop)
   path = os.path.join(workdir, 'results.json')
-  old = results.read_json(path) if os.path.exists(path) else {}
+  old = files.read_json(path) if os.path.exists(path) else {}
   if jax.process_index() == 0:
     new = head(session)
     del new['result_fingerprint']
@@ -111,7 +111,7 @@ def run(config: Config, workdir: str) -> int:
       new |= {'fingerprint': ''}
     new['evals'] = _by_dataset(old.get('evals', {}), evals)
     new['left_out'] = left_out
-    results.write_json(path, old | new)
+    files.write_json(path, old | new)
     report.write(workdir, EVALS)
   say(f'done: {path}, {workdir}/report.html')
   return 0
@@ -122,13 +122,13 @@ def write_results(session: Session, stop: threading.Event) -> None:
   paths = _stages_beside(os.path.join(session.workdir, 'checkpoints'))
   paths = with_decoder_before(session, paths, session.workdir)
   stages = {
-    name: results.read_json(session.record_path(name))
+    name: files.read_json(session.record_path(name))
     for name in session.config.stages
   }
   for record in stages.values():
     del record['settings']
   path = os.path.join(session.workdir, 'results.json')
-  old = results.read_json(path) if os.path.exists(path) else {}
+  old = files.read_json(path) if os.path.exists(path) else {}
   if not (
     old.get('result_fingerprint') == result_fingerprint(session.config)
     and is_of_stages(old, stages)
@@ -152,7 +152,7 @@ def write_results(session: Session, stop: threading.Event) -> None:
     'left_out': [*old.get('left_out', []), *left_out],
   }
   if jax.process_index() == 0:
-    results.write_json(path, out)
+    files.write_json(path, out)
 
 
 def _added(
@@ -171,7 +171,7 @@ def is_complete(config: Config, workdir: str) -> bool:
   path = os.path.join(workdir, 'results.json')
   if not os.path.exists(path):
     return False
-  done = results.read_json(path)
+  done = files.read_json(path)
   # Records of before have the first alone.
   return (
     done.get('fingerprint') == fingerprint(config)
@@ -218,7 +218,7 @@ def run_evals(
     examples = selection.policy_pictures(context)
     path = os.path.join(session.workdir, 'policy_scores.json')
     if jax.process_index() == 0:
-      results.write_json(path, {'examples': examples})
+      files.write_json(path, {'examples': examples})
   if jax.process_index() == 0:
     write_documents(context)
   return evals, context.left_out
@@ -297,7 +297,7 @@ def with_decoder_before(
     return paths
   saved = os.path.join(run, 'config.json')
   if os.path.exists(saved):
-    values = results.read_json(saved)['config']
+    values = files.read_json(saved)['config']
   else:
     values = dataclasses.asdict(session.config)
   first = next(iter(values['stages']), '')
@@ -340,7 +340,7 @@ def write_documents(context: Context) -> None:
   """
   session, documents = context.session, context.documents
   path = os.path.join(session.workdir, 'documents.json')
-  old = results.read_json(path) if os.path.exists(path) else {}
+  old = files.read_json(path) if os.path.exists(path) else {}
   new = head(session)
   if _is_of_run(old, session.config, session.workdir):
     documents, new = _by_dataset(old['evals'], documents), old
@@ -348,8 +348,8 @@ def write_documents(context: Context) -> None:
     documents = _by_dataset(old['evals'], documents)
   hashes = {name: of.hash for name, of in context.datasets.items()}
   new['datasets'] = new.get('datasets', {}) | hashes
-  text = results.json_line(new | {'evals': _rounded(documents)})
-  results.write_text(path, text)
+  text = files.json_line(new | {'evals': _rounded(documents)})
+  files.write_text(path, text)
 
 
 def _rounded(tree: Any) -> Any:
@@ -417,7 +417,7 @@ def _has_documents(done: Mapping[str, Any], workdir: str) -> bool:
   """Whether documents.json has the documents behind a results.json."""
   path = os.path.join(workdir, 'documents.json')
   return os.path.exists(path) and (
-    results.read_json(path).get('fingerprint') == done.get('fingerprint')
+    files.read_json(path).get('fingerprint') == done.get('fingerprint')
   )
 
 
@@ -451,7 +451,7 @@ def _is_of_run(
   values = dataclasses.asdict(config)
   path = os.path.join(workdir, 'config.json')
   if os.path.exists(path):
-    saved = results.read_json(path)['config']
+    saved = files.read_json(path)['config']
     values |= {key: saved[key] for key in ('evals', 'eval', 'init_from')}
   return numbers.get('fingerprint') == _fingerprint(values)
 

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from refrag_jax import checkpoint, results, session
+from refrag_jax import checkpoint, session
 from refrag_jax.config.schema import Config
 from refrag_jax.data import tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.hf import convert, families, hub, model_card, sources
 from refrag_jax.runtime import environment
+from refrag_jax.runtime import files as files_lib
 from refrag_jax.runtime.progress import say
 from refrag_jax.state import TrainState
 
@@ -268,8 +269,8 @@ def _write(opened, params, bases: dict, stage: str, target: str) -> None:
     'versions': environment.versions(),
     'git': environment.git_commit(),
   }
-  results.write_json(os.path.join(target, sources.EXPORT), exported)
-  results.write_text(
+  files_lib.write_json(os.path.join(target, sources.EXPORT), exported)
+  files_lib.write_text(
     os.path.join(target, 'README.md'), model_card.text(exported)
   )
 
@@ -297,7 +298,7 @@ def _write_modules(directory: str, encoder, modules: list[dict]) -> None:
   types = {m['kind']: m['type'] for m in modules}
   shown = [('Transformer', ''), ('Pooling', '1_Pooling')]
   shown += [(m['kind'], f'{i + 2}_{m["kind"]}') for i, m in enumerate(kept)]
-  results.write_json(
+  files_lib.write_json(
     os.path.join(directory, 'modules.json'),
     [
       {
@@ -311,7 +312,7 @@ def _write_modules(directory: str, encoder, modules: list[dict]) -> None:
   )
   for _, path in shown[2:]:
     os.mkdir(os.path.join(directory, path))
-  results.write_json(
+  files_lib.write_json(
     os.path.join(directory, '1_Pooling', 'config.json'),
     {
       'word_embedding_dimension': encoder.width,

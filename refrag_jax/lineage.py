@@ -15,11 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from refrag_jax import (
-  checkpoint,
-  compilation,
-  results,
-)
+from refrag_jax import checkpoint, compilation
 from refrag_jax import state as state_lib
 from refrag_jax.checksums import checksums
 from refrag_jax.config.schema import Config
@@ -29,6 +25,7 @@ from refrag_jax.hf import sources
 from refrag_jax.models.cepe import copy_self_attention
 from refrag_jax.models.encoder import take_decoder_embeddings
 from refrag_jax.models.projection import match_embedding_scale
+from refrag_jax.runtime import files
 from refrag_jax.runtime.progress import say
 from refrag_jax.session import (
   Session,
@@ -155,7 +152,7 @@ def finished(workdir: str, name: str) -> dict[str, Any] | None:
   path = os.path.join(workdir, 'stages', f'{name}.json')
   if not os.path.exists(path):
     return None
-  record = results.read_json(path)
+  record = files.read_json(path)
   newest = checkpoint.latest_step(os.path.join(workdir, 'checkpoints', name))
   return record if newest == record['steps'] else None
 
@@ -180,7 +177,7 @@ def stage_settings(session: Session, name: str) -> dict[str, Any]:
     'weights': config.data.weights,
     'starts_from': origin(session, name),
   }
-  return results.plain(settings | STAGES[name].task.settings(config))
+  return files.plain(settings | STAGES[name].task.settings(config))
 
 
 def origin(session: Session, name: str) -> str:
@@ -199,7 +196,7 @@ def origin(session: Session, name: str) -> str:
   record = os.path.join(os.path.dirname(folder), 'stages', f'{stage}.json')
   if not os.path.exists(record):
     return source if init_from_config(session.config, name) else ''
-  text = json.dumps(results.read_json(record)['settings'], sort_keys=True)
+  text = json.dumps(files.read_json(record)['settings'], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -6,11 +6,7 @@ from typing import Any
 
 import jax
 
-from refrag_jax import (
-  evaluate,
-  results,
-  sharding,
-)
+from refrag_jax import evaluate, sharding
 from refrag_jax.config.schema import Config, context_chunks
 from refrag_jax.data import curriculum
 from refrag_jax.data.questions import retrieval
@@ -18,7 +14,7 @@ from refrag_jax.errors import Stopped, UserError
 from refrag_jax.evals import EVALS, asks_questions
 from refrag_jax.lineage import changes, check_order, finished, stage_settings
 from refrag_jax.report import run as report
-from refrag_jax.runtime import watchdog
+from refrag_jax.runtime import files, watchdog
 from refrag_jax.runtime.metrics import Writer, import_tensorboard
 from refrag_jax.runtime.progress import machine_peak, say
 from refrag_jax.runtime.stopping import stop_on_signal
@@ -51,7 +47,7 @@ def all_done(config: Config, workdir: str) -> bool:
   """
   if not evaluate.is_complete(config, workdir):
     return False
-  done = results.read_json(os.path.join(workdir, 'results.json'))
+  done = files.read_json(os.path.join(workdir, 'results.json'))
   records = {name: finished(workdir, name) for name in config.stages}
   if not all(records.values()) or not evaluate.is_of_stages(done, records):
     return False  # what is missing is said where it is trained again

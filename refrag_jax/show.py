@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from refrag_jax import results
 from refrag_jax.config import schema as config_lib
 from refrag_jax.config.schema import Config
 from refrag_jax.data import curriculum, packing, pipeline, tokenizers
 from refrag_jax.data.tasks import questions
 from refrag_jax.data.text.corpus import Corpus
+from refrag_jax.runtime import files
 from refrag_jax.stages import STAGES
 
 ROWS = 2  # examples of each stage
@@ -78,7 +78,7 @@ def _curriculum(
   console.rule(f'curriculum of {name}')
   console.print(curriculum.table(*arguments))
   path = os.path.join(workdir, f'curriculum_{name}.svg')
-  results.write_text(path, curriculum.plot(*arguments))
+  files.write_text(path, curriculum.plot(*arguments))
   console.print(f'drawn in {path}', soft_wrap=True)
 
 

@@ -31,7 +31,7 @@ from refrag_jax.lineage import (
   stage_settings,
   start_state,
 )
-from refrag_jax.runtime import watchdog
+from refrag_jax.runtime import files, watchdog
 from refrag_jax.runtime.metrics import Writer
 from refrag_jax.runtime.progress import Progress, say
 from refrag_jax.session import (
@@ -59,7 +59,7 @@ def train_stage(
   config, cfg, stage = session.config, session.config.stage[name], STAGES[name]
   settings = stage_settings(session, name)
   if os.path.exists(session.record_path(name)):
-    record = results.read_json(session.record_path(name))
+    record = files.read_json(session.record_path(name))
     check_settings(record['settings'], settings, name)
     if finished(session.workdir, name):
       say(f'{name}  done before')
@@ -184,7 +184,7 @@ def train_stage(
   record = stage_record(session, name, meta, state.params, after_B, heldout)
   tokens = compiled.tokens_of_step[start:].sum()
   record['tokens_per_s'] = float(tokens / max(trained_s, 1e-9))
-  results.write_json(session.record_path(name), record | {'settings': settings})
+  files.write_json(session.record_path(name), record | {'settings': settings})
 
 
 def check_finite(pending, name: str, saved: int | None) -> None:

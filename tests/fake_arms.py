@@ -11,9 +11,9 @@ import tomllib
 
 import numpy as np
 
-from refrag_jax import results
 from refrag_jax.repro import questions
 from refrag_jax.repro.records import Records, Run
+from refrag_jax.runtime import files
 from refrag_jax.runtime.environment import ROOT
 
 CORPUS = 'c0ffee' * 10
@@ -200,13 +200,13 @@ def write_run(
     'date': f'2026-11-2{seed} 10:00',
   }
   numbers = head | {'stages': stages or {}, 'evals': {}} | more
-  results.write_json(directory / 'results.json', numbers)
+  files.write_json(directory / 'results.json', numbers)
   texts = {'datasets': {'d': 'c0ffee'} | (datasets or {})}
-  results.write_json(
+  files.write_json(
     directory / 'documents.json', head | texts | {'evals': evals}
   )
   saved = {'name': f'{config}_{arm}', 'seed': seed} | (saved or {})
-  results.write_json(
+  files.write_json(
     directory / 'config.json', {'config': saved, 'changes': [f'name={arm}']}
   )
   return directory
@@ -227,7 +227,7 @@ def write_arms(workdir, spec, **options):
 def enrich(directory, arm, seed):
   """What a run leaves beside its evals: stages, curves, sizes, details."""
   stages = {'main': ('lm', 'reconstruct', 'cpt', 'grpo')}.get(arm, ('cpt',))
-  numbers = results.read_json(directory / 'results.json')
+  numbers = files.read_json(directory / 'results.json')
   stat = lambda mean: {'mean': mean, 'se': 0.01, 'n': 150}
   numbers['stages'] = {
     stage: {
@@ -251,16 +251,16 @@ def enrich(directory, arm, seed):
       ]
       for dataset in DATASETS
     }  # fmt: skip
-  results.write_json(directory / 'results.json', numbers)
+  files.write_json(directory / 'results.json', numbers)
   lines = [
     {'stage': stage, 'step': step, 'split': 'heldout',
      'reward' if stage == 'grpo' else 'loss':
        1.7 + np.exp(-step / 60) + 0.01 * seed + 0.002 * len(arm)}
     for stage in stages for step in range(0, 301, 50)
   ]  # fmt: skip
-  text = ''.join(map(results.json_line, lines))
+  text = ''.join(map(files.json_line, lines))
   (directory / 'metrics.jsonl').write_text(text)
-  saved = results.read_json(directory / 'config.json')
+  saved = files.read_json(directory / 'config.json')
   rates = dict.fromkeys(stages, 1.5e-3)
   saved['config'] |= {
     'model': {
@@ -283,10 +283,10 @@ def enrich(directory, arm, seed):
     | {'cpt_trained': {'contexts': ['none', 'full']}},
     'data': {'tokenizer': 'bytes'},
   }  # fmt: skip
-  results.write_json(directory / 'config.json', saved)
+  files.write_json(directory / 'config.json', saved)
   if arm != 'main':
     return
-  kept = results.read_json(directory / 'documents.json')
+  kept = files.read_json(directory / 'documents.json')
   for dataset, n in DATASETS.items():
     own = rng(dataset).normal(0.0, 0.3, n)
     noisy = lambda mean, *key: (
@@ -320,4 +320,4 @@ def enrich(directory, arm, seed):
           )
         },
       }  # fmt: skip
-  results.write_json(directory / 'documents.json', kept)
+  files.write_json(directory / 'documents.json', kept)

@@ -16,9 +16,9 @@ import struct
 import numpy as np
 from safetensors.numpy import save_file
 
-from refrag_jax import results
 from refrag_jax.config.schema import DecoderConfig
 from refrag_jax.hf import families
+from refrag_jax.runtime import files
 from refrag_jax.runtime.environment import ROOT
 
 
@@ -85,7 +85,7 @@ def write_tiny_llama(directory: str) -> None:
     sliding_window=0, max_length=P,
   )  # fmt: skip
   path = os.path.join(directory, 'config.json')
-  results.write_json(path, families.decoder_json(cfg))
+  files.write_json(path, families.decoder_json(cfg))
   shutil.copyfile(
     source / 'tok512.model', os.path.join(directory, 'tokenizer.model')
   )

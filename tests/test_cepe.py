@@ -16,11 +16,12 @@ import toy
 import toy_config
 import toy_run
 
-from refrag_jax import lineage, results, session
+from refrag_jax import lineage, session
 from refrag_jax.config import schema as config_lib
 from refrag_jax.errors import UserError
 from refrag_jax.models import cepe
 from refrag_jax.models.refrag import init_params
+from refrag_jax.runtime import files
 from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES
 
@@ -317,7 +318,7 @@ def test_an_arm_starts_from_a_decoder_that_was_trained_without_it(
   own = lm['decoder']['layers']['q_proj']['kernel']
   np.testing.assert_array_equal(start['cross']['q_proj']['kernel'], own)
   toy_run.train(s, 'cepe_warmup')
-  assert results.read_json(s.record_path('cepe_warmup'))['frozen_unchanged']
+  assert files.read_json(s.record_path('cepe_warmup'))['frozen_unchanged']
   warm = s.checkpoint_dir('cepe_warmup')
   params, groups = session.load_params(s, warm, 'test')
   assert set(groups) == {'encoder', 'decoder', 'cross'}

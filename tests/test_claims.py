@@ -30,6 +30,7 @@ from refrag_jax.repro.records import (
   measured,
   over_seeds,
 )
+from refrag_jax.runtime import files
 
 RULE = Rule(standard_errors=3.0, resamples=2000, level=0.9973, seed=0)
 STATISTICS = RULE._asdict() | {
@@ -536,8 +537,8 @@ def test_unfinished_and_broken_runs_are_named(tmp_path):
   (seed0 / 'started' / 'results.json').unlink()
   (seed0 / 'old' / 'documents.json').unlink()
   (seed0 / 'torn' / 'documents.json').write_text('{"evals": ')
-  other = results.read_json(seed0 / 'mixed' / 'documents.json')
-  results.write_json(
+  other = files.read_json(seed0 / 'mixed' / 'documents.json')
+  files.write_json(
     seed0 / 'mixed' / 'documents.json', other | {'fingerprint': 'z'}
   )
   records = load(tmp_path)

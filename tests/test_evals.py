@@ -34,6 +34,7 @@ from refrag_jax.evals import (
 )
 from refrag_jax.models.refrag import init_params
 from refrag_jax.report import run as report
+from refrag_jax.runtime import files
 from refrag_jax.stages import lm
 from refrag_jax.state import TrainState
 
@@ -637,7 +638,7 @@ def test_text_of_ones_own_needs_no_training_text(
 def test_one_more_eval_keeps_the_others(session, monkeypatch, tmp_path):
   """A run's numbers stay, and it stays complete; another config's go."""
   cfg = toy_run.replaced(session.config, stages=('lm',), evals=('selection',))
-  results.write_json(
+  files.write_json(
     tmp_path / 'config.json', {'config': dataclasses.asdict(cfg)}
   )
   done = {
@@ -649,7 +650,7 @@ def test_one_more_eval_keeps_the_others(session, monkeypatch, tmp_path):
   }
   names = ('results.json', 'documents.json')
   for name, value in zip(names, ({'toy': 1}, {'toy': [1.0]}), strict=True):
-    results.write_json(tmp_path / name, done | {'evals': {'selection': value}})
+    files.write_json(tmp_path / name, done | {'evals': {'selection': value}})
   monkeypatch.setattr(evaluate, '_stages_beside', lambda _: {'lm': 'there'})
   monkeypatch.setattr(evaluate.report, 'write', lambda *_: None)
 
@@ -663,7 +664,7 @@ def test_one_more_eval_keeps_the_others(session, monkeypatch, tmp_path):
 
     monkeypatch.setattr(evaluate, 'run_evals', run_evals)
     evaluate.run(config, str(tmp_path))
-    return [results.read_json(tmp_path / name) for name in names]
+    return [files.read_json(tmp_path / name) for name in names]
 
   evals_of(toy_run.replaced(cfg, evals=('copying',)))
   numbers, documents = evals_of(toy_run.replaced(cfg, evals=('qa',)))
@@ -869,13 +870,13 @@ def test_a_selector_that_cannot_be_is_said(session, params, windows, capsys):
 def test_other_data_is_added_to_a_runs_results(session, monkeypatch, tmp_path):
   """Its own tables stay, of the same eval too, under whatever eval.*."""
   cfg = toy_run.replaced(session.config, stages=('lm',), evals=('copying',))
-  results.write_json(
+  files.write_json(
     tmp_path / 'config.json', {'config': dataclasses.asdict(cfg)}
   )
   done = {'fingerprint': evaluate.fingerprint(cfg), 'stages': {'lm': {}}}
   names = ('results.json', 'documents.json')
   for name, value in zip(names, ({'toy': 1}, {'toy': [1.0]}), strict=True):
-    results.write_json(tmp_path / name, done | {'evals': {'copying': value}})
+    files.write_json(tmp_path / name, done | {'evals': {'copying': value}})
   monkeypatch.setattr(evaluate, '_stages_beside', lambda _: {'lm': 'there'})
   monkeypatch.setattr(evaluate.report, 'write', lambda *_: None)
 
@@ -891,7 +892,7 @@ def test_other_data_is_added_to_a_runs_results(session, monkeypatch, tmp_path):
     cfg.eval, data=(str(tmp_path / 'other.txt'),), num_windows=3
   )
   evaluate.run(toy_run.replaced(cfg, eval=data), str(tmp_path))
-  numbers, documents = (results.read_json(tmp_path / name) for name in names)
+  numbers, documents = (files.read_json(tmp_path / name) for name in names)
   assert numbers['evals'] == {'copying': {'toy': 1, 'other': 2}}
   assert documents['evals'] == {'copying': {'toy': [1], 'other': [2]}}
   assert numbers['fingerprint'] == evaluate.fingerprint(cfg)
@@ -914,7 +915,7 @@ def test_a_mean_that_is_not_finite_is_a_cell_like_any(tmp_path):
     'log_perplexity': {'toy': table},
     'selection': {'toy': [point | {'nll': results.stat(nan_W)}]},
   }
-  results.write_json(tmp_path / 'results.json', {'evals': evals})
+  files.write_json(tmp_path / 'results.json', {'evals': evals})
   report.write(str(tmp_path), EVALS)
   html = (tmp_path / 'report.html').read_text()
   assert html.count('not finite') >= 2
@@ -941,7 +942,7 @@ def test_complete_means_of_this_config(session, tmp_path):
   }
   path = tmp_path / 'results.json'
   assert not evaluate.is_complete(cfg, tmp_path)
-  results.write_json(path, done)
+  files.write_json(path, done)
   assert evaluate.is_complete(cfg, tmp_path)
   assert not evaluate.is_complete(toy_run.replaced(cfg, seed=1), tmp_path)
   mesh = dataclasses.replace(cfg.mesh, data=1, fsdp=4)
@@ -951,7 +952,7 @@ def test_complete_means_of_this_config(session, tmp_path):
   model = dataclasses.replace(cfg.model, chunk_size=cfg.model.chunk_size * 2)
   moved = toy_run.replaced(cfg, model=model)
   assert not evaluate.is_complete(moved, tmp_path)
-  results.write_json(path, done | {'evals': {}})
+  files.write_json(path, done | {'evals': {}})
   assert not evaluate.is_complete(cfg, tmp_path)
-  results.write_json(path, done | {'stages': {}})
+  files.write_json(path, done | {'stages': {}})
   assert not evaluate.is_complete(cfg, tmp_path)

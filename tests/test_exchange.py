@@ -16,11 +16,13 @@ import toy_run
 from safetensors.numpy import load_file, save_file
 from toy_run import one_device  # noqa: F401
 
-from refrag_jax import checkpoint, cli, evaluate, exchange, main, session, train
+from refrag_jax import checkpoint, cli, evaluate, exchange, main, session
+from refrag_jax import run as training
 from refrag_jax.data import tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.hf import convert, families, sources
 from refrag_jax.models.refrag import Refrag, init_params
+from refrag_jax.runtime import files as files_lib
 from refrag_jax.runtime.environment import ROOT
 
 
@@ -66,7 +68,7 @@ def run(cfg, models, tmp_path_factory):
   """A run that starts straight from these directories: two steps."""
   workdir = str(tmp_path_factory.mktemp('run'))
   started = toy_run.replaced(cfg, init_from=both(models))
-  run.run(started, workdir)
+  training.run(started, workdir)
   return started, workdir
 
 
@@ -95,9 +97,9 @@ def test_imported_is_a_starting_point_like_any(cfg, models, run, tmp_path):
   for group in ('decoder', 'encoder'):
     equal(params[group], models[1][group])
   workdir = str(tmp_path / 'run')
-  run.run(toy_run.replaced(cfg, init_from=target), workdir)
+  training.run(toy_run.replaced(cfg, init_from=target), workdir)
   records = [
-    train.results.read_json(f'{path}/results.json')['stages']['reconstruct']
+    files_lib.read_json(f'{path}/results.json')['stages']['reconstruct']
     for path in (workdir, run[1])
   ]
   assert records[0]['heldout_after'] == records[1]['heldout_after']
@@ -113,7 +115,7 @@ def test_an_import_can_be_evaluated(cfg, models, tmp_path):
     cfg, evals=('log_perplexity', 'copying', 'selection'), init_from=target
   )
   evaluate.run(asked, str(tmp_path / 'measured'))
-  numbers = train.results.read_json(tmp_path / 'measured' / 'results.json')
+  numbers = files_lib.read_json(tmp_path / 'measured' / 'results.json')
   assert list(numbers['evals']['log_perplexity']['text']) == BEFORE_ROWS
   assert list(numbers['evals']['copying']['text']) == ['first', 'second']
   assert numbers['evals']['selection'] == {}
@@ -129,7 +131,7 @@ BEFORE_ROWS = ['no_context', 'full_context', 'last_k', 'replug']
 def test_an_imported_decoder_is_the_one_before_refrag(cfg, models, run):
   started, workdir = run
   shutil.copytree(workdir, f'{workdir}_copy')
-  train.results.write_json(
+  files_lib.write_json(
     f'{workdir}_copy/config.json', {'config': dataclasses.asdict(started)}
   )
   asked = toy_run.replaced(
@@ -138,7 +140,7 @@ def test_an_imported_decoder_is_the_one_before_refrag(cfg, models, run):
     evals=('log_perplexity', 'copying'),
   )
   evaluate.run(asked, f'{workdir}_copy')
-  evals = train.results.read_json(f'{workdir}_copy/results.json')['evals']
+  evals = files_lib.read_json(f'{workdir}_copy/results.json')['evals']
   assert list(evals['log_perplexity']['text']) == BEFORE_ROWS
   assert set(evals) == {'reconstruction', 'log_perplexity', 'copying'}
 
@@ -181,7 +183,7 @@ def test_an_export_is_evaluated_as_its_stage(cfg, run, exported, tmp_path):
   asked = toy_run.replaced(cfg, init_from=exported)
   evaluate.run(asked, str(tmp_path))
   here, there = (
-    train.results.read_json(f'{path}/results.json')['evals']
+    files_lib.read_json(f'{path}/results.json')['evals']
     for path in (tmp_path, run[1])
   )
   assert here['reconstruction'] == there['reconstruction']
@@ -191,9 +193,9 @@ def test_a_run_is_evaluated_and_not_what_it_started_from(run):
   """Its config names the models; its checkpoints are what is measured."""
   started, workdir = run
   path = f'{workdir}/results.json'
-  before = train.results.read_json(path)
+  before = files_lib.read_json(path)
   evaluate.run(started, workdir)
-  after = train.results.read_json(path)
+  after = files_lib.read_json(path)
   assert after['evals'] == before['evals'] and after['evals']['reconstruction']
 
 
@@ -202,7 +204,7 @@ def test_what_came_in_is_a_decoder_before_refrag(cfg, models, tmp_path):
     cfg, init_from=both(models), evals=('log_perplexity',)
   )
   evaluate.run(asked, str(tmp_path))
-  evals = train.results.read_json(tmp_path / 'results.json')['evals']
+  evals = files_lib.read_json(tmp_path / 'results.json')['evals']
   (rows,) = evals['log_perplexity'].values()
   assert {'no_context', 'full_context'} <= rows.keys()
   assert not any(row.startswith('refrag') for row in rows)
@@ -553,7 +555,7 @@ def test_a_trained_run_remembers_what_it_came_from(cfg, released, tmp_path):
     (tmp_path / group / 'tokenizer.json').unlink()
   pair = f'{tmp_path}/decoder,{tmp_path}/encoder'
   started = toy_run.replaced(named, data=cfg.data, init_from=pair, evals=())
-  run.run(started, str(tmp_path / 'run'))
+  training.run(started, str(tmp_path / 'run'))
   source, out = f'{tmp_path}/run/checkpoints/reconstruct', f'{tmp_path}/out'
   exchange.run_export(started, '', source, out)
   kinds = lambda of: {
@@ -724,7 +726,7 @@ def with_config(run):
   started, workdir = run
   path = f'{workdir}/config.json'
   record = {'config': dataclasses.asdict(started), 'sources': {'seed': 'x.py'}}
-  train.results.write_json(path, record)
+  files_lib.write_json(path, record)
   yield started, workdir
   os.unlink(path)
 
@@ -746,7 +748,7 @@ def test_an_export_finds_the_config_of_its_run(with_config, tmp_path, capsys):
   assert sorted(os.listdir(workdir)) == before
   assert 'seed ' in capsys.readouterr().out  # it is shown
   path = f'{workdir}/config.json'
-  train.results.write_json(path, {'model_type': 'llama'})
+  files_lib.write_json(path, {'model_type': 'llama'})
   with pytest.raises(UserError, match='holds no config of a run'):
     loaded('--mode=export', source)
 
@@ -755,7 +757,7 @@ def test_an_imported_checkpoint_has_the_config_of_its_import(cfg, tmp_path):
   for name, seed in (('config.json', 1), ('config_import.json', 2)):
     saved = dataclasses.replace(cfg, seed=seed)
     record = {'config': dataclasses.asdict(saved), 'sources': {}}
-    train.results.write_json(tmp_path / name, record)
+    files_lib.write_json(tmp_path / name, record)
   for stage, seed in (('imported', 2), ('reconstruct', 1)):
     source = f'--from={tmp_path}/checkpoints/{stage}'
     assert loaded('--mode=export', source).config.seed == seed

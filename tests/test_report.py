@@ -8,10 +8,10 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from refrag_jax import results
 from refrag_jax.evals import EVALS
 from refrag_jax.report import figures, page
 from refrag_jax.report import run as report
+from refrag_jax.runtime import files
 
 
 def stat(mean, se=0.012, n=120):
@@ -105,8 +105,8 @@ def fake_run(workdir):
   """Everything that a run leaves for its report."""
   rng = np.random.default_rng(0)
   numbers = fake_results()
-  results.write_json(workdir / 'results.json', numbers)
-  results.write_json(workdir / 'config.json', {
+  files.write_json(workdir / 'results.json', numbers)
+  files.write_json(workdir / 'config.json', {
     'config': {'name': 'tiny', 'seed': 0, 'model': {'chunk_size': 8}},
     'sources': {'seed': 'command line', 'model.chunk_size': 'configs/tiny.py'},
     'command_line': ['python', '-m', 'refrag_jax.main', '--config=tiny.py'],
@@ -125,11 +125,11 @@ def fake_run(workdir):
       lines.append(
         {'stage': stage, 'step': step, 'split': 'heldout', name: value}
       )
-  text = ''.join(map(results.json_line, lines))
+  text = ''.join(map(files.json_line, lines))
   (workdir / 'metrics.jsonl').write_text(text)
   sample = {'source': 'the <b>context</b>', 'output': 'the \x00 co', 'nll': 1.2}
   (workdir / 'samples.jsonl').write_text(''.join(
-    results.json_line({'stage': 'cpt', 'step': s, 'rows': [sample, sample]})
+    files.json_line({'stage': 'cpt', 'step': s, 'rows': [sample, sample]})
     for s in (100, 200)
   ))  # fmt: skip
   words = (
@@ -141,7 +141,7 @@ def fake_run(workdir):
   chunks = [words[i : i + 8] for i in range(0, len(words), 8)]
   scores = rng.normal(size=len(chunks))
   expanded = scores >= np.sort(scores)[-5]
-  results.write_json(workdir / 'policy_scores.json', {'examples': [
+  files.write_json(workdir / 'policy_scores.json', {'examples': [
     {'doc': 17, 'text_chunks': chunks, 'scores': scores, 'expanded': expanded,
      'output': ' This is'},
   ] * 2})  # fmt: skip
@@ -317,13 +317,13 @@ def test_any_part_may_be_missing(tmp_path):
   numbers = fake_results()
   for part in ('stages', 'evals'):
     less = {k: v for k, v in numbers.items() if k != part}
-    results.write_json(tmp_path / 'results.json', less)
+    files.write_json(tmp_path / 'results.json', less)
     report.write(tmp_path, EVALS)
     text = (tmp_path / 'report.html').read_text()
     parsed(text)
     assert f'id="{"stages" if part == "stages" else "questions"}"' not in text
   for part in numbers['evals']:
-    results.write_json(
+    files.write_json(
       tmp_path / 'results.json', {'evals': {part: numbers['evals'][part]}}
     )
     report.write(tmp_path, EVALS)
@@ -335,7 +335,7 @@ def test_numbers_that_are_not_there(tmp_path):
   """A run in the middle: null means, one document, a stage not finished."""
   empty = {'mean': None, 'se': None, 'n': 0}
   single = {'mean': 1.5, 'se': None, 'n': 1}
-  results.write_json(tmp_path / 'results.json', {
+  files.write_json(tmp_path / 'results.json', {
     'stages': {'lm': {'steps': 3, 'heldout_before': empty}},
     'evals': {
       'log_perplexity': {'heldout': {

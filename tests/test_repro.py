@@ -18,7 +18,7 @@ from refrag_jax import run as training
 from refrag_jax.config.schema import ArmConfig
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.repro import run as repro
-from refrag_jax.runtime import workdir
+from refrag_jax.runtime import files, workdir
 from refrag_jax.runtime.environment import ROOT
 from refrag_jax.session import abstract_params, fresh_params
 
@@ -228,9 +228,9 @@ def test_an_arm_that_fails_lets_the_others_run(
   assert 'there is no checkpoint in' in out
   assert 'model.decoder.mlp_width is 32 there and 64 here' in out
   assert os.path.exists(f'{workdir}/RESULTS.md')
-  done = results.read_json(f'{workdir}/seed0/main/results.json')
+  done = files.read_json(f'{workdir}/seed0/main/results.json')
   assert list(done['stages']) == ['lm']
-  documents = results.read_json(f'{workdir}/seed0/main/documents.json')
+  documents = files.read_json(f'{workdir}/seed0/main/documents.json')
   assert documents['corpus'] == done['corpus']
   # The means of documents are what the STATs were made of.
   ((dataset, rows),) = done['evals']['copying'].items()
@@ -252,7 +252,7 @@ def test_an_arm_that_fails_lets_the_others_run(
     os.path.getmtime(f'{workdir}/seed0/main/{name}.json')
     for name in ('results', 'config')
   ]
-  lost = results.read_json(f'{workdir}/seed0/lost/config.json')
+  lost = files.read_json(f'{workdir}/seed0/lost/config.json')
   assert lost['command_line'][-1] == '--second'
 
 
@@ -292,7 +292,7 @@ def test_a_source_without_checkpoint_is_trained_again(
   assert (moved / 'seed0' / 'main' / 'results.json').read_text() == record
   assert not (moved / 'seed0/main/checkpoints/reconstruct').exists()
   there, here = (
-    results.read_json(root / 'seed0' / 'next' / 'results.json')
+    files.read_json(root / 'seed0' / 'next' / 'results.json')
     for root in (whole, moved)
   )
   assert (

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from test_report import parsed
 
-from refrag_jax import results
 from refrag_jax.report import page
 from refrag_jax.repro import records as records_lib
 from refrag_jax.repro import report
@@ -23,6 +22,7 @@ from refrag_jax.repro.page import (
   markdown,
 )
 from refrag_jax.repro.page import html as html_page
+from refrag_jax.runtime import files
 
 COMMAND = ['python', '-m', 'refrag_jax.main', '--mode=repro', '--x=<&>']
 FAILED = {'seed0/k32': 'stage cpt: loss nan at step 7'}
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
   for (seed, arm), directory in directories.items():
     fake_arms.enrich(directory, arm, seed)
   fake_arms.write_run(workdir, 0, 'stranger', {}, corpus='feed' * 10)
-  results.write_json(workdir / 'config_repro.json', {
+  files.write_json(workdir / 'config_repro.json', {
     'command_line': COMMAND,
     'config': {'repro': {'arms': [], 'seeds': [0, 1], 'arm': {'main': {}}}},
   })  # fmt: skip

@@ -11,8 +11,8 @@ import pytest
 from conftest import UNOPTIMISED
 
 from configs import repro
-from refrag_jax import results
 from refrag_jax.repro import records
+from refrag_jax.runtime import files
 from refrag_jax.runtime.environment import ROOT
 
 MINUTES = 5  # on two cores, cold compilation cache
@@ -86,5 +86,5 @@ def test_the_report_is_whole(smoke):
     assert f'### {number}. ' in text
   for run in records.load(smoke[0]).runs.values():
     assert run.results['date'].endswith('UTC')
-    numbers = results.read_json(os.path.join(run.directory, 'documents.json'))
+    numbers = files.read_json(os.path.join(run.directory, 'documents.json'))
     assert numbers['datasets'].keys() == {'stdlib'}

@@ -8,6 +8,7 @@ import pytest
 
 from refrag_jax import results
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import files
 
 
 def test_stat_by_hand():
@@ -70,34 +71,34 @@ def test_significant_is_three_standard_errors(mean, se, expected):
 def test_json_round_trip_of_numpy_and_nan(tmp_path):
   path = tmp_path / 'deep' / 'results.json'
   value = {'a': np.float32(0.5), 'b': np.arange(2), 'c': float('nan'), 1: True}
-  results.write_json(path, value)
+  files.write_json(path, value)
   expected = {'a': 0.5, 'b': [0, 1], 'c': None, '1': True}
-  assert results.read_json(path) == expected
+  assert files.read_json(path) == expected
   assert os.listdir(path.parent) == ['results.json']
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / 'results.json'
-  results.write_json(path, {'old': 1})
+  files.write_json(path, {'old': 1})
 
   def full_disk(descriptor):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(os, 'fsync', full_disk)
   with pytest.raises(OSError, match='No space'):
-    results.write_json(path, {'new': 2})
-  assert results.read_json(path) == {'old': 1}
+    files.write_json(path, {'new': 2})
+  assert files.read_json(path) == {'old': 1}
   assert os.listdir(tmp_path) == ['results.json']
 
 
 def test_broken_json_is_named(tmp_path):
   (tmp_path / 'results.json').write_text('{"a": ')
   with pytest.raises(UserError, match='is not JSON'):
-    results.read_json(tmp_path / 'results.json')
+    files.read_json(tmp_path / 'results.json')
 
 
 def test_read_lines_skips_a_torn_line(tmp_path):
   path = tmp_path / 'metrics.jsonl'
-  assert results.read_lines(path) == []
+  assert files.read_lines(path) == []
   path.write_text(json.dumps({'step': 1}) + '\n' + '{"step": 2, "lo')
-  assert results.read_lines(path) == [{'step': 1}]
+  assert files.read_lines(path) == [{'step': 1}]

@@ -27,7 +27,6 @@ from refrag_jax import (
   heldout,
   lineage,
   optimizer,
-  results,
   samples,
   sharding,
   train,
@@ -35,7 +34,7 @@ from refrag_jax import (
 from refrag_jax import run as training
 from refrag_jax.data import pipeline
 from refrag_jax.errors import NonFinite, Stopped, UserError
-from refrag_jax.runtime import metrics
+from refrag_jax.runtime import files, metrics
 from refrag_jax.runtime.environment import ROOT
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
@@ -100,7 +99,7 @@ def last_state(session, workdir, name) -> TrainState:
 def lines(workdir, file='metrics.jsonl') -> list[dict]:
   return [
     {key: value for key, value in line.items() if key not in CLOCK}
-    for line in results.read_lines(os.path.join(workdir, file))
+    for line in files.read_lines(os.path.join(workdir, file))
   ]
 
 
@@ -122,7 +121,7 @@ def assert_same_run(session, workdir, whole, name, stops=()):
   file = 'samples.jsonl'
   assert lines(workdir, file) == lines(whole, file)
   record, expected = (
-    results.read_json(os.path.join(path, 'stages', f'{name}.json'))
+    files.read_json(os.path.join(path, 'stages', f'{name}.json'))
     for path in (workdir, whole)
   )
   for key in ('heldout_before', 'heldout_after', 'paired_gain', 'settings'):
@@ -318,7 +317,7 @@ def finished_run(tmp_path, **changes):
   )  # fmt: skip
   workdir = str(tmp_path / 'run')
   training.run(cfg, workdir)
-  return cfg, workdir, results.read_json(f'{workdir}/results.json')
+  return cfg, workdir, files.read_json(f'{workdir}/results.json')
 
 
 @pytest.fixture(scope='module')
@@ -366,34 +365,34 @@ def test_what_was_deleted_is_made_again(
   assert ('no checkpoint: trained again' in said) == (gone == 'checkpoints')
   assert checkpoint.latest_step(f'{workdir}/checkpoints/reconstruct') == 2
   assert seen == [('copying', 'reconstruction')]
-  again = results.read_json(f'{workdir}/results.json')
+  again = files.read_json(f'{workdir}/results.json')
   assert again['evals'] == numbers['evals']  # training is a function of these
   # Trained again for fewer evals, the others' documents go with their results.
   shutil.rmtree(f'{workdir}/checkpoints/reconstruct')
   training.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
-  documents = results.read_json(f'{workdir}/documents.json')
+  documents = files.read_json(f'{workdir}/documents.json')
   assert list(documents['evals']) == ['copying']
 
 
 def test_fewer_evals_throw_no_result_away(done, tmp_path, monkeypatch):
   cfg, workdir, numbers = copied(done, tmp_path)
   numbers = numbers | {'date': '2025-09-01 12:00 UTC'}  # of a while ago
-  results.write_json(f'{workdir}/results.json', numbers)
+  files.write_json(f'{workdir}/results.json', numbers)
   seen = evals_run(monkeypatch)
   training.run(toy_run.replaced(cfg, evals=('copying',)), workdir)
-  assert results.read_json(f'{workdir}/results.json') == numbers
+  assert files.read_json(f'{workdir}/results.json') == numbers
   more = toy_run.replaced(
     cfg, evals=('copying', 'regeneration'), log_every_steps=5,
     checkpoint_every_steps=1,
   )  # fmt: skip
   training.run(more, workdir)
   assert seen == [('regeneration',)]
-  after = results.read_json(f'{workdir}/results.json')
+  after = files.read_json(f'{workdir}/results.json')
   assert after['evals'].keys() == {'copying', 'reconstruction', 'regeneration'}
   # What made the others is still said, and of the new one apart.
   assert after['date'] == numbers['date']
   assert after['added'].keys() == {'regeneration'}
-  documents = results.read_json(f'{workdir}/documents.json')
+  documents = files.read_json(f'{workdir}/documents.json')
   assert documents['evals'].keys() == after['evals'].keys()
   assert documents['fingerprint'] == after['fingerprint']
   for name in numbers['evals']:
@@ -773,7 +772,7 @@ def assert_same_results(session, workdir, whole, stops=()):
   assert [line for line in got if line in want] == want
   assert {x['step'] for x in got if x not in want} <= set(stops)
   new, old = (
-    results.read_json(os.path.join(path, 'results.json'))['stages']
+    files.read_json(os.path.join(path, 'results.json'))['stages']
     for path in (workdir, whole)
   )
   for name in old:

@@ -24,10 +24,10 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from refrag_jax import results
 from refrag_jax.errors import UserError
 from refrag_jax.hf import families, hub
 from refrag_jax.hf.families import FAMILIES, Family, Tensor
+from refrag_jax.runtime import files as files_lib
 from refrag_jax.runtime.paths import refuse_pointer
 from refrag_jax.runtime.progress import say
 from refrag_jax.sharding import path_str
@@ -478,7 +478,7 @@ def write_params(
       for file, of_file in zip(names, files, strict=True)
       for name in of_file
     }
-    results.write_json(
+    files_lib.write_json(
       os.path.join(directory, INDEX),
       {
         'metadata': {'total_size': sum(sizes.values())},
@@ -489,7 +489,7 @@ def write_params(
   by_kind = collections.Counter()
   for name, (_, kind, _) in plan.items():
     by_kind[kind.name] += sizes[name]
-  results.write_json(
+  files_lib.write_json(
     os.path.join(directory, 'config.json'),
     {**config, 'dtype': by_kind.most_common(1)[0][0]},
   )

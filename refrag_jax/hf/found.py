@@ -6,9 +6,9 @@ Needs no JAX: the config says how JAX is to be started.
 import os
 from typing import Any
 
-from refrag_jax import results
 from refrag_jax.errors import UserError
 from refrag_jax.hf import families, hub
+from refrag_jax.runtime import files
 
 SAVED = ('config.json', 'config_import.json')  # beside a run's checkpoints
 
@@ -29,7 +29,7 @@ def of_run(source: str) -> tuple[str, dict[str, Any]] | None:
   for name in SAVED[::-1] if imported else SAVED:
     path = os.path.join(run, name)
     if os.path.exists(path):
-      record = results.read_json(path)
+      record = files.read_json(path)
       if not (isinstance(record, dict) and {'config', 'sources'} <= {*record}):
         raise UserError(
           f'{path} holds no config of a run: add --config=FILE.py'

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from refrag_jax import results
 from refrag_jax.report import page
+from refrag_jax.runtime import files
 
 # What a device's memory holds, in the order of the bar, and its colour.
 PARTS = (
@@ -38,7 +38,7 @@ def write(path: str, plan: dict[str, Any]) -> None:
     'predictions.</p>'
   )
   body = f'<style>{STYLE}</style>' + head + page.sections(parts)
-  results.write_text(path, page.page(title, body))
+  files.write_text(path, page.page(title, body))
 
 
 STYLE = """

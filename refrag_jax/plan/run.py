@@ -20,12 +20,13 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 
-from refrag_jax import compilation, flops, results, sharding
+from refrag_jax import compilation, flops, sharding
 from refrag_jax.config.schema import Config
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.plan import collectives, page, topologies
 from refrag_jax.resolve import changed
+from refrag_jax.runtime import files
 from refrag_jax.runtime.progress import say
 from refrag_jax.session import (
   Session,
@@ -120,7 +121,7 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
     'search': ranked,
     'arrays': largest_arrays(session),
   }
-  results.write_json(os.path.join(workdir, 'plan.json'), out)
+  files.write_json(os.path.join(workdir, 'plan.json'), out)
   page.write(os.path.join(workdir, 'plan.html'), out)
   say(f'done: {workdir}/plan.json, {workdir}/plan.html')
   return 0

@@ -17,6 +17,7 @@ from refrag_jax import results
 from refrag_jax.report import figures as report_figures
 from refrag_jax.report import page
 from refrag_jax.report import tables as report_tables
+from refrag_jax.runtime import files
 
 Finding = tuple[str, str, str, Mapping[str, Any]]  # task, row, other, STAT
 
@@ -37,11 +38,11 @@ def write(workdir: str, evals_by_name: Mapping[str, Any]) -> str:
 
   def read(name: str) -> dict[str, Any]:
     path = os.path.join(workdir, name)
-    return results.read_json(path) if os.path.exists(path) else {}
+    return files.read_json(path) if os.path.exists(path) else {}
 
   numbers, saved = read('results.json'), read('config.json')
-  lines = results.read_lines(os.path.join(workdir, 'metrics.jsonl'))
-  tables = results.read_lines(os.path.join(workdir, 'samples.jsonl'))
+  lines = files.read_lines(os.path.join(workdir, 'metrics.jsonl'))
+  tables = files.read_lines(os.path.join(workdir, 'samples.jsonl'))
   scored = read('policy_scores.json').get('examples', [])
   stages, evals = numbers.get('stages', {}), numbers.get('evals', {})
   contents = (
@@ -63,7 +64,7 @@ def write(workdir: str, evals_by_name: Mapping[str, Any]) -> str:
   body = header(title, _date(workdir, numbers), saved | numbers)
   body += page.sections([(head, part) for head, part in contents if part])
   path = os.path.join(workdir, 'report.html')
-  results.write_text(path, page.page(title, body))
+  files.write_text(path, page.page(title, body))
   return path
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from refrag_jax import results
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import files
 
 
 class Run(NamedTuple):
@@ -189,7 +190,7 @@ def _directories(workdir: str) -> Iterator[tuple[int, str, str]]:
 def _read(seed: int, arm: str, directory: str, notes: list[str]) -> Run:
   def read(name: str) -> dict[str, Any]:
     path = os.path.join(directory, name)
-    return results.read_json(path) if os.path.exists(path) else {}
+    return files.read_json(path) if os.path.exists(path) else {}
 
   numbers, documents, saved = map(
     read, ('results.json', 'documents.json', 'config.json')

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from refrag_jax import results
 from refrag_jax.report import page
 from refrag_jax.repro import figures, tables
 from refrag_jax.repro import records as records_lib
@@ -31,6 +30,7 @@ from refrag_jax.repro.page import (
 from refrag_jax.repro.questions import filled, formula, preset_of, rule_of
 from refrag_jax.repro.records import Records, Run
 from refrag_jax.repro.verdicts import Finding, Part, Verdict
+from refrag_jax.runtime import files
 
 
 def write(
@@ -69,7 +69,7 @@ def write(
     ('RESULTS.md', markdown(title, sections)),
     ('repro.html', html(title, sections)),
   ):
-    results.write_text(os.path.join(workdir, file), text)
+    files.write_text(os.path.join(workdir, file), text)
 
 
 # --- Verdicts -----------------------------------------------------------------
@@ -228,7 +228,7 @@ def _forests(verdict: Verdict) -> Iterator[str]:
 
 def _runs(workdir, spec, records: Records, failures) -> Iterator:
   path = os.path.join(workdir, 'config_repro.json')
-  saved = results.read_json(path) if os.path.exists(path) else {}
+  saved = files.read_json(path) if os.path.exists(path) else {}
   runs = list(records.runs.values())
   commands = dict.fromkeys(
     ' '.join(map(str, of['command_line']))

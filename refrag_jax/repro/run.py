@@ -20,14 +20,14 @@ from typing import Any
 
 import jax
 
-from refrag_jax import checkpoint, evaluate, lineage, results
+from refrag_jax import checkpoint, evaluate, lineage
 from refrag_jax import run as training
 from refrag_jax.config.schema import Config
 from refrag_jax.errors import NonFinite, UserError
 from refrag_jax.repro import report
 from refrag_jax.repro import verdicts as claims
 from refrag_jax.resolve import changed
-from refrag_jax.runtime import environment
+from refrag_jax.runtime import environment, files
 from refrag_jax.runtime import workdir as workdir_lib
 from refrag_jax.runtime.progress import say
 from refrag_jax.sharding import any_process
@@ -189,7 +189,7 @@ def read_claims(path: str) -> dict[str, Any]:
 
 def save_config(config: Config, arm: str, cfg: Config, folder: str) -> None:
   """<folder>/config.json: what the arm is, and the line that made it."""
-  results.write_json(
+  files.write_json(
     os.path.join(folder, 'config.json'),
     {
       'config': dataclasses.asdict(cfg),

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from refrag_jax import results
 from refrag_jax.report import figures as report_figures
 from refrag_jax.report import page
 from refrag_jax.repro import costs as latency
@@ -27,6 +26,7 @@ from refrag_jax.repro.page import (
 from refrag_jax.repro.paper_tables import TABLES, PaperTable
 from refrag_jax.repro.questions import filled
 from refrag_jax.repro.records import Records, Run
+from refrag_jax.runtime import files
 
 NLL = 'mean NLL, nats per token'
 
@@ -390,9 +390,7 @@ def curves(records: Records) -> Iterator:
   runs = sorted(records.runs.values(), key=lambda run: run.arm != 'main')
   for run in runs:
     own = {}
-    for line in results.read_lines(
-      os.path.join(run.directory, 'metrics.jsonl')
-    ):
+    for line in files.read_lines(os.path.join(run.directory, 'metrics.jsonl')):
       value = line.get('loss', line.get('reward'))
       if line.get('split') == 'heldout' and value is not None:
         own.setdefault(str(line.get('stage')), {})[line['step']] = value

@@ -13,8 +13,8 @@ import rich
 from rich.table import Table
 from rich.text import Text
 
-from refrag_jax import results
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import files
 from refrag_jax.runtime.progress import say
 
 
@@ -43,7 +43,7 @@ class Writer:
     """Adds one line; `split` is 'train' or 'heldout'."""
     if not self.active:
       return
-    values = results.plain(dict(values))
+    values = files.plain(dict(values))
     head = {'stage': stage, 'step': int(step), 'split': split}
     self._append('metrics.jsonl', head | values)
     if self._summary:
@@ -58,7 +58,7 @@ class Writer:
     """Adds a table of sample texts, one mapping of column to text a row."""
     if not self.active or not rows:
       return
-    rows = results.plain([dict(row) for row in rows])
+    rows = files.plain([dict(row) for row in rows])
     head = {'stage': stage, 'step': int(step)}
     self._append('samples.jsonl', head | {'rows': rows})
     if self._summary:
@@ -76,14 +76,14 @@ class Writer:
       return
     for name in ('metrics.jsonl', 'samples.jsonl'):
       path = os.path.join(self.workdir, name)
-      old = results.read_lines(path)
+      old = files.read_lines(path)
       kept = [
         r for r in old if r.get('stage') != stage or r.get('step', -1) < step
       ]
       if len(kept) < len(old):
         if name in self._files:
           self._files.pop(name).close()  # it points to the file replaced
-        results.write_text(path, ''.join(map(results.json_line, kept)))
+        files.write_text(path, ''.join(map(files.json_line, kept)))
     if self._summary:
       if stage in self._boards:
         self._boards.pop(stage).close()
@@ -100,7 +100,7 @@ class Writer:
       self._files[name] = open(  # noqa: SIM115
         path, 'a', encoding='utf-8', newline='\n'
       )
-    self._files[name].write(results.json_line(record))
+    self._files[name].write(files.json_line(record))
     self._files[name].flush()
 
   def _board(self, stage: str, purge_step: int | None = None) -> Any:
@@ -153,7 +153,7 @@ def _mend(path: str) -> None:
     data = f.read()
   if data and not data.endswith(b'\n'):
     whole = data[: data.rfind(b'\n') + 1]
-    results.write_text(path, whole.decode('utf-8', 'replace'))
+    files.write_text(path, whole.decode('utf-8', 'replace'))
 
 
 def import_tensorboard() -> Any:

@@ -7,8 +7,8 @@ same windows in the same order at the same learning rate for the same target
 tokens, its context given as tokens: nothing, the last tokens at REFRAG's
 length, or all of it, in equal shares over the steps.
 
-CEPE (models/cepe.py) has the recipe of its authors (Yen et al.
-2024; princeton-nlp/CEPE): first the same text goes to the encoder and to the decoder,
+CEPE (models/cepe.py) has the recipe of its authors (Yen et al. 2024;
+princeton-nlp/CEPE): first the same text goes to the encoder and to the decoder,
 then x_{1:s} to the encoder, and the decoder predicts the o tokens after it.
 Encoder and cross-attention are trained, the decoder is frozen; `cepe_unfrozen`
 trains it as well, because REFRAG's is. All of the context at every step: CEPE

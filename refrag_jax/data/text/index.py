@@ -37,10 +37,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refrag_jax import results
 from refrag_jax.data.text import sources as text_lib
 from refrag_jax.data.tokenizers import Tokenizer
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import files as files_lib
 
 FORMAT = 1
 ARRAYS = (
@@ -215,7 +215,7 @@ def _save(job: Job, folder: str, name: str, **arrays: Any) -> None:
   Not synced, for that costs more than a small shard: what a power cut leaves
   of one is found by `_load`.
   """
-  with results.writing(job.path(folder, f'{name}.npz'), sync=False) as f:
+  with files_lib.writing(job.path(folder, f'{name}.npz'), sync=False) as f:
     np.savez(f, **arrays)
 
 
@@ -340,9 +340,9 @@ def _split(job: Job, unit: str, _) -> None:
   held = np.unique(np.concatenate([np.zeros(0, np.uint64), *held]))
   _save(job, 'split', 'heldout', sides=heldout)
   # No worker has memory for all of them: synced, because not read in whole.
-  with results.writing(job.path('split', 'lines.npy')) as f:
+  with files_lib.writing(job.path('split', 'lines.npy')) as f:
     np.save(f, held)
-  results.write_json(
+  files_lib.write_json(
     job.path('split', 'split.json'),
     {
       'index': digest([job.settings, total.hexdigest()]),
@@ -391,7 +391,7 @@ def _lines_of(job: Job, shard: list, side: np.ndarray) -> np.ndarray:
 
 
 def _split_of(job: Job) -> dict[str, Any]:
-  return results.read_json(job.path('split', 'split.json'))
+  return files_lib.read_json(job.path('split', 'split.json'))
 
 
 def _target(job: Job) -> str:
@@ -516,7 +516,7 @@ def _tokenised(job: Job, *names: str) -> Iterator[list[np.ndarray]]:
 
 
 def _join(job: Job, unit: str, _) -> None:
-  with results.writing(job.path('index', f'{unit}.npy')) as f:
+  with files_lib.writing(job.path('index', f'{unit}.npy')) as f:
     length = 0
     for (values,) in _tokenised(job, unit):
       if not length:
@@ -545,7 +545,7 @@ def _close(job: Job, unit: str, _) -> None:
   target = _target(job)
   if load(target) is None:
     _write_rest(job)
-    results.sync_directory(job.path('index'))
+    files_lib.sync_directory(job.path('index'))
     shutil.rmtree(target, ignore_errors=True)  # damaged, if there
     # Another process may have been quicker: then theirs is as good.
     try:
@@ -553,8 +553,8 @@ def _close(job: Job, unit: str, _) -> None:
     except OSError as e:
       if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
         raise
-    results.sync_directory(job.cache_dir)
-  results.write_json(
+    files_lib.sync_directory(job.cache_dir)
+  files_lib.write_json(
     job.pointer,
     {'index': os.path.basename(target), 'sources': job.sources},
   )
@@ -593,7 +593,7 @@ def _write_rest(job: Job) -> None:
   counts = _count(columns, skipped, dropped)
   _check(job.sources, counts, skipped, job.fraction)
   for name, values in columns.items():
-    with results.writing(job.path('index', f'{name}.npy')) as f:
+    with files_lib.writing(job.path('index', f'{name}.npy')) as f:
       np.save(f, values)
   meta = {
     'hash': total.hexdigest(),
@@ -601,7 +601,7 @@ def _write_rest(job: Job) -> None:
     'heldout_fraction': job.fraction,
     'sources': counts,
   }
-  results.write_json(job.path('index', 'meta.json'), meta)
+  files_lib.write_json(job.path('index', 'meta.json'), meta)
 
 
 def _offsets(lengths: list[np.ndarray]) -> np.ndarray:
