@@ -370,7 +370,7 @@ def test_a_half_written_step_is_not_seen(tmp_path):
 
 KILLED = """
 import os, signal, sys, time
-sys.path.insert(0, 'tests')
+sys.path[:0] = ['tests', 'tests/helpers']
 import jax
 import test_checkpoint as t
 from refrag_jax import checkpoint

@@ -47,7 +47,7 @@ class Processes:
         subprocess.Popen(
           [
             *(sys.executable, '-m', 'refrag_jax.main'),
-            f'--config={ROOT}/tests/toy_config.py:{self.folder}',
+            f'--config={ROOT}/tests/helpers/toy_config.py:{self.folder}',
             f'--workdir={workdir}',
             '--config.stages=' + ','.join(STAGES),
             '--config.evals=log_perplexity',

@@ -731,7 +731,7 @@ def command(folder, workdir, cache, point='', signum=signal.SIGTERM, *more):
       script,
       point,
       str(int(signum)),
-      f'--config={ROOT}/tests/toy_config.py:{folder}',
+      f'--config={ROOT}/tests/helpers/toy_config.py:{folder}',
       f'--workdir={workdir}',
       '--config.stages=lm,cpt_trained',
       '--config.checkpoint_every_steps=2',

@@ -1,6 +1,6 @@
 """A config of toy sizes with every stage, and its text and questions.
 
-  python -m refrag_jax.main --config=tests/toy_config.py:FOLDER
+  python -m refrag_jax.main --config=tests/helpers/toy_config.py:FOLDER
 
 Every number that a golden value depends on stands here, not in configs/.
 """
