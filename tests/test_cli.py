@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from refrag_jax import cli, results
+from refrag_jax import cli
 from refrag_jax.config import typed
 from refrag_jax.errors import UserError
 from refrag_jax.runtime.environment import ROOT
@@ -261,7 +261,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
   def full(*args, **kwargs):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(results.os, 'fsync', full)
+  monkeypatch.setattr(os, 'fsync', full)
   with pytest.raises(OSError, match='No space'):
     cli.save_config(load(TINY), str(tmp_path))
   assert os.listdir(tmp_path) == []

@@ -49,28 +49,22 @@ def check(config: Config) -> None:
   _check_eval(config)
 
 
-def refuse(problem: bool, message: str) -> None:
-  """Raises UserError with the message where there is the problem."""
-  if problem:
-    raise UserError(message)
-
-
 def positive(section: Any, prefix: str, *names: str) -> None:
   for name in names:
     value = getattr(section, name)
-    refuse(
-      value <= 0,
-      f'config.{prefix}{name} is {value}: it must be greater than 0',
-    )
+    if value <= 0:
+      raise UserError(
+        f'config.{prefix}{name} is {value}: it must be greater than 0'
+      )
 
 
 def not_negative(section: Any, prefix: str, *names: str) -> None:
   for name in names:
     value = getattr(section, name)
-    refuse(
-      value < 0,
-      f'config.{prefix}{name} is {value}: it must be 0 or greater',
-    )
+    if value < 0:
+      raise UserError(
+        f'config.{prefix}{name} is {value}: it must be 0 or greater'
+      )
 
 
 def known(values: Sequence[str], there: Collection[str], key: str) -> None:
@@ -78,17 +72,16 @@ def known(values: Sequence[str], there: Collection[str], key: str) -> None:
     hint = f'; there are {", ".join(there)}'
     if len(there) > 4:
       hint = typed.did_you_mean(value, there) or hint
-    refuse(value not in there, f'config.{key}: there is no {value!r}{hint}')
+    if value not in there:
+      raise UserError(f'config.{key}: there is no {value!r}{hint}')
 
 
 def names(chosen: Sequence[str], there: Collection[str], key: str) -> None:
   """Refuses unknown names of stages or evals, and a name that stands twice."""
   known(chosen, there, key)
   double = [name for name in chosen if chosen.count(name) > 1]
-  refuse(
-    bool(double),
-    f'config.{key} names {double[0] if double else ""!r} twice: delete one',
-  )
+  if double:
+    raise UserError(f'config.{key} names {double[0]!r} twice: delete one')
 
 
 def _check_run(config: Config) -> None:
@@ -106,33 +99,35 @@ def _check_run(config: Config) -> None:
     for field in dataclasses.fields(config.mesh)
     if getattr(config.mesh, field.name) == -1
   ]
-  refuse(
-    len(free) > 1,
-    f'config.mesh: {" and ".join(free)} are both -1, but only one axis can '
-    'take the devices that the others leave: give the other one a size',
-  )
+  if len(free) > 1:
+    raise UserError(
+      f'config.mesh: {" and ".join(free)} are both -1, but only one axis can '
+      'take the devices that the others leave: give the other one a size'
+    )
   for field in dataclasses.fields(config.mesh):
     size = getattr(config.mesh, field.name)
-    refuse(
-      size < 1 and size != -1,
-      f'config.mesh.{field.name} is {size}: use 1 or more, or -1 for the '
-      'devices that the other axes leave',
-    )
+    if size < 1 and size != -1:
+      raise UserError(
+        f'config.mesh.{field.name} is {size}: use 1 or more, or -1 for the '
+        'devices that the other axes leave'
+      )
   positive(config.cluster, 'cluster.', 'join_seconds', 'heartbeat_seconds')
   not_negative(config.cluster, 'cluster.', 'hang_seconds')
   kernel = config.model.attention in KERNELS
-  refuse(
-    kernel and config.mesh.sequence != 1,
-    f'config.model.attention is {config.model.attention}, whose kernel sees a '
-    f'whole row, and config.mesh.sequence is {config.mesh.sequence}: use '
-    'attention=fused, or sequence=1',
-  )
-  refuse(
+  if kernel and config.mesh.sequence != 1:
+    raise UserError(
+      f'config.model.attention is {config.model.attention}, whose kernel sees '
+      f'a whole row, and config.mesh.sequence is {config.mesh.sequence}: use '
+      'attention=fused, or sequence=1'
+    )
+  if (
     config.model.attention == 'cudnn'
-    and config.model.compute_dtype != 'bfloat16',
-    'config.model.attention is cudnn, which computes in 16 bits: set '
-    'config.model.compute_dtype=bfloat16, or use attention=fused',
-  )
+    and config.model.compute_dtype != 'bfloat16'
+  ):
+    raise UserError(
+      'config.model.attention is cudnn, which computes in 16 bits: set '
+      'config.model.compute_dtype=bfloat16, or use attention=fused'
+    )
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -155,44 +150,45 @@ def _check_model(model: ModelConfig) -> None:
     not_negative(
       section, prefix, *(name for name in numbers if name in may_be_zero)
     )
-  refuse(
-    decoder.num_heads % decoder.num_kv_heads != 0,
-    f'config.model.decoder: num_heads {decoder.num_heads} is not a multiple '
-    f'of num_kv_heads {decoder.num_kv_heads}: each key-value head serves '
-    'equally many query heads',
-  )
-  refuse(
-    decoder.head_dim % 2 != 0,
-    f'config.model.decoder.head_dim is {decoder.head_dim}: rotary positions '
-    'turn pairs, use an even number',
-  )
+  if decoder.num_heads % decoder.num_kv_heads != 0:
+    raise UserError(
+      f'config.model.decoder: num_heads {decoder.num_heads} is not a multiple '
+      f'of num_kv_heads {decoder.num_kv_heads}: each key-value head serves '
+      'equally many query heads'
+    )
+  if decoder.head_dim % 2 != 0:
+    raise UserError(
+      f'config.model.decoder.head_dim is {decoder.head_dim}: rotary positions '
+      'turn pairs, use an even number'
+    )
   for heads, key in (
     (encoder.num_heads, 'model.encoder.num_heads'),
     (policy.num_heads, 'model.policy.num_heads'),
   ):
-    refuse(
-      encoder.width % heads != 0,
-      f'config.{key} {heads} does not divide config.model.encoder.width '
-      f'{encoder.width}: use one of {_divisors(encoder.width)}',
-    )
+    if encoder.width % heads != 0:
+      raise UserError(
+        f'config.{key} {heads} does not divide config.model.encoder.width '
+        f'{encoder.width}: use one of {_divisors(encoder.width)}'
+      )
   head_dim = encoder.width // policy.num_heads
-  refuse(
-    policy.positions and head_dim % 2 != 0,
-    f'config.model.policy: width {encoder.width} in {policy.num_heads} heads '
-    f'gives an odd head size {head_dim}: rotary positions turn pairs, use '
-    'fewer heads or positions=false',
-  )
-  refuse(
-    decoder.rope_factor > 1 and not decoder.rope_original_length,
-    f'config.model.decoder.rope_factor is {decoder.rope_factor:g}: give '
-    'rope_original_length, the positions before they were stretched',
-  )
-  refuse(
-    encoder.kind == 'modernbert'
-    and not (encoder.global_every and encoder.rope_theta),
-    "config.model.encoder: kind 'modernbert' needs global_every, local_window, "
-    'rope_theta and local_rope_theta',
-  )
+  if policy.positions and head_dim % 2 != 0:
+    raise UserError(
+      f'config.model.policy: width {encoder.width} in {policy.num_heads} heads '
+      f'gives an odd head size {head_dim}: rotary positions turn pairs, use '
+      'fewer heads or positions=false'
+    )
+  if decoder.rope_factor > 1 and not decoder.rope_original_length:
+    raise UserError(
+      f'config.model.decoder.rope_factor is {decoder.rope_factor:g}: give '
+      'rope_original_length, the positions before they were stretched'
+    )
+  if encoder.kind == 'modernbert' and not (
+    encoder.global_every and encoder.rope_theta
+  ):
+    raise UserError(
+      "config.model.encoder: kind 'modernbert' needs global_every, "
+      'local_window, rope_theta and local_rope_theta'
+    )
   for value, there, key in (
     (encoder.kind, ('bert', 'modernbert'), 'model.encoder.kind'),
     (encoder.pooling, ('cls', 'mean'), 'model.encoder.pooling'),
@@ -210,46 +206,47 @@ def _divisors(number: int) -> str:
 
 def _check_data(config: Config) -> None:
   data = config.data
-  refuse(not data.text, 'config.data.text is empty: name a text source')
-  refuse(
-    len(data.weights) != len(data.text),
-    f'config.data.weights has {len(data.weights)} entries for '
-    f'{len(data.text)} entries of config.data.text: give one weight a source, '
-    'or () for equal shares',
-  )
+  if not data.text:
+    raise UserError('config.data.text is empty: name a text source')
+  if len(data.weights) != len(data.text):
+    raise UserError(
+      f'config.data.weights has {len(data.weights)} entries for '
+      f'{len(data.text)} entries of config.data.text: give one weight a '
+      'source, or () for equal shares'
+    )
   for weight in data.weights:
-    refuse(
-      weight <= 0,
-      f'config.data.weights holds {weight}: weights must be greater than 0; '
-      'leave a source out of config.data.text instead',
+    if weight <= 0:
+      raise UserError(
+        f'config.data.weights holds {weight}: weights must be greater than 0; '
+        'leave a source out of config.data.text instead'
+      )
+  if not 0 < data.heldout_fraction < 1:
+    raise UserError(
+      f'config.data.heldout_fraction is {data.heldout_fraction}: use a share '
+      'of the documents between 0 and 1, such as 0.05'
     )
-  refuse(
-    not 0 < data.heldout_fraction < 1,
-    f'config.data.heldout_fraction is {data.heldout_fraction}: use a share of '
-    'the documents between 0 and 1, such as 0.05',
-  )
   for name in ('tokenizer', 'encoder_tokenizer'):
-    refuse(
-      not getattr(data, name),
-      f"config.data.{name} is empty: name 'bytes' or a tokenizer directory",
+    if not getattr(data, name):
+      raise UserError(
+        f"config.data.{name} is empty: name 'bytes' or a tokenizer directory"
+      )
+  if data.max_encoder_tokens < 3:
+    raise UserError(
+      f'config.data.max_encoder_tokens is {data.max_encoder_tokens}: a chunk '
+      'needs at least 3, two of them for the special tokens round it'
     )
-  refuse(
-    data.max_encoder_tokens < 3,
-    f'config.data.max_encoder_tokens is {data.max_encoder_tokens}: a chunk '
-    'needs at least 3, two of them for the special tokens round it',
-  )
-  refuse(
-    config.model.encoder.max_length < data.max_encoder_tokens,
-    f'config.model.encoder.max_length {config.model.encoder.max_length} is '
-    f'less than config.data.max_encoder_tokens {data.max_encoder_tokens}: '
-    'the encoder has no position for the last ones; lower the latter',
-  )
+  if config.model.encoder.max_length < data.max_encoder_tokens:
+    raise UserError(
+      f'config.model.encoder.max_length {config.model.encoder.max_length} is '
+      f'less than config.data.max_encoder_tokens {data.max_encoder_tokens}: '
+      'the encoder has no position for the last ones; lower the latter'
+    )
   piece, most = config.model.piece_length, config.model.encoder.max_length
-  refuse(
-    piece + 2 > most,
-    f'config.model.piece_length {piece} and two special tokens are more than '
-    f'config.model.encoder.max_length {most}: use {most - 2} or less',
-  )
+  if piece + 2 > most:
+    raise UserError(
+      f'config.model.piece_length {piece} and two special tokens are more than '
+      f'config.model.encoder.max_length {most}: use {most - 2} or less'
+    )
 
 
 def _check_eval(config: Config) -> None:
@@ -259,13 +256,11 @@ def _check_eval(config: Config) -> None:
   not_negative(section, 'eval.', 'tail_chunks', 'num_questions', 'num_passages')
   known(section.selectors, SELECTORS, 'eval.selectors')
   for p in section.expand_fractions:
-    refuse(
-      not 0 <= p <= 1,
-      f'config.eval.expand_fractions holds {p}: use shares from 0 to 1',
-    )
+    if not 0 <= p <= 1:
+      raise UserError(
+        f'config.eval.expand_fractions holds {p}: use shares from 0 to 1'
+      )
   for name in LENGTHS:
     values = getattr(section, name)
-    refuse(
-      any(value <= 0 for value in values),
-      f'config.eval.{name} {values} must all be greater than 0',
-    )
+    if any(value <= 0 for value in values):
+      raise UserError(f'config.eval.{name} {values} must all be greater than 0')

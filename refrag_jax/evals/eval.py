@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from refrag_jax.config import check
 from refrag_jax.config.schema import Config
+from refrag_jax.errors import UserError
 
 
 def no_check(config: Config) -> None:
@@ -34,28 +34,28 @@ def check_eval(name: str, of: Eval, config: Config) -> None:
   Raises:
     UserError: in one line, what to change.
   """
-  check.refuse(
-    bool(of.stage) and of.stage not in config.stage,
-    f'config.evals names {name}, whose windows are those of '
-    f'config.stage.{of.stage}, which is missing: add it to the config file, or '
-    'take the eval out',
-  )
-  for field in of.needs:
-    check.refuse(
-      not getattr(config.eval, field),
-      f'config.eval.{field} is empty: the eval {name!r} needs at least one',
+  if of.stage and of.stage not in config.stage:
+    raise UserError(
+      f'config.evals names {name}, whose windows are those of '
+      f'config.stage.{of.stage}, which is missing: add it to the config file, '
+      'or take the eval out'
     )
+  for field in of.needs:
+    if not getattr(config.eval, field):
+      raise UserError(
+        f'config.eval.{field} is empty: the eval {name!r} needs at least one'
+      )
   of.check(config)
 
 
 def check_multiples(config: Config, field: str) -> None:
   """Refuses lengths that are no whole number of chunks."""
   values, k = getattr(config.eval, field), config.model.chunk_size
-  check.refuse(
-    any(n % k for n in values),
-    f'config.eval.{field} {values}: each must be a multiple of '
-    f'config.model.chunk_size {k}',
-  )
+  if any(n % k for n in values):
+    raise UserError(
+      f'config.eval.{field} {values}: each must be a multiple of '
+      f'config.model.chunk_size {k}'
+    )
 
 
 def continued(stage: str) -> Callable[[Config], tuple[int, int]]:
@@ -77,9 +77,9 @@ def check_regenerated(config: Config) -> None:
   for name in ('reconstruct', 'reconstruct_unfrozen'):
     if name in config.stage:
       longest = config.stage[name].context_length
-      check.refuse(
-        max(lengths) > longest,
-        f'config.eval.reconstruct_lengths {lengths}: '
-        f'config.stage.{name}.context_length has only {longest} tokens',
-      )
+      if max(lengths) > longest:
+        raise UserError(
+          f'config.eval.reconstruct_lengths {lengths}: '
+          f'config.stage.{name}.context_length has only {longest} tokens'
+        )
   check_multiples(config, 'reconstruct_lengths')

@@ -19,9 +19,9 @@ in the useful passage; row `chance` is what random ones hit on average, 1 / P.
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax.config import check
 from refrag_jax.config.schema import Config, expanded_chunks
 from refrag_jax.data import batch
+from refrag_jax.errors import UserError
 from refrag_jax.evals import common, selection
 from refrag_jax.evals.eval import Eval
 from refrag_jax.report import tables
@@ -129,12 +129,12 @@ def one_passage(config: Config) -> tuple[int, int]:
 def check_passages(config: Config) -> None:
   number = config.eval.num_passages
   chunks = config.stage['mixed'].context_length // config.model.chunk_size
-  check.refuse(
-    number == 1 or 0 < chunks < number,
-    f'config.eval.num_passages is {number}: use 2 or more, one of them useful, '
-    f'and no more than the {chunks} chunks of '
-    'config.stage.mixed.context_length; 0 skips the eval',
-  )
+  if number == 1 or 0 < chunks < number:
+    raise UserError(
+      f'config.eval.num_passages is {number}: use 2 or more, one of them '
+      f'useful, and no more than the {chunks} chunks of '
+      'config.stage.mixed.context_length; 0 skips the eval'
+    )
 
 
 EVAL = Eval(

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from refrag_jax import results
-from refrag_jax.config import check
 from refrag_jax.config.schema import Config, expanded_chunks
 from refrag_jax.data.tasks.windows import eval_windows
+from refrag_jax.errors import UserError
 from refrag_jax.evals import common
 from refrag_jax.evals.eval import Eval, continued
 from refrag_jax.models import losses, policy
@@ -264,11 +264,11 @@ def policy_pictures(context: common.Context, num: int = 6) -> list[dict]:
 
 def check_tail(config: Config) -> None:
   chunks = config.stage['mixed'].context_length // config.model.chunk_size
-  check.refuse(
-    0 < chunks <= config.eval.tail_chunks,
-    f'config.eval.tail_chunks {config.eval.tail_chunks} leaves nothing of the '
-    f'{chunks} chunks of config.stage.mixed.context_length: use fewer',
-  )
+  if 0 < chunks <= config.eval.tail_chunks:
+    raise UserError(
+      f'config.eval.tail_chunks {config.eval.tail_chunks} leaves nothing of '
+      f'the {chunks} chunks of config.stage.mixed.context_length: use fewer'
+    )
 
 
 EVAL = Eval(

@@ -1,4 +1,4 @@
-"""The paper's numbers that ours stand beside, from configs/paper_tables.toml."""
+"""The paper's numbers beside which ours stand: configs/paper_tables.toml."""
 
 import tomllib
 from collections.abc import Mapping, Sequence

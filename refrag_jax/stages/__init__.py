@@ -2,6 +2,7 @@
 
 from refrag_jax.config import check as checks
 from refrag_jax.config.schema import Config
+from refrag_jax.errors import UserError
 from refrag_jax.stages import baselines, compressed, grpo, lm, mlm
 from refrag_jax.stages.stage import Stage
 
@@ -39,11 +40,11 @@ def check(config: Config) -> None:
   """
   checks.names(config.stages, STAGES, 'stages')
   for name in config.stages:
-    checks.refuse(
-      name not in config.stage,
-      f'config.stages names {name!r}, but config.stage.{name} is missing: add '
-      'it to the config file',
-    )
+    if name not in config.stage:
+      raise UserError(
+        f'config.stages names {name!r}, but config.stage.{name} is missing: '
+        'add it to the config file'
+      )
   starts = {'init_from': config.init_from} | {
     f'stage.{name}.init_from': config.stage[name].init_from
     for name in config.stages
@@ -66,10 +67,11 @@ def beside(source: str, key: str) -> tuple[str, str]:
     UserError: it is not in this form, or there is no such stage.
   """
   run, _, stage = source.removeprefix('@').partition('/')
-  checks.refuse(
-    run in ('', '.', '..') or not stage or '/' in stage,
-    f'config.{key} is {source!r}: write @RUN/STAGE, such as @main/lm, for a '
-    'stage of the workdir RUN beside this one; other checkpoints by their path',
-  )
+  if run in ('', '.', '..') or not stage or '/' in stage:
+    raise UserError(
+      f'config.{key} is {source!r}: write @RUN/STAGE, such as @main/lm, for a '
+      'stage of the workdir RUN beside this one; other checkpoints by their '
+      'path'
+    )
   checks.known((stage,), (*STAGES, IMPORTED), key)
   return run, stage

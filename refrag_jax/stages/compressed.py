@@ -15,10 +15,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from refrag_jax.config import check
 from refrag_jax.config.schema import Config
 from refrag_jax.data.tasks.questions import Questions
 from refrag_jax.data.tasks.windows import Continue, Regenerate
+from refrag_jax.errors import UserError
 from refrag_jax.models import policy
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.stages.context import SomeExpanded
@@ -58,12 +58,12 @@ class Reconstruct(Stage):
   def check(self, config: Config) -> None:
     super().check(config)
     before = config.stages[: config.stages.index(self.name)]
-    check.refuse(
-      MLM.name in before and not config.stage[self.name].init_from,
-      f'config.stages has mlm before {self.name}, which would start from lm '
-      f'all the same: set config.stage.{self.name}.init_from to @RUN/mlm, RUN '
-      "being the workdir's last name, or to WORKDIR/checkpoints/mlm",
-    )
+    if MLM.name in before and not config.stage[self.name].init_from:
+      raise UserError(
+        f'config.stages has mlm before {self.name}, which would start from lm '
+        f'all the same: set config.stage.{self.name}.init_from to @RUN/mlm, '
+        "RUN being the workdir's last name, or to WORKDIR/checkpoints/mlm"
+      )
 
 
 RECONSTRUCT = Reconstruct(

@@ -15,6 +15,7 @@ from refrag_jax.config.schema import (
   context_chunks,
   expanded_chunks,
 )
+from refrag_jax.errors import UserError
 
 
 class Nothing:
@@ -76,14 +77,13 @@ class SomeExpanded(Chunks):
     """0 < floor(p L) < L: with none or all there is nothing to choose."""
     stage, k = config.stage[name], config.model.chunk_size
     key = f'config.stage.{name}.expand_fractions'
-    check.refuse(
-      not stage.expand_fractions,
-      f'{key} is empty: name the share p of chunks to expand, such as (0.1,)',
-    )
-    for p in stage.expand_fractions:
-      check.refuse(
-        not 0 < p < 1, f'{key} holds {p}: use shares between 0 and 1'
+    if not stage.expand_fractions:
+      raise UserError(
+        f'{key} is empty: name the share p of chunks to expand, such as (0.1,)'
       )
+    for p in stage.expand_fractions:
+      if not 0 < p < 1:
+        raise UserError(f'{key} holds {p}: use shares between 0 and 1')
       for chunks in context_chunks(stage, k):
         fewest = math.ceil(1 / p - 1e-9)
         ways = [f'at least {fewest} chunks (context_length {fewest * k})']
@@ -91,11 +91,11 @@ class SomeExpanded(Chunks):
           ways.insert(0, f'p of {_round_up(1 / chunks)} or more')
         if stage.factors:
           ways.append('no factors')
-        check.refuse(
-          expanded_chunks(p, chunks) == 0,
-          f'{key}: p = {p:g} of {chunks} chunks expands none of them '
-          f'(floor(p L) = 0): use {", or ".join(ways)}',
-        )
+        if expanded_chunks(p, chunks) == 0:
+          raise UserError(
+            f'{key}: p = {p:g} of {chunks} chunks expands none of them '
+            f'(floor(p L) = 0): use {", or ".join(ways)}'
+          )
 
 
 class Tokens(Nothing):
@@ -126,10 +126,10 @@ class Tokens(Nothing):
 
   def check(self, config: Config, name: str) -> None:
     contexts, key = config.stage[name].contexts, f'stage.{name}.contexts'
-    check.refuse(
-      not contexts,
-      f'config.{key} is empty: name at least one of {", ".join(self.known)}',
-    )
+    if not contexts:
+      raise UserError(
+        f'config.{key} is empty: name at least one of {", ".join(self.known)}'
+      )
     check.known(contexts, self.known, key)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from refrag_jax.config import check
 from refrag_jax.config.schema import Config, StageConfig
 from refrag_jax.data.tasks.windows import Continue
+from refrag_jax.errors import UserError
 from refrag_jax.models import losses, policy
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.stages.context import SomeExpanded
@@ -110,16 +111,16 @@ class Grpo(Stage):
   def check(self, config: Config) -> None:
     super().check(config)
     cfg, prefix = config.stage[self.name], f'stage.{self.name}.'
-    check.refuse(
-      len(cfg.expand_fractions) > MAX_FRACTIONS,
-      f'config.{prefix}expand_fractions has {len(cfg.expand_fractions)} '
-      f'values: use at most {MAX_FRACTIONS}, each is compiled on its own',
-    )
-    check.refuse(
-      cfg.num_generations < 2,
-      f'config.{prefix}num_generations is {cfg.num_generations}: an advantage '
-      'compares the samples of a group, use 2 or more, such as 8',
-    )
+    if len(cfg.expand_fractions) > MAX_FRACTIONS:
+      raise UserError(
+        f'config.{prefix}expand_fractions has {len(cfg.expand_fractions)} '
+        f'values: use at most {MAX_FRACTIONS}, each is compiled on its own'
+      )
+    if cfg.num_generations < 2:
+      raise UserError(
+        f'config.{prefix}num_generations is {cfg.num_generations}: an '
+        'advantage compares the samples of a group, use 2 or more, such as 8'
+      )
     check.positive(cfg, prefix, 'clip_eps', 'updates_per_rollout')
 
   def check_updates(self, cfg: StageConfig, prefix: str) -> None:

@@ -13,6 +13,7 @@ from refrag_jax.config import check
 from refrag_jax.config.schema import Config, StageConfig
 from refrag_jax.data.tasks.task import Sampler, Task, stream_seed
 from refrag_jax.data.text.corpus import Corpus
+from refrag_jax.errors import UserError
 from refrag_jax.models import losses
 from refrag_jax.stages.context import CHUNKS, Nothing
 
@@ -83,12 +84,12 @@ class Stage:
       'accumulation_steps',
       'peak_learning_rate',
     )
-    check.refuse(
-      cfg.batch_size % cfg.accumulation_steps != 0,
-      f'config.{prefix}batch_size {cfg.batch_size} is not a multiple of '
-      f'accumulation_steps {cfg.accumulation_steps}: the parts of a step have '
-      'equal size',
-    )
+    if cfg.batch_size % cfg.accumulation_steps != 0:
+      raise UserError(
+        f'config.{prefix}batch_size {cfg.batch_size} is not a multiple of '
+        f'accumulation_steps {cfg.accumulation_steps}: the parts of a step '
+        'have equal size'
+      )
     self.task.check(config, self.name)
     self.context.check(config, self.name)
     _check_encoder_init(cfg, prefix, config)
@@ -96,22 +97,23 @@ class Stage:
     self.check_positions(config)
 
   def check_updates(self, cfg: StageConfig, prefix: str) -> None:
-    check.refuse(
-      cfg.updates_per_rollout > 1,
-      f'config.{prefix}updates_per_rollout is {cfg.updates_per_rollout}: '
-      f'rollouts are of grpo alone, and {self.name} makes one update a step; '
-      'use 0',
-    )
+    if cfg.updates_per_rollout > 1:
+      raise UserError(
+        f'config.{prefix}updates_per_rollout is {cfg.updates_per_rollout}: '
+        f'rollouts are of grpo alone, and {self.name} makes one update a step; '
+        'use 0'
+      )
 
   def check_positions(self, config: Config) -> None:
     """Refuses a sequence beyond the positions that a decoder was made with."""
     limit, longest = config.model.decoder.max_length, self.longest(config)
-    check.refuse(
-      0 < limit < longest,
-      f'config.stage.{self.name} makes sequences of up to {longest} positions, '
-      f'and the decoder has {limit} (config.model.decoder.max_length): shorten '
-      'context_length, output_length or what questions bring',
-    )
+    if 0 < limit < longest:
+      raise UserError(
+        f'config.stage.{self.name} makes sequences of up to {longest} '
+        f'positions, and the decoder has {limit} '
+        '(config.model.decoder.max_length): shorten context_length, '
+        'output_length or what questions bring'
+      )
 
   def longest(self, config: Config) -> int:
     """Positions of the decoder's longest sequence; 0 where it reads nothing.
@@ -134,16 +136,16 @@ def _check_encoder_init(
   stage: StageConfig, prefix: str, config: Config
 ) -> None:
   key, start = f'config.{prefix}encoder_init', stage.encoder_init
-  check.refuse(
-    start not in ('', ENCODER_INIT),
-    f"{key}: there is no {start!r}; use '' for random or {ENCODER_INIT!r}",
-  )
+  if start not in ('', ENCODER_INIT):
+    raise UserError(
+      f"{key}: there is no {start!r}; use '' for random or {ENCODER_INIT!r}"
+    )
   decoder, encoder = config.model.decoder, config.model.encoder
   of_decoder = decoder.width, decoder.vocab_size, config.data.tokenizer
   of_encoder = encoder.width, encoder.vocab_size, config.data.encoder_tokenizer
-  check.refuse(
-    start == ENCODER_INIT and of_decoder != of_encoder,
-    f'{key}: {start!r} needs equal width, vocab_size and tokenizer, but the '
-    f'decoder has {of_decoder} and the encoder {of_encoder}: make them equal '
-    "or use ''",
-  )
+  if start == ENCODER_INIT and of_decoder != of_encoder:
+    raise UserError(
+      f'{key}: {start!r} needs equal width, vocab_size and tokenizer, but the '
+      f'decoder has {of_decoder} and the encoder {of_encoder}: make them equal '
+      "or use ''"
+    )

@@ -11,6 +11,7 @@ from refrag_jax.data.questions import records
 from refrag_jax.data.tasks.task import Sampler, Shapes, Task
 from refrag_jax.data.tasks.windows import context_shapes
 from refrag_jax.data.text.corpus import Corpus
+from refrag_jax.errors import UserError
 
 # What of config.data the batches depend on, beside the questions themselves.
 SETTINGS = (
@@ -78,11 +79,11 @@ class Questions(Task):
 def check_questions(config: Config) -> None:
   """Refuses a config with which no question can be asked."""
   data = config.data
-  check.refuse(
-    not data.questions,
-    "config.data.questions is empty: name 'stdlib' or a JSONL file, or take "
-    "the sft stages and the eval 'qa' out",
-  )
+  if not data.questions:
+    raise UserError(
+      "config.data.questions is empty: name 'stdlib' or a JSONL file, or take "
+      "the sft stages and the eval 'qa' out"
+    )
   check.positive(
     data,
     'data.',
@@ -95,11 +96,11 @@ def check_questions(config: Config) -> None:
     ('question_template', '{question}'),
     ('passage_template', '{text}'),
   ):
-    check.refuse(
-      field not in getattr(data, template),
-      f'config.data.{template} {getattr(data, template)!r} does not contain '
-      f'{field}: put it where the text belongs',
-    )
+    if field not in getattr(data, template):
+      raise UserError(
+        f'config.data.{template} {getattr(data, template)!r} does not contain '
+        f'{field}: put it where the text belongs'
+      )
 
 
 def build(config: Config, split: str):

@@ -12,6 +12,7 @@ from refrag_jax.data import packing, tokenizers, windows
 from refrag_jax.data.batch import Batch
 from refrag_jax.data.tasks.task import Sampler, Shapes, Task
 from refrag_jax.data.text.corpus import Corpus
+from refrag_jax.errors import UserError
 
 
 class PackedRows(Task):
@@ -20,11 +21,11 @@ class PackedRows(Task):
   def check(self, config: Config, name: str) -> None:
     cfg, prefix = config.stage[name], f'stage.{name}.'
     check.positive(cfg, prefix, 'output_length')
-    check.refuse(
-      not 0 <= cfg.periodic_fraction <= 1,
-      f'config.{prefix}periodic_fraction is {cfg.periodic_fraction}: use a '
-      'share of the windows between 0 and 1',
-    )
+    if not 0 <= cfg.periodic_fraction <= 1:
+      raise UserError(
+        f'config.{prefix}periodic_fraction is {cfg.periodic_fraction}: use a '
+        'share of the windows between 0 and 1'
+      )
 
   def settings(self, config: Config) -> dict:
     del config

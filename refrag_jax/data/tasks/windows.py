@@ -18,6 +18,7 @@ from refrag_jax.data import chunking, curriculum, masked, tokenizers, windows
 from refrag_jax.data.batch import Batch
 from refrag_jax.data.tasks.task import Sampler, Shapes, Task
 from refrag_jax.data.text.corpus import Corpus
+from refrag_jax.errors import UserError
 
 TABLE8_FACTORS = tuple(2**i for i in range(9))
 
@@ -41,17 +42,17 @@ class Continue(Task):
     if not self.regenerates:
       check.positive(cfg, prefix, 'output_length')
     if self.pieces:
-      check.refuse(
-        not config.model.piece_length,
-        f'config.model.piece_length is 0, but {name} reads pieces of so many '
-        'tokens: set it, such as 256 (CEPE), or take the stage out',
-      )
+      if not config.model.piece_length:
+        raise UserError(
+          f'config.model.piece_length is 0, but {name} reads pieces of so many '
+          'tokens: set it, such as 256 (CEPE), or take the stage out'
+        )
       check_pieces(config, name)
-      check.refuse(
-        bool(cfg.factors),
-        f'config.{prefix}factors is {cfg.factors}: CEPE has no curriculum and '
-        'reads whole pieces, use ()',
-      )
+      if cfg.factors:
+        raise UserError(
+          f'config.{prefix}factors is {cfg.factors}: CEPE has no curriculum '
+          'and reads whole pieces, use ()'
+        )
 
   def check_text(self, config: Config, name: str, corpus: Corpus) -> None:
     documents = corpus.documents('heldout')
@@ -268,46 +269,45 @@ def context_shapes(**sizes: int) -> Shapes:
 def check_pieces(config: Config, name: str) -> None:
   """Refuses a stage's context that is no whole number of CEPE's pieces."""
   s, piece = config.stage[name].context_length, config.model.piece_length
-  check.refuse(
-    bool(piece) and s % piece != 0,
-    f'config.stage.{name}.context_length {s} is not a multiple of '
-    f'config.model.piece_length {piece}: use '
-    f'{max(s // max(piece, 1), 1) * piece} or '
-    f'{(s // max(piece, 1) + 1) * piece}',
-  )
+  if piece and s % piece:
+    raise UserError(
+      f'config.stage.{name}.context_length {s} is not a multiple of '
+      f'config.model.piece_length {piece}: use {max(s // piece, 1) * piece} or '
+      f'{(s // piece + 1) * piece}'
+    )
 
 
 def _check_context(stage: StageConfig, prefix: str, k: int) -> None:
   check.positive(stage, prefix, 'context_length')
   s = stage.context_length
-  check.refuse(
-    s % k != 0,
-    f'config.{prefix}context_length {s} is not a multiple of '
-    f'config.model.chunk_size {k}: use {max(s // k, 1) * k} or '
-    f'{(s // k + 1) * k}',
-  )
-  for factor in stage.factors:
-    check.refuse(
-      factor < 1,
-      f'config.{prefix}factors holds {factor}: factors are counts of chunks, '
-      '1 or more',
+  if s % k != 0:
+    raise UserError(
+      f'config.{prefix}context_length {s} is not a multiple of '
+      f'config.model.chunk_size {k}: use {max(s // k, 1) * k} or '
+      f'{(s // k + 1) * k}'
     )
-  check.refuse(
-    stage.factors != tuple(sorted(set(stage.factors))),
-    f'config.{prefix}factors {stage.factors}: give each once, ascending',
-  )
+  for factor in stage.factors:
+    if factor < 1:
+      raise UserError(
+        f'config.{prefix}factors holds {factor}: factors are counts of chunks, '
+        '1 or more'
+      )
+  if stage.factors != tuple(sorted(set(stage.factors))):
+    raise UserError(
+      f'config.{prefix}factors {stage.factors}: give each once, ascending'
+    )
   unknown = [f for f in stage.factors if f not in TABLE8_FACTORS]
-  check.refuse(
-    len(stage.factors) > 1 and bool(unknown),
-    f'config.{prefix}factors holds {unknown[:1]}: a curriculum weighs the '
-    f'factors of Table 8, {TABLE8_FACTORS}',
-  )
+  if len(stage.factors) > 1 and unknown:
+    raise UserError(
+      f'config.{prefix}factors holds {unknown[:1]}: a curriculum weighs the '
+      f'factors of Table 8, {TABLE8_FACTORS}'
+    )
   fits = [factor for factor in stage.factors if factor <= s // k]
-  check.refuse(
-    bool(stage.factors) and not fits,
-    f'config.{prefix}factors {stage.factors} are all above '
-    f'context_length / chunk_size = {s // k}: add a smaller one',
-  )
+  if stage.factors and not fits:
+    raise UserError(
+      f'config.{prefix}factors {stage.factors} are all above '
+      f'context_length / chunk_size = {s // k}: add a smaller one'
+    )
 
 
 # --- Windows that no stage asks for: those of the evals ----------------------
