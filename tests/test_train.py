@@ -699,7 +699,7 @@ def at(module, name, before=True, call=1):
   setattr(module, name, wrapped)
 
 if point:
-  from refrag_jax import checkpoint, compilation, evaluate, optimizer, results
+  from refrag_jax import checkpoint, compilation, evaluate, optimizer
   from refrag_jax import samples
   {
     'first step': lambda: at(optimizer, 'learning_rate'),
@@ -709,7 +709,7 @@ if point:
     'saving': lambda: at(checkpoint, 'save', before=False, call=2),
     'saving the last': lambda: at(checkpoint, 'save', before=False, call=3),
     'sampling': lambda: at(samples, 'rows'),
-    'recording': lambda: at(results, 'write_json'),
+    'recording': lambda: at(files, 'write_json'),
     'evals': lambda: at(evaluate, 'run_evals'),
   }[point]()
 jax.monitoring.register_event_listener(event)

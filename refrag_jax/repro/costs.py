@@ -1,102 +1,11 @@
-"""Closed forms: the paper's model of latency (Tables 6 and 9), and FLOPs.
+"""FLOPs of a forward pass in closed form, for models that are not there.
 
-The paper's symbols: s context tokens, o output tokens, k chunk size, b batch,
-d width, l layers, n parameters, f FLOP/s, m bytes/s. Its assumptions: bf16,
-chunk embeddings cached, prefill bound by compute, generation by memory, the
-question neglected. k = 1 is the plain decoder.
-
-The FLOPs below are ours, of any sizes: a product of (a, b) and (b, c) costs
-2abc, and attention is dense, every query meeting every key, as XLA's masked
-attention computes it.
+A product of (a, b) and (b, c) costs 2abc, and attention is dense, every query
+meeting every key, as XLA's masked attention computes it. Sizes are a config's,
+as config.json has them: `decoder`, `encoder`, `policy` of config.model.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
-
-
-class Decoder(NamedTuple):
-  """What the paper's model knows of a decoder."""
-
-  layers: int
-  width: int
-  params: int
-
-
-LLAMA2_7B = Decoder(layers=32, width=4096, params=6_738_415_616)
-
-
-def kv_cache_bytes(m: Decoder, s: int, o: int, k: int = 1, b: int = 1) -> float:
-  """4 d l b (s / k + o): keys and values in bf16 (Table 9)."""
-  return 4 * m.width * m.layers * b * (s / k + o)
-
-
-def ttft_seconds(
-  m: Decoder, s: int, k: int = 1, b: int = 1, flops_per_s: float = 1.0
-) -> float:
-  """Time to the first token, (24 d^2 + 4 d s/k) l b (s/k) / f (Table 9)."""
-  positions = s / k
-  per_position = 24 * m.width**2 + 4 * m.width * positions
-  return per_position * m.layers * b * positions / flops_per_s
-
-
-def ttit_seconds(
-  m: Decoder,
-  s: int,
-  o: int,
-  k: int = 1,
-  b: int = 1,
-  bytes_per_s: float = 1.0,
-) -> float:
-  """Time of a later token, (2n + 4 d l b (s/k + o)) / m (Table 9).
-
-  All parameters and the whole cache are read once for it.
-  """
-  return (2 * m.params + kv_cache_bytes(m, s, o, k, b)) / bytes_per_s
-
-
-def tokens_per_second(
-  m: Decoder,
-  s: int,
-  o: int,
-  k: int = 1,
-  b: int = 1,
-  flops_per_s: float = 1.0,
-  bytes_per_s: float = 1.0,
-) -> float:
-  """Throughput, b o / (TTFT + o TTIT).
-
-  The paper's Table 9 prints TTFT + TTIT; its text says b o / (TTFT + DL), and
-  the data latency DL of o tokens is o TTIT.
-  """
-  first = ttft_seconds(m, s, k, b, flops_per_s)
-  later = ttit_seconds(m, s, o, k, b, bytes_per_s)
-  return b * o / (first + o * later)
-
-
-def ttft_ratio(m: Decoder, s: int, k: int) -> float:
-  """How much sooner the first token comes: k^2 (6ds + s^2) / (6dsk + s^2).
-
-  k for short s, k^2 only for s far above 6dk (Table 6).
-  """
-  return ttft_seconds(m, s) / ttft_seconds(m, s, k)
-
-
-def ttit_ratio(m: Decoder, s: int, o: int, k: int, b: int = 1) -> float:
-  """How much sooner a later token comes (Table 6): 1 for short s, k for long.
-
-  (2dlbsk + nk + 2dlbok) / (2dlbs + nk + 2dlbok).
-  """
-  return ttit_seconds(m, s, o, b=b) / ttit_seconds(m, s, o, k, b)
-
-
-def kv_cache_ratio(s: int, o: int, k: int) -> float:
-  """How much smaller the cache is, (ks + ko) / (s + ko) (Table 6)."""
-  return (k * s + k * o) / (s + k * o)
-
-
-# --- FLOPs of a forward pass --------------------------------------------------
-# Sizes are a config's, as config.json has them: `decoder`, `encoder`, `policy`
-# of config.model.
 
 
 def decoder_flops(decoder: Mapping[str, int], positions: int) -> int:
