@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from refrag_jax import evaluate, sharding
+from refrag_jax import evaluate, forecast, sharding
 from refrag_jax.config.schema import Config, context_chunks
 from refrag_jax.data import curriculum
 from refrag_jax.data.questions import retrieval
@@ -35,6 +35,8 @@ def run(config: Config, workdir: str) -> int:
   run_stages(config, workdir, evaluate.write_results)
   if jax.process_index() == 0:
     report.write(workdir, EVALS)
+    for line in report.told(workdir):
+      say(line)
   say(f'done: {workdir}/results.json, {workdir}/report.html')
   return 0
 
@@ -86,6 +88,7 @@ def run_stages(
   draw_curriculum(session)
   peak, meaning = machine_peak(jax.devices())
   say(f'{jax.device_count()} x {jax.devices()[0].device_kind}; {meaning}')
+  heard = forecast.tell(session)
   writer = Writer(workdir, config.tensorboard)
   with (
     jax.set_mesh(session.mesh),
@@ -94,7 +97,7 @@ def run_stages(
   ):
     try:
       for name in config.stages:
-        train_stage(session, name, writer, stop, peak)
+        train_stage(session, name, writer, stop, peak, heard)
       then(session, stop)
       # After the last step too: with --mode=repro another arm would follow.
       if any(sharding.Vote(session.mesh).now(stop.is_set())):

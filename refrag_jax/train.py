@@ -8,7 +8,8 @@ import contextlib
 import os
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,19 @@ from refrag_jax.session import (
   to_device,
 )
 from refrag_jax.stages import STAGES
+from refrag_jax.state import TrainState
+
+SILENT_S = 30.0  # after which a line is shown, whatever log_every_steps says
+
+
+class Ready(NamedTuple):
+  """A stage before its first step."""
+
+  start: int  # steps that are done
+  state: TrainState
+  meta: dict[str, Any]  # of its checkpoints
+  heldout: Heldout
+  programs: compilation.Programs
 
 
 def train_stage(
@@ -47,8 +61,12 @@ def train_stage(
   writer: Writer,
   stop: threading.Event,
   peak: float | None,
+  heard: Callable[[str, float], None] = lambda name, step_s: None,
 ) -> None:
   """Trains one stage from wherever it stands to its end, or to `stop`.
+
+  Args:
+    heard: told the stage's name and the seconds of a step at every log line.
 
   Raises:
     UserError: its predecessor's or its own checkpoint is missing or
@@ -56,7 +74,6 @@ def train_stage(
     NonFinite: loss or gradient overflowed; the state before it is on disk.
     Stopped: asked to stop, state saved.
   """
-  config, cfg, stage = session.config, session.config.stage[name], STAGES[name]
   settings = stage_settings(session, name)
   if os.path.exists(session.record_path(name)):
     record = files.read_json(session.record_path(name))
@@ -65,9 +82,27 @@ def train_stage(
       say(f'{name}  done before')
       return
     say(f'{name}  has its record but no checkpoint: trained again')
-
-  watchdog.phase(f'{name}, start')
   clock = time.monotonic()
+  ready = prepare(session, name, settings, writer, stop)
+  before_s = ready.meta['wall_s'] - clock  # of earlier runs
+  state, after_B, tokens_per_s = steps(
+    session, name, ready, writer, stop, peak, heard, before_s
+  )
+  ready.meta['wall_s'] = before_s + time.monotonic()
+  record = stage_record(session, name, ready, state.params, after_B)
+  record['tokens_per_s'] = tokens_per_s
+  files.write_json(session.record_path(name), record | {'settings': settings})
+  say(f'{name}  {outcome(record)}')
+
+
+def prepare(
+  session: Session,
+  name: str,
+  settings: dict[str, Any],
+  writer: Writer,
+  stop: threading.Event,
+) -> Ready:
+  """Where the stage starts, its measure there, and its compiled steps."""
   vote = sharding.Vote(session.mesh)
 
   def heed_stop():
@@ -77,40 +112,64 @@ def train_stage(
         'to continue'
       )
 
+  watchdog.phase(f'{name}, start')
   heed_stop()
   heldout = fixed_heldout(session, name)
   start, state, meta = start_state(session, name, settings, heldout)
-  manager = checkpoint.open_manager(session.checkpoint_dir(name))
   heed_stop()
   writer.truncate_from(name, start + 1 if start else 0)
   if not start:
-    before = {stage.measures: np.mean(meta['before_B'])}
+    before = {STAGES[name].measures: np.mean(meta['before_B'])}
     writer.scalars(name, 0, 'heldout', before)
   watchdog.phase(f'{name}, compilation')
-  compiled = compilation.compile_stage(session, name, state, start, heed_stop)
+  shapes = len(set(compilation.step_keys(session, name)[start:]))
+  say(f'{name}  compiling {shapes} step program{"s" * (shapes != 1)}')
+  programs = compilation.compile_stage(session, name, state, start, heed_stop)
   heed_stop()
-  say(f'{name}  compiled {len(compiled.compiled)} step programs in '
-      f'{compiled.compile_s:.1f} s')  # fmt: skip
-  meta = meta | {'compile_s': meta['compile_s'] + compiled.compile_s}
-  wall_before = meta['wall_s']
-  sign = -1.0 if stage.measures == 'reward' else 1.0
+  say(f'{name}  compiled in {programs.compile_s:.1f} s')
+  meta = meta | {'compile_s': meta['compile_s'] + programs.compile_s}
   cut, chunks = chunks_cut(heldout.batch)
   if cut:
+    most = session.config.data.max_encoder_tokens
     say(
       f'{name}  {cut:,} of {chunks:,} held-out chunks have more encoder tokens '
-      f'than data.max_encoder_tokens={config.data.max_encoder_tokens}: of them '
-      'the encoder reads the beginning'
+      f'than data.max_encoder_tokens={most}: of them the encoder reads the '
+      'beginning'
     )
+  return Ready(start, state, meta, heldout, programs)
 
+
+def steps(
+  session: Session,
+  name: str,
+  ready: Ready,
+  writer: Writer,
+  stop: threading.Event,
+  peak: float | None,
+  heard: Callable[[str, float], None],
+  before_s: float,
+) -> tuple[TrainState, np.ndarray, float]:
+  """The loop over a stage's steps.
+
+  Args:
+    before_s: what the clock is short of the stage's whole time.
+
+  Returns:
+    The last state, the held-out measure there (B,), and text tokens a second.
+  """
+  config, cfg, stage = session.config, session.config.stage[name], STAGES[name]
+  start, state, meta, heldout, programs = ready
+  sign = -1.0 if stage.measures == 'reward' else 1.0
   progress = Progress(
       name, cfg.num_train_steps, start,
-      compiled.tokens_of_step, compiled.flops_of_step, peak,
+      programs.tokens_of_step, programs.flops_of_step, peak,
   )  # fmt: skip
-  vote = sharding.Vote(session.mesh)  # a new one: with other questions
+  vote = sharding.Vote(session.mesh)
   rows = sharding.local_rows(session.mesh, cfg.batch_size)
   sample = stage.sampler(config, session.corpus)
   pending = after_B = None
   saved = start or None
+  manager = checkpoint.open_manager(session.checkpoint_dir(name))
   saved_at = training_since = time.monotonic()
   with progress, contextlib.closing(manager):
     for step, batch in pipeline.batches(
@@ -120,7 +179,7 @@ def train_stage(
       rate = optimizer.learning_rate(
         step, cfg.num_train_steps, cfg.peak_learning_rate
       )
-      state, metrics = compiled.of_step(step)(
+      state, metrics = programs.of_step(step)(
         state,
         to_device(batch, session.mesh),
         compilation.step_key(session, name, step),
@@ -134,21 +193,21 @@ def train_stage(
       done = step + 1
       last = done == cfg.num_train_steps
       overdue = time.monotonic() - saved_at > config.checkpoint_every_seconds
-      asked, late = vote(stop.is_set(), overdue)
+      asked, late, silent = vote(
+        stop.is_set(), overdue, progress.silent_s() > SILENT_S
+      )
       late &= saved != step  # else that was asked before the save just made
       evals = _due(done, config.eval_every_steps)
       saves = last or asked or _due(done, config.checkpoint_every_steps)
-      if last or asked or _due(done, config.log_every_steps):
+      logs = last or asked or _due(done, config.log_every_steps)
+      if logs or silent:
         check_finite(pending, name, saved)
-        shown = {k: sharding.fetch(value) for k, value in metrics.items()}
-        shown = {
-          key: x.item() if x.ndim == 0 else x for key, x in shown.items()
-        }
-        shown['learning_rate'] = rate
-        cut, chunks = chunks_cut(batch)
-        if cut:
-          shown['encoder_cut'] = cut / chunks
-        writer.scalars(name, done, 'train', shown | progress.log(done, shown))
+        shown = shown_metrics(metrics, batch) | {'learning_rate': rate}
+        rates = progress.log(done, shown)
+        if logs:
+          writer.scalars(name, done, 'train', shown | rates)
+        if 'step_s' in rates:
+          heard(name, rates['step_s'])
       if saves or evals or late:
         check_finite(pending, name, saved)
         watchdog.phase(f'{name}, held-out loss at step {done}')
@@ -164,7 +223,7 @@ def train_stage(
           texts = samples.rows(session, name, state.params, heldout.batch)
         writer.samples(name, done, texts)
       if saves or late:
-        meta['wall_s'] = wall_before + time.monotonic() - clock
+        meta['wall_s'] = before_s + time.monotonic()
         watchdog.phase(f'{name}, checkpoint at step {done}')
         with progress.excluded('checkpoint'):
           checkpoint.save(manager, done, state, meta, sign * np.mean(after_B))
@@ -180,11 +239,31 @@ def train_stage(
     after_B = heldout.measure(state.params)
   trained_s = time.monotonic() - training_since
   trained_s -= sum(progress.excluded_s.values())
-  meta['wall_s'] = wall_before + time.monotonic() - clock
-  record = stage_record(session, name, meta, state.params, after_B, heldout)
-  tokens = compiled.tokens_of_step[start:].sum()
-  record['tokens_per_s'] = float(tokens / max(trained_s, 1e-9))
-  files.write_json(session.record_path(name), record | {'settings': settings})
+  tokens = programs.tokens_of_step[start:].sum()
+  return state, after_B, float(tokens / max(trained_s, 1e-9))
+
+
+def shown_metrics(metrics: dict, batch: dict) -> dict[str, Any]:
+  """A step's metrics as numbers and NumPy arrays."""
+  shown = {key: sharding.fetch(value) for key, value in metrics.items()}
+  shown = {key: x.item() if x.ndim == 0 else x for key, x in shown.items()}
+  cut, chunks = chunks_cut(batch)
+  if cut:
+    shown['encoder_cut'] = cut / chunks
+  return shown
+
+
+def outcome(record: dict[str, Any]) -> str:
+  """The held-out measure before and after a stage, in words."""
+  before, after, gain = (
+    record[key] for key in ('heldout_before', 'heldout_after', 'paired_gain')
+  )
+  se = 'no se' if gain['se'] is None else f'± {gain["se"]:.3f}'
+  return (
+    f'held-out {record["measures"]} {before["mean"]:.3f} before, '
+    f'{after["mean"]:.3f} after: a gain of {gain["mean"]:+.3f} {se} '
+    f'(n = {gain["n"]} documents)'
+  )
 
 
 def check_finite(pending, name: str, saved: int | None) -> None:
@@ -203,10 +282,10 @@ def check_finite(pending, name: str, saved: int | None) -> None:
 
 
 def stage_record(
-  session: Session, name: str, meta: dict, params, after_B, heldout: Heldout
+  session: Session, name: str, ready: Ready, params, after_B
 ) -> dict[str, Any]:
   """The stage's entry in results.json."""
-  stage = STAGES[name]
+  stage, meta, heldout = STAGES[name], ready.meta, ready.heldout
   docs = heldout.batch['doc_B']
   before_N = results.by_document(np.array(meta['before_B']), docs)
   after_N = results.by_document(after_B, docs)

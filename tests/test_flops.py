@@ -8,6 +8,7 @@ import dataclasses
 import functools
 
 import closed_form
+import forward
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,3 +212,42 @@ def test_nvidias_kernel_counts_by_its_shapes(monkeypatch):
   product = 2 * B * N * T * T * H
   assert count(f, q_BTNH, k_BSMH, k_BSMH) == 2 * product
   assert count(jax.grad(f, (0, 1, 2)), q_BTNH, k_BSMH, k_BSMH) == 7 * product
+
+
+def test_flops_are_those_of_the_step():
+  """Against the closed forms that test_flops holds against jaxprs."""
+  m, T, L, M = toy.MODEL, 9, 4, 5
+  d, e, p = (
+    dataclasses.asdict(part) for part in (m.decoder, m.encoder, m.policy)
+  )
+  assert flops.decoder_flops(d, T) == closed_form.decoder(
+    m.decoder, T, 0, closed_form.FORWARD
+  )
+  chunks = flops.encoder_flops(e, L, M) + flops.projection_flops(e, d, L)
+  assert chunks == closed_form.chunks(m, L, M, closed_form.FORWARD)
+  assert flops.policy_flops(p, e, L) == closed_form.policy(
+    m, L, closed_form.FORWARD
+  )
+
+
+def test_flops_of_cepe():
+  """Encoder, decoder and cross-attention, against what CEPE's jaxpr counts."""
+  m, B, O = toy.CEPE, 2, 5
+  batch = toy.batch(B, O=O)
+  params = jax.eval_shape(lambda key: init_params(m, key), jax.random.key(0))
+  counted = flops.count(
+    jax.make_jaxpr(
+      lambda params, batch: forward.cepe_nll(toy.model(m), params, batch)
+    )(params, batch)
+  )
+  d, e = dataclasses.asdict(m.decoder), dataclasses.asdict(m.encoder)
+  _, P, piece = batch['piece_BPM'].shape
+  T = batch['prefix_BQ'].shape[1] + O - 1
+  states = P * piece + 1  # and one to read where there is nothing else
+  expected = B * (
+    flops.encoder_flops(e, P, piece)
+    + flops.decoder_flops(d, T)
+    + flops.cross_attention_flops(e, d, T, states)
+    + 2 * d['width'] * d['vocab_size'] * O
+  )
+  assert counted == expected

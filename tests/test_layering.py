@@ -23,7 +23,7 @@ session
 compilation
 report
 evals
-resolve samples heldout
+resolve samples heldout forecast
 show
 evaluate lineage
 train

@@ -87,19 +87,52 @@ def left_out(lines: Sequence[str]) -> str:
   return f'<ul>{items}</ul>\n' if items else ''
 
 
+def told(workdir: str) -> list[str]:
+  """What a run shows, as lines for a terminal; none without evals."""
+  evals = files.read_json(os.path.join(workdir, 'results.json'))['evals']
+  rows = [
+    (task, f'{row} minus {other}', _signed(value), verdict(value))
+    for task, row, other, value in found(evals)
+  ]
+  if not rows:
+    return []
+  wide = [max(len(row[i]) for row in rows) for i in range(3)]
+  return [
+    'What this run shows, in nats per token: negative is better, ± standard '
+    'error over documents',
+    *(
+      '  '.join(
+        ['', *(f'{x:{w}}' for x, w in zip(row[:3], wide, strict=True)), row[3]]
+      )
+      for row in rows
+    ),
+  ]
+
+
+def _signed(value: Mapping[str, Any]) -> str:
+  if value.get('mean') is None:
+    return 'not measured'
+  se = value.get('se')
+  return f'{value["mean"]:+.3f} ± {se:.3f}' if se else f'{value["mean"]:+.3f}'
+
+
+def found(evals: Mapping[str, Any]) -> list[Finding]:
+  """The comparisons that decide whether the context was read."""
+  return [*_against_baselines(evals), *_policy_against_rules(evals)]
+
+
 def findings(evals: Mapping[str, Any]) -> str:
-  """The comparisons that decide whether the context was read, in words."""
-  found = [*_against_baselines(evals), *_policy_against_rules(evals)]
+  """`found`, in words."""
   body = [
     [
       page.text(task),
       page.name(row),
       page.name(other),
       page.measured(value, 4, sign=True),
-      _verdict(value),
+      _styled(verdict(value)),
       page.number(value.get('n')),
     ]
-    for task, row, other, value in found
+    for task, row, other, value in found(evals)
   ]
   head = ['task', 'row', 'minus', 'nats per token', 'verdict', 'n']
   note = (
@@ -134,14 +167,18 @@ def _policy_against_rules(evals: Mapping[str, Any]) -> Iterator[Finding]:
           yield task, 'rl', other, row[f'vs_{other}']
 
 
-def _verdict(value: Mapping[str, Any]) -> str:
+def verdict(value: Mapping[str, Any]) -> str:
+  """'better', 'worse', or why neither."""
   if value.get('se') is None:
     return 'no se'
   if not results.significant(value):
     return 'within 3 se'
-  if value['mean'] < 0:
-    return '<span class="good">better</span>'
-  return '<span class="bad">worse</span>'
+  return 'better' if value['mean'] < 0 else 'worse'
+
+
+def _styled(verdict: str) -> str:
+  style = {'better': 'good', 'worse': 'bad'}.get(verdict)
+  return f'<span class="{style}">{verdict}</span>' if style else verdict
 
 
 def curves(

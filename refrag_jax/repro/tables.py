@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from refrag_jax import flops
 from refrag_jax.report import figures as report_figures
 from refrag_jax.report import page
-from refrag_jax.repro import costs as latency
 from refrag_jax.repro import figures, verdicts
 from refrag_jax.repro import records as records_lib
 from refrag_jax.repro.page import (
@@ -332,10 +332,10 @@ def costs(preset, records: Records) -> Iterator:
   )
   L = s // k
   special = 2  # CLS and SEP
-  plain = lambda positions: latency.decoder_flops(decoder, positions)
+  plain = lambda positions: flops.decoder_flops(decoder, positions)
   chunks = lambda size: (
-    latency.encoder_flops(encoder, s // size, size + special)
-    + latency.projection_flops(encoder, decoder, s // size)
+    flops.encoder_flops(encoder, s // size, size + special)
+    + flops.projection_flops(encoder, decoder, s // size)
   )
   rows = [
     ('no context', 1, plain(1), 0),
@@ -351,7 +351,7 @@ def costs(preset, records: Records) -> Iterator:
   rows.append((
     f'REFRAG, k = {k}, {draws} of {L} chunks expanded by the policy',
     positions, plain(positions),
-    chunks(k) + latency.policy_flops(policy, encoder, L),
+    chunks(k) + flops.policy_flops(policy, encoder, L),
   ))  # fmt: skip
   rows.append((
     f'REPLUG, {k} pieces of {L} tokens', k * (1 + L), k * plain(1 + L), 0
@@ -361,8 +361,8 @@ def costs(preset, records: Records) -> Iterator:
     states = s // piece * (piece + special)
     rows.append((
       f'CEPE, pieces of {piece} tokens', 1,
-      plain(1) + latency.cross_attention_flops(encoder, decoder, 1, states),
-      latency.encoder_flops(encoder, s // piece, piece + special),
+      plain(1) + flops.cross_attention_flops(encoder, decoder, 1, states),
+      flops.encoder_flops(encoder, s // piece, piece + special),
     ))  # fmt: skip
   rows.append((f'full context, {s} tokens', 1 + s, plain(1 + s), 0))
   yield Table(

@@ -115,6 +115,10 @@ class Progress:
       spent = time.monotonic() - start
       self.excluded_s[why] = self.excluded_s.get(why, 0.0) + spent
 
+  def silent_s(self) -> float:
+    """Seconds since the last log line."""
+    return time.monotonic() - self._last
+
   def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
     """Shows that `step` steps are done; call it once a log interval.
 

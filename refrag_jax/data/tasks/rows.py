@@ -31,6 +31,10 @@ class PackedRows(Task):
     del config
     return {}
 
+  def samples(self, config: Config, name: str, corpus: Corpus) -> int:
+    tokens = np.diff(corpus.token_offsets)[corpus.documents('train')].sum()
+    return max(1, int(tokens) // (config.stage[name].output_length - 1))
+
   def num_chunks(self, config: Config, name: str) -> int:
     return 0
 

@@ -55,6 +55,11 @@ class Task:
     del config, name
     return 0
 
+  def samples(self, config: Config, name: str, corpus: Corpus) -> int:
+    """How many different samples there are to train on; 0: not known."""
+    del config, name, corpus
+    return 0
+
   def num_chunks(self, config: Config, name: str) -> int:
     """The most chunks that a context has; 0: there is no context."""
     raise NotImplementedError

@@ -63,6 +63,9 @@ class Continue(Task):
   def window_length(self, config: Config, name: str) -> int:
     return sum(self._lengths(config, name))
 
+  def samples(self, config: Config, name: str, corpus: Corpus) -> int:
+    return sum(t.num for t in self._train_tables(config, name, corpus))
+
   def num_chunks(self, config: Config, name: str) -> int:
     return config.stage[name].context_length // config.model.chunk_size
 
