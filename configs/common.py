@@ -208,7 +208,24 @@ def base() -> ml_collections.ConfigDict:
   c.checkpoint_every_steps = 0  # 0: by time only, and at the end of a stage
   c.checkpoint_every_seconds = 300.0
   c.sample_every_steps = 0  # 0: at the end of a stage only; -1: never
+  c.checkpoints_to_keep = 1  # newest ones of a stage; its best one stays, too
+  # (first, last): steps of every stage that JAX's profiler traces, for XProf.
+  c.profile_steps = ()
   c.tensorboard = False
+  c.wandb = ''  # a project of Weights & Biases
+
+  # Paper B.2: AdamW, 4 % linear warm-up, cosine. It does not state the others;
+  # they are those of princeton-nlp/CEPE, which it says that it follows.
+  c.optimizer = ml_collections.ConfigDict(
+    dict(
+      betas=(0.9, 0.999),
+      eps=1e-8,
+      clip_norm=1.0,
+      weight_decay=0.0,
+      warmup_fraction=0.04,
+      schedule='cosine',
+    )
+  )
 
   c.mesh = ml_collections.ConfigDict(
     dict(data=-1, fsdp=1, tensor=1, sequence=1)
@@ -371,7 +388,7 @@ def stage(**fields) -> ml_collections.ConfigDict:
   # Parts that a step's batch is computed in, one after the other, where it
   # does not fit into memory at once; the result is that of one whole batch.
   c.accumulation_steps = 1
-  # AdamW's, after 4 % linear warm-up; cosine to zero from there (paper p. 19).
+  # AdamW's, after the warm-up (paper p. 19); config.optimizer has the rest.
   c.peak_learning_rate = 0.0
   # s: decoder tokens that are read as chunks. Must be a multiple of k. `mlm`
   # reads them whole as well, as far as encoder.max_length reaches.
@@ -400,6 +417,9 @@ def stage(**fields) -> ml_collections.ConfigDict:
   # The stage's starting point; '': its predecessor's checkpoint in the same
   # workdir; '@RUN/STAGE': a stage's in the workdir RUN beside this one.
   c.init_from = ''
+  # A regular expression of parameter paths that stay as they are, on top of
+  # what the stage freezes: '^decoder/embed_tokens', '^decoder/'.
+  c.freeze = ''
   # How a fresh encoder starts where this stage is the first to need it: '' at
   # random, 'decoder_embeddings' with the decoder's as its word embeddings
   # (for equal widths and tokenizers).

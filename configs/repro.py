@@ -22,6 +22,7 @@ PRESETS = {
   'cpu': 'one seed in some 3 hours on 2 cores: bytes, a decoder of 2M',
   'gpu': 'sub-words, a decoder of 15M, for one H200; launch/repro_gpu.sh',
 }
+DURATIONS = {'cpu': 'some 3 hours a seed on two CPU cores'}
 TEXT = (
   'data/books_gutenberg/books.jsonl.gz',
   'data/math_latex/latex.jsonl.gz',

@@ -10,7 +10,24 @@ the budget goes to the decoder, which must learn to copy before it is frozen.
 
 from configs import common
 
-PRESETS = {'smoke': 'two steps a stage of a toy model, to see that it all runs'}
+PRESETS = {
+  'long': 'two to three times the steps: half an hour, and lower losses',
+  'smoke': 'two steps a stage of a toy model, to see that it all runs',
+}
+DURATIONS = {
+  '': 'ten minutes on two CPU cores',
+  'long': 'half an hour on two CPU cores that do other things as well',
+  'smoke': 'a minute on two CPU cores',
+}
+# stage: steps, in ten minutes and in `long`; the control arms follow.
+STEPS = {
+  'lm': (900, 1200),
+  'reconstruct': (250, 600),
+  'cpt': (200, 250),
+  'mixed': (60, 100),
+  'grpo': (60, 100),
+  'sft': (60, 80),
+}
 
 
 def get_config(preset: str = ''):
@@ -41,21 +58,18 @@ def get_config(preset: str = ''):
   c.data.num_passages = 2
 
   c.stage.lm = common.stage(
-    num_train_steps=1200,
     batch_size=16,
     peak_learning_rate=3e-3,
     output_length=128,
     periodic_fraction=0.4,
   )
   c.stage.reconstruct = common.stage(
-    num_train_steps=600,
     batch_size=128,
     peak_learning_rate=4e-3,
     context_length=64,
     factors=(1, 2, 4, 8),
   )
   c.stage.cpt = common.stage(
-    num_train_steps=250,
     batch_size=128,
     peak_learning_rate=1.5e-3,
     context_length=64,
@@ -63,7 +77,6 @@ def get_config(preset: str = ''):
     factors=(1, 2, 4, 8),
   )
   c.stage.mixed = common.stage(
-    num_train_steps=100,
     batch_size=128,
     peak_learning_rate=1e-3,
     context_length=64,
@@ -71,7 +84,6 @@ def get_config(preset: str = ''):
     expand_fractions=(0.25,),  # 0.1 of 8 chunks, the paper's share, is none
   )
   c.stage.grpo = common.stage(
-    num_train_steps=100,
     batch_size=32,
     peak_learning_rate=1e-3,
     context_length=64,
@@ -82,7 +94,6 @@ def get_config(preset: str = ''):
     updates_per_rollout=2,
   )
   c.stage.sft = common.stage(
-    num_train_steps=80,
     batch_size=32,
     peak_learning_rate=1e-3,
   )
@@ -104,6 +115,12 @@ def get_config(preset: str = ''):
   c.eval.expand_fractions = (0.125, 0.25)
   c.eval.tail_chunks = 2
 
+  for name, steps in STEPS.items():
+    c.stage[name].num_train_steps = steps[preset == 'long']
+  if preset == 'long':
+    c.name = 'tiny_long'
+  # Texts on the screen within three minutes.
+  c.sample_every_steps = 0 if preset == 'long' else 50
   if preset == 'smoke':
     _smoke(c)
   return c

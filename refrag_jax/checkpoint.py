@@ -45,14 +45,15 @@ class Damaged(Exception):
 
 
 class _NewestAndBest(preservation_policy.PreservationPolicy):
-  """Keeps the newest step and the one with the least held-out loss.
+  """Keeps the newest steps and the one with the least held-out loss.
 
   Orbax's own policies know the losses of the steps that this process saved:
   after a restart every earlier step would count as one to keep. These are read
   from the steps.
   """
 
-  def __init__(self, directory: str):
+  def __init__(self, directory: str, newest: int):
+    self._newest = newest
     self._loss = {step: _loss(directory, step) for step in _steps(directory)}
 
   def should_preserve(self, checkpoints, *, context):
@@ -63,18 +64,19 @@ class _NewestAndBest(preservation_policy.PreservationPolicy):
     steps = [info.step for info in checkpoints]
     # Of equal losses, and of steps without one, the newest.
     best = min(reversed(steps), key=lambda step: self._loss.get(step, np.inf))
-    return [step in (best, max(steps)) for step in steps]
+    kept = {best, *sorted(steps)[-self._newest :]}
+    return [step in kept for step in steps]
 
 
-def open_manager(directory: str) -> ocp.CheckpointManager:
-  """A manager that saves steps and keeps the newest and the best of them.
+def open_manager(directory: str, newest: int = 1) -> ocp.CheckpointManager:
+  """A manager that saves steps and keeps `newest` of them, and the best.
 
   What a killed save has left half-written is removed: a directory has one
   writer.
   """
   directory = os.path.abspath(directory)
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=_NewestAndBest(directory),
+    preservation_policy=_NewestAndBest(directory, newest),
     enable_async_checkpointing=True,
     cleanup_tmp_directories=True,
   )

@@ -26,7 +26,7 @@ from refrag_jax.runtime import workdir as workdir_lib
 _FLAGS = ('--config', '--workdir', '--mode', '--help')
 # Flags of some modes only; see `Command.flags`.
 _MODE_FLAGS = ('--from', '--to', '--topology')
-_SWITCHES = ('--search',)  # likewise, and without a value
+_SWITCHES = ('--search', '--schema')  # likewise, and without a value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _override(key: str, text: str | None, known: Mapping[str, Any]) -> Any:
         f'config.{key} holds several values; set one of them, such as '
         f'--config.{inside[0]}=...'
       )
-    hint = typed.did_you_mean(key, known) or '; the run prints all keys'
+    hint = typed.did_you_mean(key, known) or '; --mode=config prints all'
     raise UserError(f'unknown config key {key!r}{hint}')
   kind = typed.field_type(config_lib.Config, key) or type(known[key])
   if text is None:
@@ -285,6 +285,16 @@ def _run_config_file(command: Command) -> tuple[Any, Any, dict[str, Any]]:
     return plain, tree, _defaults(names.get('common'))
 
 
+def run_file(file: str) -> dict[str, Any]:
+  """The names that a config file defines.
+
+  Raises:
+    UserError: whatever it raises, as one line.
+  """
+  with _importable(file), _config_errors(file):
+    return runpy.run_path(file)
+
+
 def _defaults(common: Any) -> dict[str, Any]:
   if not (hasattr(common, 'base') and hasattr(common, 'stage')):
     return {}
@@ -336,17 +346,23 @@ def _config_errors(file: str) -> Iterator[None]:
 def announce(loaded: Loaded, workdir: str) -> None:
   """Prints the resolved config and saves it with the run."""
   print_config(loaded, sys.stdout)
+  print('the other values are defaults: --mode=config prints all')
   if loaded.command.config_file:  # else it is the one that lies there
     save_config(loaded, workdir)
 
 
-def _shown(loaded: Loaded) -> list[tuple[str, str, str]]:
-  """(key, source, value) rows, without the fields that a stage does not use."""
+def _shown(loaded: Loaded, everything: bool) -> list[tuple[str, str, str]]:
+  """(key, source, value) rows, without the fields that a stage does not use.
+
+  Args:
+    everything: whether defaults are among them.
+  """
   rows = []
   for key, value in typed.flatten(dataclasses.asdict(loaded.config)).items():
     source = loaded.sources.get(key, 'config.json')
-    unused = value in (0, '', ()) and source == 'default'
-    if not (key.startswith('stage.') and unused):
+    default = source == 'default'
+    unused = key.startswith('stage.') and value in (0, '', ())
+    if not default or (everything and not unused):
       if isinstance(value, tuple):  # as it is typed on the command line
         text = f'({",".join(map(str, value))})'
       else:
@@ -355,9 +371,13 @@ def _shown(loaded: Loaded) -> list[tuple[str, str, str]]:
   return rows
 
 
-def print_config(loaded: Loaded, out: TextIO) -> None:
-  """A table on a terminal, plain aligned lines elsewhere (logs, pipes)."""
-  rows = _shown(loaded)
+def print_config(loaded: Loaded, out: TextIO, everything: bool = False) -> None:
+  """A table on a terminal, plain aligned lines elsewhere (logs, pipes).
+
+  Args:
+    everything: whether defaults are shown as well.
+  """
+  rows = _shown(loaded, everything)
   if out.isatty():
     # Imported here: it costs more than everything else that --help needs.
     from rich import console, table, text

@@ -95,7 +95,10 @@ def compile_stage(
 def abstract_state(session: Session, name: str) -> TrainState:
   """Shapes and shardings of a stage's state; nothing is allocated."""
   params = abstract_params(session)
-  opt_state = jax.eval_shape(lambda p: init_opt_state(p, STAGES[name]), params)
+  cfg, optim = session.config.stage[name], session.config.optimizer
+  opt_state = jax.eval_shape(
+    lambda p: init_opt_state(p, STAGES[name], cfg.freeze, optim), params
+  )
   step = jax.ShapeDtypeStruct((), np.int32)
   return with_shardings(TrainState(step, params, opt_state), session.mesh)
 
@@ -111,6 +114,7 @@ def trace_step(
       stage=STAGES[name],
       cfg=session.config.stage[name],
       variant=variant,
+      optim=session.config.optimizer,
     ),
     donate_argnums=0,
     out_shardings=(sharding.infer_shardings(state, session.mesh), None),

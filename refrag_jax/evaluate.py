@@ -48,7 +48,10 @@ UNSEEN = (
   'checkpoint_every_steps',
   'checkpoint_every_seconds',
   'sample_every_steps',
+  'checkpoints_to_keep',
+  'profile_steps',
   'tensorboard',
+  'wandb',
 )
 HELDOUT = 'heldout'  # in eval.data: the held-out side of data.text
 
@@ -57,10 +60,11 @@ def run(config: Config, workdir: str) -> int:
   """`--mode=eval`: restores what there is and runs the evals.
 
   `config.init_from` names a stage's checkpoint directory, and its siblings play
-  the other roles; or an exported directory. Empty, or where it names the models
-  that this workdir's run started from: the checkpoints of this workdir. What a
-  run of the same config has measured in this workdir stays; `data.text` is
-  needed only where `eval.data` has 'heldout', or nothing.
+  the other roles; or a run's directory; or an exported one. Empty, or where it
+  names the models that this workdir's run started from: the checkpoints of this
+  workdir. results.json says which checkpoint each role had. What a run of the
+  same config has measured in this workdir stays; `data.text` is needed only
+  where `eval.data` has 'heldout', or nothing.
   """
   check_sources(config)
   hang_seconds = config.cluster.hang_seconds
@@ -69,6 +73,9 @@ def run(config: Config, workdir: str) -> int:
   directory, given = os.path.join(workdir, 'checkpoints'), config.init_from
   if given.startswith('@'):
     given = checkpoint_beside(workdir, given)
+  inside = os.path.join(given, 'checkpoints')
+  if given and os.path.isdir(inside) and _stages_beside(inside):
+    directory, given = inside, ''
   exported = sources.is_source(given) if given else False
   if given:
     trained_groups(session, given, f'evals read {given}')
@@ -96,7 +103,7 @@ def run(config: Config, workdir: str) -> int:
     stop_on_signal() as stop,
     watchdog.watch(hang_seconds),
   ):
-    evals, left_out = run_evals(session, paths, stop)
+    evals, left_out, checkpoints = run_evals(session, paths, stop)
   path = os.path.join(workdir, 'results.json')
   old = files.read_json(path) if os.path.exists(path) else {}
   if jax.process_index() == 0:
@@ -106,11 +113,18 @@ def run(config: Config, workdir: str) -> int:
       new = _added(old, evals, new)
     else:
       # The stages in there are not of this config: no training is done by them.
-      for key in ('corpus', 'evals', 'contents', 'result_fingerprint'):
+      for key in (
+        'corpus',
+        'evals',
+        'contents',
+        'checkpoints',
+        'result_fingerprint',
+      ):
         old.pop(key, None)
       new |= {'fingerprint': ''}
     new['evals'] = _by_dataset(old.get('evals', {}), evals)
     new['left_out'] = left_out
+    new['checkpoints'] = old.get('checkpoints', {}) | checkpoints
     files.write_json(path, old | new)
     report.write(workdir, EVALS)
   say(f'done: {path}, {workdir}/report.html')
@@ -141,7 +155,7 @@ def write_results(session: Session, stop: threading.Event) -> None:
         os.remove(os.path.join(session.workdir, 'documents.json'))
   kept = old.get('evals', {})  # which would come out the same
   missing = [name for name in session.config.evals if name not in kept]
-  evals, left_out = run_evals(session, paths, stop, missing)
+  evals, left_out, checkpoints = run_evals(session, paths, stop, missing)
   new = head(session)
   if kept:
     new |= _added(old, evals, new)
@@ -150,6 +164,7 @@ def write_results(session: Session, stop: threading.Event) -> None:
     'stages': stages,
     'evals': kept | evals,
     'left_out': [*old.get('left_out', []), *left_out],
+    'checkpoints': old.get('checkpoints', {}) | checkpoints,
   }
   if jax.process_index() == 0:
     files.write_json(path, out)
@@ -187,18 +202,19 @@ def run_evals(
   paths: dict[str, str],
   stop: threading.Event,
   names: Sequence[str] | None = None,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
   """Runs evals on the checkpoints at `paths`, by stage.
 
   Args:
     names: which; None takes `config.evals`.
 
   Returns:
-    The tables, eval -> data set, and what was left out of them, and why.
+    The tables, eval -> data set; what was left out of them, and why; and the
+    checkpoint of each role that they have rows of.
   """
-  context = Context(
-    session, _loader(session, paths), _datasets(session), stop, {}, {}, []
-  )
+  loaded: dict[str, Any] = {}
+  params = _loader(session, paths, loaded)
+  context = Context(session, params, _datasets(session), stop, {}, {}, [])
   evals = {}
   for name in session.config.evals if names is None else names:
     say(f'eval {name}')
@@ -221,7 +237,7 @@ def run_evals(
       files.write_json(path, {'examples': examples})
   if jax.process_index() == 0:
     write_documents(context)
-  return evals, context.left_out
+  return evals, context.left_out, loaded
 
 
 def check_sources(config: Config) -> None:
@@ -475,14 +491,23 @@ def _stages_of_source(source: sources.Source) -> dict[str, str]:
   return {name: source.where for name in stages if name in ROLES.values()}
 
 
-def _loader(session: Session, paths: dict[str, str]):
-  """Role -> parameters of its stage's newest checkpoint, loaded once."""
+def _loader(session: Session, paths: dict[str, str], loaded: dict[str, Any]):
+  """Role -> parameters of its stage's newest checkpoint, loaded once.
+
+  Args:
+    loaded: takes, for each role, which checkpoint that was.
+  """
 
   @functools.cache
   def params(role: str):
     path = paths.get(ROLES[role])
     if path is None:
       return None
+    inside = os.path.relpath(path, session.workdir)
+    loaded[role] = {
+      'checkpoint': path if inside.startswith('..') else inside,
+      'step': checkpoint.latest_step(path),
+    }
     return load_params(session, path, f'evals read {path}')[0]
 
   return params

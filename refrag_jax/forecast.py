@@ -32,7 +32,7 @@ def tell(session: Session) -> Callable[[str, float], None]:
   rows, notes = [], []
   for name in config.stages:
     stage, cfg = STAGES[name], config.stage[name]
-    trained, frozen = state.partition(params, stage.trainable)
+    trained, frozen = stage.partition(params, cfg)
     samples = stage.task.samples(config, name, corpus)
     passes = cfg.num_train_steps * cfg.batch_size / samples if samples else 0
     rows.append(

@@ -10,15 +10,15 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 import jax
 import numpy as np
 
 from refrag_jax import checkpoint, compilation
-from refrag_jax import state as state_lib
 from refrag_jax.checksums import checksums
-from refrag_jax.config.schema import Config
+from refrag_jax.config.schema import Config, StageConfig
 from refrag_jax.errors import UserError
 from refrag_jax.heldout import Heldout
 from refrag_jax.hf import sources
@@ -42,12 +42,16 @@ from refrag_jax.stages.stage import Stage
 from refrag_jax.state import TrainState
 from refrag_jax.step import init_opt_state
 
+# Settings that may change where a stage goes on longer. `accumulation_steps`
+# changes no number.
+LONGER = ('num_train_steps', 'weights', 'accumulation_steps')
+
 
 def start_state(
   session: Session, name: str, settings: dict, heldout: Heldout
 ) -> tuple[int, TrainState, dict[str, Any]]:
   """(first step, state, meta): resumed where there is something to resume."""
-  stage = STAGES[name]
+  stage, cfg = STAGES[name], session.config.stage[name]
   abstract = compilation.abstract_state(session, name)
   directory = session.checkpoint_dir(name)
   if checkpoint.latest_step(directory) is not None:
@@ -56,6 +60,15 @@ def start_state(
     )
     check_settings(meta['settings'], settings, name)
     start, state, meta = checkpoint.restore(directory, abstract)
+    if goes_on_longer(meta['settings'], settings):
+      say(
+        f'{name}  goes on from step {start} to {settings["num_train_steps"]}, '
+        'with a learning rate that begins anew'
+      )
+      meta |= {
+        'settings': settings,
+        'schedules': [*meta.get('schedules', [0]), start],
+      }
     if meta['format'] != checkpoint.FORMAT:  # its checksums were others
       meta['frozen'] = None
     say(f'{name}  resumes at step {start}')
@@ -64,7 +77,9 @@ def start_state(
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   state = jax.jit(
     lambda params: TrainState(
-      np.int32(0), params, init_opt_state(params, stage)
+      np.int32(0),
+      params,
+      init_opt_state(params, stage, cfg.freeze, session.config.optimizer),
     ),
     out_shardings=shardings,
   )(params)
@@ -75,7 +90,7 @@ def start_state(
     'before_B': heldout.measure(state.params).tolist(),
     # Which documents may be called held out later: see evaluate.check_split.
     'heldout_fraction': session.config.data.heldout_fraction,
-    'frozen': frozen_checksums(params, stage),
+    'frozen': frozen_checksums(params, stage, cfg),
     'wall_s': 0.0,
     'compile_s': 0.0,
     'base': base_models(init_from(session, name, check=False)),
@@ -114,7 +129,7 @@ def groups_after(session: Session, name: str, params: dict) -> set[str]:
   """The parameter groups that a stage or those before it train."""
   source = init_from(session, name)
   before = trained_groups(session, source, f'stage {name}') if source else []
-  now, _ = state_lib.partition(params, STAGES[name].trainable)
+  now, _ = STAGES[name].partition(params, session.config.stage[name])
   return {*before, *(group for group in now if jax.tree.leaves(now[group]))}
 
 
@@ -176,6 +191,7 @@ def stage_settings(session: Session, name: str) -> dict[str, Any]:
     'corpus': session.corpus.hash,
     'weights': config.data.weights,
     'starts_from': origin(session, name),
+    'optimizer': dataclasses.asdict(config.optimizer),
   }
   return files.plain(settings | STAGES[name].task.settings(config))
 
@@ -210,8 +226,23 @@ def changes(old: dict, new: dict) -> list[str]:
 
 
 def check_settings(old: dict, new: dict, name: str) -> None:
+  """Refuses to go on with what was trained with other settings.
+
+  Raises:
+    UserError: says what differs.
+  """
   changed = changes(old, new)
-  if changed:
+  before = STAGES[name].predecessor
+  starts = old.get('starts_from', ''), new.get('starts_from', '')
+  digests = all(re.fullmatch('[0-9a-f]{16}', start) for start in starts)
+  if digests and starts[0] != starts[1]:
+    raise UserError(
+      f'stage {name} was trained from another {before} than the one that is '
+      f'there now: {before} was trained again, or longer, after {name}; take '
+      f'another --workdir, or delete what {name} and the stages after it have '
+      'under checkpoints/ and stages/'
+    )
+  if changed and not goes_on_longer(old, new):
     raise UserError(
       f'stage {name} was trained here with other settings: '
       f'{"; ".join(changed[:3])}; take another --workdir, or delete what it '
@@ -219,9 +250,45 @@ def check_settings(old: dict, new: dict, name: str) -> None:
     )
 
 
-def frozen_checksums(params: dict, stage: Stage) -> dict[str, int]:
+def goes_on_longer(old: dict, new: dict) -> bool:
+  """Whether settings differ in no more than what a stage may go on with.
+
+  More steps, and another mixture of the same texts.
+  """
+  other = [
+    key
+    for key in new
+    if key in old and old[key] != new[key] and key not in LONGER
+  ]
+  return not other and new['num_train_steps'] > old['num_train_steps']
+
+
+def check_records(session: Session) -> None:
+  """Refuses all that does not hold any more before the first step of any.
+
+  What comes after a stage that is still to be trained is checked in its turn.
+
+  Raises:
+    UserError: a stage's record is of other settings.
+  """
+  untrained = set()
+  for name in session.config.stages:
+    path = session.record_path(name)
+    if STAGES[name].predecessor in untrained or not os.path.exists(path):
+      untrained.add(name)
+      continue
+    record = files.read_json(path)
+    settings = stage_settings(session, name)
+    check_settings(record['settings'], settings, name)
+    if goes_on_longer(record['settings'], settings):
+      untrained.add(name)
+
+
+def frozen_checksums(
+  params: dict, stage: Stage, cfg: StageConfig
+) -> dict[str, int]:
   """Path: checksum of each parameter that a stage must not change."""
-  _, frozen = state_lib.partition(params, stage.trainable)
+  _, frozen = stage.partition(params, cfg)
   return {
     path_str(path): int(x)
     for path, x in jax.tree_util.tree_leaves_with_path(checksums(frozen))

@@ -46,6 +46,11 @@ MODES = {
     'memory and time of every stage on machines that are not there: '
     '--topology=h100:8x8 [--search]',
   ),
+  'config': (
+    'refrag_jax.describe',
+    'run',
+    'print a config whole, its --schema, or the configs that there are',
+  ),
   'doctor': ('refrag_jax.doctor', 'run', 'check this machine and its packages'),
 }
 LATER = {
@@ -64,6 +69,7 @@ FLAGS = {
   'import': ('from', 'to'),
   'export': ('from', 'to'),
   'plan': ('topology', 'search'),
+  'config': ('schema',),
 }
 # The machine's fault, not the program's: one line says more than a traceback.
 # Each with what to do, where that is not plain.
@@ -181,6 +187,10 @@ def _dispatch(argv: list[str]) -> int | None:
   for flag, value in command.flags.items():
     if value and flag not in own:
       raise UserError(f'--mode={command.mode} takes no --{flag}')
+  if command.mode == 'config':  # nothing is opened, nothing written
+    from refrag_jax import describe
+
+    return describe.run(command)
   config, workdir = None, command.workdir
   with _stopping():
     if command.config_file or command.mode != 'doctor':

@@ -12,9 +12,15 @@ from refrag_jax.data import curriculum
 from refrag_jax.data.questions import retrieval
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.evals import EVALS, asks_questions
-from refrag_jax.lineage import changes, check_order, finished, stage_settings
+from refrag_jax.lineage import (
+  changes,
+  check_order,
+  check_records,
+  finished,
+  stage_settings,
+)
 from refrag_jax.report import run as report
-from refrag_jax.runtime import files, watchdog
+from refrag_jax.runtime import files, wandb, watchdog
 from refrag_jax.runtime.metrics import Writer, import_tensorboard
 from refrag_jax.runtime.progress import machine_peak, say
 from refrag_jax.runtime.stopping import stop_on_signal
@@ -84,12 +90,13 @@ def run_stages(
   for name in config.stages:
     STAGES[name].task.check_text(config, name, session.corpus)
   evaluate.check_windows(session)
+  check_records(session)
   os.makedirs(workdir, exist_ok=True)
   draw_curriculum(session)
   peak, meaning = machine_peak(jax.devices())
   say(f'{jax.device_count()} x {jax.devices()[0].device_kind}; {meaning}')
   heard = forecast.tell(session)
-  writer = Writer(workdir, config.tensorboard)
+  writer = Writer(workdir, config.tensorboard, config.wandb)
   with (
     jax.set_mesh(session.mesh),
     stop_on_signal() as stop,
@@ -110,6 +117,8 @@ def check_extras(config: Config) -> None:
   """Refuses what a package is missing for that not everybody installs."""
   if config.tensorboard:
     import_tensorboard()
+  if config.wandb:
+    wandb.require()
   if asks_questions(config):
     retrieval.require()
 

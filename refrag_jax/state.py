@@ -16,19 +16,22 @@ class TrainState:
   opt_state: Any  # of the trainable parameters only
 
 
-def partition(params: dict, regex: str) -> tuple[dict, dict]:
+def partition(params: dict, regex: str, freeze: str = '') -> tuple[dict, dict]:
   """Splits params into (trainable, frozen) by path; absent leaves are None.
+
+  Trainable is what `regex` finds and `freeze`, where there is one, does not.
 
   Frozen leaves so get no gradient, no optimizer moment and no share in the
   gradient norm, and stay bitwise what they were.
   """
 
+  def trains(path):
+    kept = freeze and re.search(freeze, path_str(path))
+    return bool(re.search(regex, path_str(path))) and not kept
+
   def keep(wanted):
     return jax.tree_util.tree_map_with_path(
-      lambda path, x: (
-        x if bool(re.search(regex, path_str(path))) == wanted else None
-      ),
-      params,
+      lambda path, x: x if trains(path) == wanted else None, params
     )
 
   return keep(True), keep(False)

@@ -10,14 +10,21 @@ import jax.numpy as jnp
 import optax
 
 from refrag_jax import optimizer
-from refrag_jax.config.schema import StageConfig
+from refrag_jax.config.schema import OptimizerConfig, StageConfig
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.stages.stage import Stage
 from refrag_jax.state import TrainState, merge, partition
 
 
-def init_opt_state(params: dict, stage: Stage) -> Any:
-  return optimizer.make_tx().init(partition(params, stage.trainable)[0])
+def init_opt_state(
+  params: dict,
+  stage: Stage,
+  freeze: str = '',
+  optim: OptimizerConfig = optimizer.DEFAULT,
+) -> Any:
+  """The optimizer's state of what a stage trains."""
+  trainable, _ = partition(params, stage.trainable, freeze)
+  return optimizer.make_tx(optim).init(trainable)
 
 
 def train_step(
@@ -30,6 +37,7 @@ def train_step(
   stage: Stage,
   cfg: StageConfig,
   variant: Any,
+  optim: OptimizerConfig = optimizer.DEFAULT,
 ) -> tuple[TrainState, dict]:
   """Prepares the batch, then makes the stage's optimizer update(s) on it.
 
@@ -43,10 +51,11 @@ def train_step(
       that A changes memory and not the result.
     key: a pure function of (seed, stage, step).
     learning_rate: of this step; an argument, so that schedules compile nothing.
-    variant: static; see stages/stage.py.
+    variant: static; see stages/context.py.
+    optim: static.
   """
-  tx = optimizer.make_tx()
-  trainable, frozen = partition(state.params, stage.trainable)
+  tx = optimizer.make_tx(optim)
+  trainable, frozen = stage.partition(state.params, cfg)
   opt_state = state.opt_state
   A, B = cfg.accumulation_steps, jax.tree.leaves(batch)[0].shape[0]
   pieces = jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), batch)

@@ -29,11 +29,13 @@ from refrag_jax.lineage import (
   check_settings,
   finished,
   frozen_checksums,
+  goes_on_longer,
   stage_settings,
   start_state,
 )
 from refrag_jax.runtime import files, watchdog
 from refrag_jax.runtime.metrics import Writer
+from refrag_jax.runtime.profile import Trace
 from refrag_jax.runtime.progress import Progress, say
 from refrag_jax.session import (
   Session,
@@ -78,10 +80,12 @@ def train_stage(
   if os.path.exists(session.record_path(name)):
     record = files.read_json(session.record_path(name))
     check_settings(record['settings'], settings, name)
-    if finished(session.workdir, name):
+    longer = goes_on_longer(record['settings'], settings)
+    if finished(session.workdir, name) and not longer:
       say(f'{name}  done before')
       return
-    say(f'{name}  has its record but no checkpoint: trained again')
+    if not longer:
+      say(f'{name}  has its record but no checkpoint: trained again')
   clock = time.monotonic()
   ready = prepare(session, name, settings, writer, stop)
   before_s = ready.meta['wall_s'] - clock  # of earlier runs
@@ -160,6 +164,7 @@ def steps(
   config, cfg, stage = session.config, session.config.stage[name], STAGES[name]
   start, state, meta, heldout, programs = ready
   sign = -1.0 if stage.measures == 'reward' else 1.0
+  first = meta.get('schedules', [0])[-1]  # the schedule's first step
   progress = Progress(
       name, cfg.num_train_steps, start,
       programs.tokens_of_step, programs.flops_of_step, peak,
@@ -169,16 +174,23 @@ def steps(
   sample = stage.sampler(config, session.corpus)
   pending = after_B = None
   saved = start or None
-  manager = checkpoint.open_manager(session.checkpoint_dir(name))
+  manager = checkpoint.open_manager(
+    session.checkpoint_dir(name), config.checkpoints_to_keep
+  )
+  trace = Trace(session.workdir, name, config.profile_steps)
   saved_at = training_since = time.monotonic()
-  with progress, contextlib.closing(manager):
+  with progress, contextlib.closing(manager), contextlib.closing(trace):
     for step, batch in pipeline.batches(
       sample, rows, start, cfg.num_train_steps
     ):
       watchdog.phase(f'{name}, step {step + 1} and the batch after it')
       rate = optimizer.learning_rate(
-        step, cfg.num_train_steps, cfg.peak_learning_rate
+        step - first,
+        cfg.num_train_steps - first,
+        cfg.peak_learning_rate,
+        config.optimizer,
       )
+      trace.before(step + 1)
       state, metrics = programs.of_step(step)(
         state,
         to_device(batch, session.mesh),
@@ -187,6 +199,7 @@ def steps(
       )
       # A save that failed meanwhile ends the run here, not at the next save.
       checkpoint.check_saved(manager)
+      trace.after(step + 1, metrics)
       # Read one step late, so that the device always has its next step.
       check_finite(pending, name, saved)
       pending = (step, batch, metrics)
@@ -291,9 +304,11 @@ def stage_record(
   after_N = results.by_document(after_B, docs)
   reward = stage.measures == 'reward'
   gain = (after_N, before_N) if reward else (before_N, after_N)
-  trained, frozen = state_lib.partition(params, stage.trainable)
+  cfg = session.config.stage[name]
+  trained, frozen = stage.partition(params, cfg)
   return {
     'steps': session.config.stage[name].num_train_steps,
+    **({'schedules': meta['schedules']} if 'schedules' in meta else {}),
     'measures': stage.measures,
     'heldout_before': results.stat(before_N),
     'heldout_after': results.stat(after_N),
@@ -305,7 +320,7 @@ def stage_record(
     # None: not known, where an older version began the stage.
     'frozen_unchanged': None
     if meta['frozen'] is None
-    else frozen_checksums(params, stage) == meta['frozen'],
+    else frozen_checksums(params, stage, cfg) == meta['frozen'],
     **dict(zip(('encoder_cut', 'chunks'), chunks_cut(heldout.batch))),
   }
 

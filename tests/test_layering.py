@@ -29,6 +29,7 @@ evaluate lineage
 train
 run exchange
 plan repro doctor cli
+describe
 main
 """
 # library: the only modules that may import it
@@ -45,6 +46,7 @@ HOMES = {
   'safetensors': ('hf.convert',),
   'huggingface_hub': ('hf.hub',),
   'tensorboardX': ('runtime.metrics',),
+  'wandb': ('runtime.wandb',),
   'ml_collections': (),  # config files alone
   'absl': (),
   'tensorflow': (),

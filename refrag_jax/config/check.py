@@ -20,6 +20,7 @@ LENGTHS = (
 )
 SELECTORS = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
 CONTEXTS = ('none', 'last_k', 'full')
+SCHEDULES = ('cosine', 'linear', 'constant')
 KERNELS = ('cudnn', 'splash')
 ATTENTION = ('dense', 'blockwise', *KERNELS, 'fused')
 # Numbers of config.model that may be 0; all others are above it.
@@ -86,7 +87,8 @@ def names(chosen: Sequence[str], there: Collection[str], key: str) -> None:
 
 def _check_run(config: Config) -> None:
   not_negative(config, '', 'seed')
-  positive(config, '', 'log_every_steps')
+  positive(config, '', 'log_every_steps', 'checkpoints_to_keep')
+  _check_optimizer(config)
   not_negative(
     config,
     '',
@@ -127,6 +129,29 @@ def _check_run(config: Config) -> None:
     raise UserError(
       'config.model.attention is cudnn, which computes in 16 bits: set '
       'config.model.compute_dtype=bfloat16, or use attention=fused'
+    )
+
+
+def _check_optimizer(config: Config) -> None:
+  optim, prefix = config.optimizer, 'optimizer.'
+  positive(optim, prefix, 'eps', 'clip_norm')
+  not_negative(optim, prefix, 'weight_decay')
+  known((optim.schedule,), SCHEDULES, f'{prefix}schedule')
+  if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+    raise UserError(
+      f'config.optimizer.betas is {optim.betas}: give two numbers from 0 up '
+      'to, but not including, 1'
+    )
+  if not 0 <= optim.warmup_fraction <= 1:
+    raise UserError(
+      f'config.optimizer.warmup_fraction is {optim.warmup_fraction}: use a '
+      'share of the steps between 0 and 1'
+    )
+  steps = config.profile_steps
+  if steps and (len(steps) != 2 or not 0 < steps[0] <= steps[1]):
+    raise UserError(
+      f'config.profile_steps is {steps}: give the first and the last step to '
+      'trace, such as (10,12), or () for none'
     )
 
 

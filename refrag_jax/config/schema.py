@@ -124,7 +124,20 @@ class StageConfig:
   updates_per_rollout: int
   periodic_fraction: float  # share of `lm` windows that repeat a span
   init_from: str  # '' = the stage's predecessor in this workdir
+  freeze: str  # regex of parameter paths that stay as they are, besides
   encoder_init: str  # of a fresh encoder: '' = random, or 'decoder_embeddings'
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW, clipping and the schedule of a stage's learning rate."""
+
+  betas: tuple[float, ...]  # decay of the two moments
+  eps: float
+  clip_norm: float  # of the gradients of all trained parameters together
+  weight_decay: float  # times the learning rate, of kernels and embeddings
+  warmup_fraction: float  # of the steps, linear from 0
+  schedule: str  # 'cosine' or 'linear' down to 0 after that, or 'constant'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +207,11 @@ class Config:
   checkpoint_every_steps: int
   checkpoint_every_seconds: float
   sample_every_steps: int  # 0: at the end of a stage only; -1: never
+  checkpoints_to_keep: int  # newest ones of a stage, besides its best
+  profile_steps: tuple[int, ...]  # first and last step to trace; (): none
   tensorboard: bool
+  wandb: str  # project of Weights & Biases; '': none
+  optimizer: OptimizerConfig
   mesh: MeshConfig
   cluster: ClusterConfig
   model: ModelConfig

@@ -20,6 +20,7 @@ def write(path: str, plan: dict[str, Any]) -> None:
   """Writes the page of a plan.json."""
   known = plan['hbm_bytes'] > 0
   parts = [
+    ('What is planned', planned(plan)),
     ('Memory', memory(plan)),
     ('Time', times(plan) if known else NO_TIME),
     ('Mesh', mesh(plan['mesh'])),
@@ -27,9 +28,9 @@ def write(path: str, plan: dict[str, Any]) -> None:
     ('Network', network(plan)),
   ]
   if plan['fixes']:
-    parts.insert(1, ('What would fit', fixes(plan['fixes'])))
+    parts.insert(2, ('What would fit', fixes(plan['fixes'])))
   if plan['search']:
-    parts.insert(2, ('Layouts', ranking(plan['search'])))
+    parts.insert(3, ('Layouts', ranking(plan['search'])))
   title = f'{plan["config"]} on {plan["topology"]}'
   axes = ' × '.join(f'{name} {n}' for name, n in plan['mesh'].items())
   head = (
@@ -55,6 +56,28 @@ STYLE = """
 .mine { fill: var(--series0); }
 """
 NO_TIME = '<p>Nothing is known of the speed of these devices.</p>'
+
+
+def planned(plan: dict[str, Any]) -> str:
+  """Each stage's budget, and the hours that it takes at least."""
+  rows, total = [], 0.0
+  for name, of in plan['budgets'].items():
+    hours = plan['stages'][name]['bound_hours']
+    total += hours
+    rows.append([
+      page.name(name),
+      *map(page.number, of.values()),
+      page.number(hours, 1),
+    ])  # fmt: skip
+  head = ('stage', 'steps', 'batch', 's', 'o', 'k', 'hours at least')
+  known = plan['hbm_bytes'] > 0
+  note = (
+    'Batch: sequences of a step over all devices. s: tokens of context that '
+    'are read in chunks of k; o: tokens of output that are predicted.'
+  )
+  if known:
+    note = f'All stages take {total:,.1f} hours at least. {note}'
+  return page.table(head, rows, note)
 
 
 def memory(plan: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ from refrag_jax.session import (
   settle_attention,
 )
 from refrag_jax.stages import STAGES
-from refrag_jax.state import TrainState, partition
+from refrag_jax.state import TrainState
 
 # Of a GPU's memory a program may have: the rest goes to the driver, NCCL's
 # buffers and fragmentation. A TPU's compiler says itself what does not fit.
@@ -120,11 +120,30 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
     'fixes': fixes,
     'search': ranked,
     'arrays': largest_arrays(session),
+    'budgets': budgets(config),
   }
   files.write_json(os.path.join(workdir, 'plan.json'), out)
   page.write(os.path.join(workdir, 'plan.html'), out)
   say(f'done: {workdir}/plan.json, {workdir}/plan.html')
   return 0
+
+
+def budgets(config: Config) -> dict[str, dict[str, int]]:
+  """Steps and sizes of each stage: batch, s and o in tokens, k."""
+  out = {}
+  for name in config.stages:
+    task, cfg = STAGES[name].task, config.stage[name]
+    chunks = task.num_chunks(config, name)
+    shapes = task.row_shapes(config, name, chunks)
+    output = shapes.get('output_BO') or shapes.get('tokens_BT') or ((0,),)
+    out[name] = {
+      'steps': cfg.num_train_steps,
+      'batch_size': cfg.batch_size,
+      'context_length': chunks * config.model.chunk_size,
+      'output_length': output[0][0],
+      'chunk_size': config.model.chunk_size,
+    }
+  return out
 
 
 def open_planned(config: Config, there: topologies.Topology) -> Session:
@@ -153,7 +172,9 @@ def plan_stage(
     compile_s = time.monotonic() - clock
   devices = len(there.devices)
   batch = compilation.abstract_batch(session, name, key[0])
-  trainable, frozen = partition(state.params, STAGES[name].trainable)
+  trainable, frozen = STAGES[name].partition(
+    state.params, session.config.stage[name]
+  )
   sent = collectives.read(
     text, session.mesh.axis_names, session.mesh.devices.shape
   )

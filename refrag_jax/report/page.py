@@ -29,7 +29,7 @@ CSS = """
 }
 * { box-sizing: border-box; }
 body {
-  margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 72rem;
+  margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 82rem;
   background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans',
     sans-serif;
@@ -45,7 +45,19 @@ nav { margin: 1.25rem 0 0; font-size: .9rem; }
 nav a { margin-right: 1.1rem; }
 a { color: var(--series0); }
 .muted, figcaption, .note { color: var(--muted); font-size: .9rem; }
-.scroll { overflow-x: auto; margin: .75rem 0; }
+/* Shadows at the edges say that there is more to scroll to. */
+.scroll {
+  overflow-x: auto; margin: .75rem 0;
+  background:
+    linear-gradient(to right, var(--page) 2rem, transparent) left / 4rem 100%,
+    linear-gradient(to left, var(--page) 2rem, transparent) right / 4rem 100%,
+    linear-gradient(to right, var(--muted), transparent) left / .6rem 100%,
+    linear-gradient(to left, var(--muted), transparent) right / .6rem 100%;
+  background-repeat: no-repeat;
+  background-attachment: local, local, scroll, scroll;
+}
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
+dd { margin: 0; }
 table {
   border-collapse: collapse; font-size: .86rem; line-height: 1.35;
   font-variant-numeric: tabular-nums;

@@ -15,7 +15,7 @@ from typing import Any
 
 from refrag_jax import results
 from refrag_jax.report import figures as report_figures
-from refrag_jax.report import page
+from refrag_jax.report import glossary, page
 from refrag_jax.report import tables as report_tables
 from refrag_jax.runtime import files
 
@@ -50,6 +50,7 @@ def write(workdir: str, evals_by_name: Mapping[str, Any]) -> str:
     ('Training', curves(stages, lines)),
     ('Stages', report_tables.stage_table(stages)),
     ('Curriculum', curriculum(workdir)),
+    ('Checkpoints', checkpoints(numbers.get('checkpoints', {}))),
     *(
       (of.title, of.table(evals.get(name, {})))
       for name, of in evals_by_name.items()
@@ -61,7 +62,9 @@ def write(workdir: str, evals_by_name: Mapping[str, Any]) -> str:
   )
   name = numbers.get('config') or saved.get('config', {}).get('name') or 'run'
   title = f'refrag_jax: {name}'
-  body = header(title, _date(workdir, numbers), saved | numbers)
+  config = {'config': saved.get('config', {})}
+  body = header(title, _date(workdir, numbers), saved | numbers | config)
+  body += glossary.glossary(evals)
   body += page.sections([(head, part) for head, part in contents if part])
   path = os.path.join(workdir, 'report.html')
   files.write_text(path, page.page(title, body))
@@ -73,12 +76,45 @@ def header(title: str, date: str, numbers: Mapping[str, Any]) -> str:
   if not numbers.get('evals'):
     facts.append('no evaluation finished yet')
   versions = [f'{k} {v}' for k, v in numbers.get('versions', {}).items()]
-  lines = (' · '.join(filter(None, parts)) for parts in (facts, versions))
+  sizes = _sizes(numbers.get('stages', {}), numbers.get('config', {}))
+  rows = (facts, sizes, versions)
+  lines = (' · '.join(filter(None, parts)) for parts in rows)
   shown = ''.join(f'<p class="muted">{page.text(x)}</p>\n' for x in lines if x)
   command = ' '.join(numbers.get('command_line', []))
   if command:
     shown += f'<p class="muted"><code>{page.text(command)}</code></p>\n'
   return f'<h1>{page.text(title)}</h1>\n{shown}'
+
+
+def _sizes(stages: Mapping[str, Any], config: Any) -> list[str]:
+  """Parameters, chunk size, and how long the stages took."""
+  sizes = []
+  totals = [
+    of['trainable_params'] + of['frozen_params']
+    for of in stages.values()
+    if 'trainable_params' in of and 'frozen_params' in of
+  ]
+  if totals:
+    sizes.append(f'{max(totals):,} parameters')
+  if isinstance(config, Mapping) and 'model' in config:
+    sizes.append(f'k = {config["model"]["chunk_size"]}')
+  seconds = sum(of.get('wall_s') or 0 for of in stages.values())
+  if seconds:
+    minutes = f'{seconds / 60:.1f} minutes in {len(stages)} stages'
+    sizes.append(minutes + ', without the evals')
+  return sizes
+
+
+def checkpoints(of_role: Mapping[str, Any]) -> str:
+  """Which checkpoint the rows of each role are of."""
+  rows = [
+    [page.name(role), page.text(of['checkpoint']), page.number(of['step'])]
+    for role, of in of_role.items()
+  ]
+  if not rows:
+    return ''
+  table = page.table(['role', 'checkpoint', 'step'], rows, css_class='text')
+  return page.details(f'{len(rows)} checkpoints', table)
 
 
 def left_out(lines: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ CONTROLS = {
   r'.*shuffled': 'shuffled',
 }
 # Higher is better only for these.
-SCORES = ('em', 'f1', 'share', 'same_place')
+SCORES = ('em', 'f1', 'share', 'same_place', 'hit', 'exact')
 
 
 def stage_table(stages: Mapping[str, Any]) -> str:
@@ -87,7 +87,73 @@ def comparison(datasets: Mapping[str, Any]) -> str:
   return '\n'.join(part for part in parts if part)
 
 
-copying = context_length = passages = details = comparison
+def copying(datasets: Mapping[str, Any]) -> str:
+  """The NLL of a span of shuffled tokens, first time and second."""
+  return _noted(
+    'A span of tokens in random order is read twice: only by copying can the '
+    'second be predicted. A decoder whose second copy is not far below its '
+    'first cannot regenerate what it reads.',
+    comparison(datasets),
+  )
+
+
+def context_length(datasets: Mapping[str, Any]) -> str:
+  """The NLL after contexts of several lengths, the same targets for all."""
+  return _noted(
+    'All lengths s predict the same outputs; a shorter context is the last s '
+    'tokens of the longest.',
+    comparison(datasets),
+  )
+
+
+def passages(datasets: Mapping[str, Any]) -> str:
+  """NLL and hits where one of several passages is useful."""
+  names = {'nll': NLL, 'hit': 'hit'}
+  note = (
+    'One passage of each context is the text before the output, the others are '
+    'of other documents, in random order. Hit: the share of the expanded '
+    'chunks that lie in the useful one (higher is better); chance: what random '
+    'ones hit. ± standard error.'
+  )
+  return _by_dataset(datasets, names, note)
+
+
+def details(datasets: Mapping[str, Any]) -> str:
+  """NLL by place of the output, gains by distance, exact spans."""
+  columns = dict.fromkeys(
+    column
+    for value in datasets.values()
+    for _, row in rows_of(value)
+    for column in row
+    if re.fullmatch(r'[od]\d+|exact', column)
+  )
+  shown = {
+    column: {'o': 'output ', 'd': 'chunk −'}.get(column[0], '')
+    + column.lstrip('od')
+    for column in columns
+    if column == 'exact' or int(column[1:]).bit_count() == 1
+  }
+  note = (
+    'Output n: the NLL of the n-th token alone. Chunk −n: by how much '
+    'expanding the n-th chunk before the output lowers it. exact: the share of '
+    'numbers or identifiers whose tokens are all the most probable ones. ± '
+    'standard error; results.json has every place.'
+  )
+  return _by_dataset(datasets, shown, note)
+
+
+def _noted(note: str, table: str) -> str:
+  return f'<p class="note">{page.text(note)}</p>\n{table}' if table else ''
+
+
+def _by_dataset(
+  datasets: Mapping[str, Any], names: Mapping[str, str], note: str
+) -> str:
+  parts = []
+  for dataset, value in datasets.items():
+    parts += [f'<h3>{page.text(dataset)}</h3>', _notes(value)]
+    parts += _measures(value, names, note)
+  return '\n'.join(part for part in parts if part)
 
 
 def _levels(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -193,16 +259,7 @@ def questions(datasets: Mapping[str, Any]) -> str:
     'Gold-answer NLL in nats per token (lower is better); exact match and '
     'F1 (higher is better). ± standard error.'
   )
-  return '\n'.join(
-    part
-    for dataset, value in datasets.items()
-    for part in (
-      f'<h3>{page.text(dataset)}</h3>',
-      _notes(value),
-      *_measures(value, names, note),
-    )
-    if part
-  )
+  return _by_dataset(datasets, names, note)
 
 
 def regeneration(datasets: Mapping[str, Any]) -> str:

@@ -1,9 +1,10 @@
-"""Where a run's numbers go: metrics.jsonl, samples.jsonl, TensorBoard.
+"""Where a run's numbers go: metrics.jsonl, samples.jsonl, and boards.
 
 The only file that writes metrics. Values arrive here as numbers that the host
 has already read (one step late), so nothing below makes the device wait.
 """
 
+import datetime
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refrag_jax.errors import UserError
-from refrag_jax.runtime import files
+from refrag_jax.runtime import files, wandb
 from refrag_jax.runtime.progress import say
 
 
@@ -26,13 +27,23 @@ class Writer:
   can purge what it will write again.
   """
 
-  def __init__(self, workdir: str, tensorboard: bool = False):
+  def __init__(
+    self, workdir: str, tensorboard: bool = False, project: str = ''
+  ):
+    """Opens what is asked for.
+
+    Args:
+      project: of Weights & Biases; '': none.
+    """
     self.workdir = os.fspath(workdir)
     self.active = jax.process_index() == 0
     self._summary = import_tensorboard() if tensorboard else None
     self._boards = {}
     self._files = {}
+    self._wandb = None
     if self.active:
+      if project:
+        self._wandb = wandb.Board(project, self.workdir)
       os.makedirs(self.workdir, exist_ok=True)
       for name in ('metrics.jsonl', 'samples.jsonl'):
         _mend(os.path.join(self.workdir, name))
@@ -44,8 +55,11 @@ class Writer:
     if not self.active:
       return
     values = files.plain(dict(values))
-    head = {'stage': stage, 'step': int(step), 'split': split}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    head = {'stage': stage, 'step': int(step), 'split': split, 'time': now}
     self._append('metrics.jsonl', head | values)
+    if self._wandb:
+      self._wandb.scalars(stage, int(step), split, values)
     if self._summary:
       board = self._board(stage)
       for name, value in values.items():
@@ -90,9 +104,10 @@ class Writer:
       self._board(stage, purge_step=step)
 
   def close(self) -> None:
-    for file in (*self._files.values(), *self._boards.values()):
+    boards = [self._wandb] if self._wandb else []
+    for file in (*self._files.values(), *self._boards.values(), *boards):
       file.close()
-    self._files, self._boards = {}, {}
+    self._files, self._boards, self._wandb = {}, {}, None
 
   def _append(self, name: str, record: dict[str, Any]) -> None:
     if name not in self._files:

@@ -145,7 +145,7 @@ class Progress:
     else:
       say(
         f'{self.stage}  {step:>{len(str(self.num_steps))}}'
-        f'/{self.num_steps}  {text}'
+        f'/{self.num_steps}  {text}  {time.strftime("%H:%M:%S")}'
       )
     return rates
 

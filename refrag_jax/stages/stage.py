@@ -5,6 +5,7 @@ checks, the samples and the planner ask it, and nobody asks for its name.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,7 @@ from refrag_jax.data.text.corpus import Corpus
 from refrag_jax.errors import UserError
 from refrag_jax.models import losses
 from refrag_jax.stages.context import CHUNKS, Nothing
+from refrag_jax.state import partition
 
 ENCODER_INIT = 'decoder_embeddings'
 
@@ -61,6 +63,10 @@ class Stage:
     batch = self.prepare(model, params, batch, keys_B, variant, cfg)
     return losses.masked_mean(*self.nll(model, params, batch, variant))
 
+  def partition(self, params: dict, cfg: StageConfig) -> tuple[dict, dict]:
+    """(trainable, frozen) parameters; absent leaves are None."""
+    return partition(params, self.trainable, cfg.freeze)
+
   def seed(self, config: Config) -> int:
     """The seed of its stream of samples, that of the stage it mirrors."""
     return stream_seed(config, self.mirrors or self.name)
@@ -90,6 +96,12 @@ class Stage:
         f'accumulation_steps {cfg.accumulation_steps}: the parts of a step '
         'have equal size'
       )
+    try:
+      re.compile(cfg.freeze)
+    except re.error as e:
+      raise UserError(
+        f'config.{prefix}freeze {cfg.freeze!r} is no regular expression: {e}'
+      ) from None
     self.task.check(config, self.name)
     self.context.check(config, self.name)
     _check_encoder_init(cfg, prefix, config)
