@@ -51,6 +51,7 @@ def open_session(
   """
   session = open_model(config, workdir)
   check_batches(session)
+  check_trains(session)
   session = settle_attention(session)
   if config.model.attention == 'fused':
     say(f'attention: fused is {session.config.model.attention} here')
@@ -89,6 +90,19 @@ def check_batches(session: Session) -> None:
         f'{parts} devices (mesh sequence); output_length='
         f'{cfg.output_length + -cfg.output_length % parts} would'
       )
+
+
+def check_trains(session: Session) -> None:
+  """Refuses stages of which the config freezes all that they would train."""
+  for name in session.config.stages:
+    cfg = session.config.stage[name]
+    if cfg.freeze:
+      trained, _ = STAGES[name].partition(abstract_params(session), cfg)
+      if not jax.tree.leaves(trained):
+        raise UserError(
+          f'config.stage.{name}.freeze {cfg.freeze!r} leaves nothing to train: '
+          'name fewer parameters, or take the stage out'
+        )
 
 
 def settle_attention(session: Session) -> Session:

@@ -41,7 +41,7 @@ from refrag_jax.state import TrainState
 from refrag_jax.step import row_keys
 
 # Of a log line: what a clock says, and so differs in every run.
-CLOCK = ('step_s', 'tokens_per_s', 'mfu')
+CLOCK = ('time', 'step_s', 'tokens_per_s', 'mfu')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -416,6 +416,36 @@ def test_other_text_under_the_same_name_is_not_done(tmp_path):
     f.write(json.dumps({'text': 'One more document. ' * 9}) + '\n')
   with pytest.raises(UserError, match='corpus was'):
     training.run(cfg, workdir)
+
+
+def test_a_stage_goes_on_longer_from_its_last_state(
+  session, whole, tmp_path, capsys
+):
+  """Said and recorded; the schedule begins anew, and what follows is stale."""
+  shutil.copytree(whole('lm'), tmp_path / 'run')
+  longer = toy_run.with_stage(
+    session._replace(workdir=str(tmp_path / 'run')), 'lm', num_train_steps=8
+  )
+  toy_run.train(longer, 'lm')
+  assert 'goes on from step 6 to 8' in capsys.readouterr().out
+  record = lineage.finished(longer.workdir, 'lm')
+  assert record['steps'] == 8 and record['schedules'] == [0, 6]
+  rates = {
+    line['step']: line['learning_rate']
+    for line in lines(longer.workdir)
+    if line['split'] == 'train'
+  }
+  peak = longer.config.stage['lm'].peak_learning_rate
+  assert rates[7] == pytest.approx(peak) and rates[6] < peak / 2
+  shorter = toy_run.with_stage(longer, 'lm', num_train_steps=7)
+  with pytest.raises(UserError, match='num_train_steps was 8'):
+    toy_run.train(shorter, 'lm')
+
+
+def test_a_predecessor_trained_again_is_said_in_words():
+  old = {'starts_from': '0' * 16, 'seed': 0}
+  with pytest.raises(UserError, match='mixed was trained from another cpt'):
+    lineage.check_settings(old, old | {'starts_from': '1' * 16}, 'mixed')
 
 
 def test_other_questions_under_the_same_name_are_other_settings(

@@ -1,5 +1,6 @@
 """The report of a made-up run: whole, partial, honest, self-contained."""
 
+import html
 import html.parser
 import json
 import re
@@ -378,3 +379,47 @@ def test_running_mean():
 )  # fmt: skip
 def test_number(value, shown):
   assert page.number(value) == shown
+
+
+def test_every_eval_has_its_part(tmp_path):
+  """Nine tables, headed by the evals' own titles."""
+  stats = {'P4': stat(1.0), 'vs': {}}
+  evals = {
+    'copying': {'t': {'first': stats, 'second': stats}},
+    'context_length': {'t': {'refrag_k8_s64': stats}},
+    'passages': {
+      't': {
+        'chance': {'hit': stat(0.25), 'vs': {}},
+        'rl_p0.25': {'nll': stat(1.5), 'hit': stat(0.5), 'vs': {}},
+      }
+    },
+    'details': {
+      't': {
+        'refrag_k8': {'o1': stat(1.1), 'o3': stat(1.3), 'vs': {}},
+        'expand_one_gain': {'d2': stat(0.2), 'vs': {}},
+        'digits_P8_compressed': {'exact': stat(0.4), 'vs': {}},
+      }
+    },
+  }
+  (tmp_path / 'results.json').write_text(json.dumps({'evals': evals}))
+  report.write(str(tmp_path), EVALS)
+  text = (tmp_path / 'report.html').read_text()
+  for name in evals:
+    assert f'<h2>{html.escape(EVALS[name].title)}</h2>' in text
+  assert 'output 1' in text and 'output 3' not in text  # powers of two
+  assert 'chunk −2' in text and '0.400' in text and 'hit' in text
+
+
+def test_the_top_says_sizes_and_the_glossary_what_occurs(whole):
+  assert 'parameters' in whole.partition('<h2>')[0]
+  assert 'minutes in' in whole.partition('<h2>')[0]
+  names = whole.partition('What the names mean')[2].partition('</dl>')[0]
+  assert 'refrag_k8' in names and 'REPLUG' not in names
+
+
+def test_what_a_run_shows_is_told_on_the_terminal_too(whole, tmp_path):
+  fake_run(tmp_path)
+  lines = report.told(str(tmp_path))
+  assert 'What this run shows' in lines[0]
+  assert any('rl minus random' in line for line in lines)
+  assert all('<' not in line for line in lines)
