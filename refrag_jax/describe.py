@@ -94,7 +94,7 @@ def listing() -> list[str]:
   out = []
   for path in sorted((ROOT / 'configs').glob('*.py')):
     text = path.read_text()
-    if 'def get_config' not in text:
+    if not re.search(r'^def get_config', text, re.MULTILINE):
       continue
     title = (ast.get_docstring(ast.parse(text)) or '').partition('\n')[0]
     out += [f'configs/{path.name}  {title}']

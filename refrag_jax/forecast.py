@@ -49,7 +49,7 @@ def tell(session: Session) -> Callable[[str, float], None]:
         f'{name} goes {passes:,.0f} times over the same {samples:,} samples: '
         'bring more text, or fewer steps, if it is to learn more than them'
       )
-  wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
   for row in rows:
     cells = (f'{cell:{width}}' for cell, width in zip(row, wide, strict=True))
     say('  '.join(cells).rstrip())

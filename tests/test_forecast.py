@@ -55,7 +55,7 @@ def test_the_time_is_said_once_a_stage(session, capsys):
 
 
 def test_rough_flops_are_near_those_of_the_jaxpr(session):
-  """Within a factor of two: they only compare stages."""
+  """Within a factor of three: they only compare stages."""
   from refrag_jax import compilation
 
   for name in ('lm', 'cpt', 'cpt_trained'):
@@ -65,4 +65,4 @@ def test_rough_flops_are_near_those_of_the_jaxpr(session):
       compilation.model_flops(session, name, state, key) for key in keys
     )
     rough = forecast.rough_flops(session.config, name)
-    assert 0.5 < rough / counted < 2, name
+    assert 1 / 3 < rough / counted < 3, name

@@ -196,11 +196,11 @@ def test_the_held_out_measure_is_in_pieces_of_a_step(
 class LateVote(sharding.Vote):
   """One process that hears its answers a call later, as several do."""
 
-  heard = (False, False)
+  heard = None
 
   def __call__(self, *said):
     heard, self.heard = self.heard, said
-    return heard
+    return heard or (False,) * len(said)
 
 
 @pytest.mark.parametrize(
@@ -678,13 +678,16 @@ def test_frozen_unchanged_is_measured(session, whole):
   name = 'mixed'
   workdir = whole(name)
   params = last_state(session, workdir, name).params
-  heldout = train.Heldout({'doc_B': np.arange(4)}, None)
-  frozen = lineage.frozen_checksums(params, train.STAGES[name])
+  fixed = heldout.Heldout({'doc_B': np.arange(4)}, None)
+  frozen = lineage.frozen_checksums(
+    params, train.STAGES[name], session.config.stage[name]
+  )
   meta = {
     'before_B': [1.0] * 4, 'wall_s': 0.0, 'compile_s': 0.0, 'frozen': frozen,
   }  # fmt: skip
+  ready = train.Ready(0, None, meta, fixed, None)
   record = lambda params: train.stage_record(
-    session, name, meta, params, np.zeros(4), heldout
+    session, name, ready, params, np.zeros(4)
   )
   assert record(params)['frozen_unchanged'] is True
   moved = jax.tree.map(lambda x: x + 1e-6, params['policy'])

@@ -235,7 +235,7 @@ BAD = [
   ('stage.lm.periodic_fraction=1.1', ('periodic_fraction',)),
   ('stage.cpt.num_train_steps=0', ('cpt.num_train_steps',)),
   ('stage.cpt.peak_learning_rate=-1', ('cpt.peak_learning_rate',)),
-  ('stage.cpt.accumulation_steps=3', ('128', 'accumulation_steps 3')),
+  ('stage.cpt.accumulation_steps=3', ('64', 'accumulation_steps 3')),
   ('stage.cpt.context_length=0', ('cpt.context_length',)),
   ('stage.cpt.output_length=0', ('cpt.output_length',)),
   ('stage.cpt.factors=16,32', ('factors', '= 8', 'smaller')),

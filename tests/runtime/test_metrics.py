@@ -1,6 +1,7 @@
 """The metrics files over kills and resumes, and what the terminal shows."""
 
 import builtins
+import datetime
 import io
 import json
 import time
@@ -17,7 +18,11 @@ from refrag_jax.runtime import metrics, progress
 
 def lines(workdir, name='metrics.jsonl'):
   text = (workdir / name).read_text(encoding='utf-8')
-  return [json.loads(line) for line in text.splitlines()]
+  found = [json.loads(line) for line in text.splitlines()]
+  for line in found:
+    if 'time' in line:
+      datetime.datetime.fromisoformat(line.pop('time'))
+  return found
 
 
 def train_line(step, loss=1.0, stage='cpt'):
@@ -141,6 +146,7 @@ class Clock:
   def __init__(self, monkeypatch):
     self.now = 100.0
     monkeypatch.setattr(time, 'monotonic', lambda: self.now)
+    monkeypatch.setattr(time, 'strftime', lambda form: '12:00:00')
 
   def sleep(self, seconds):
     self.now += seconds
@@ -160,7 +166,7 @@ def test_the_plain_line(monkeypatch, capsys):
     })  # fmt: skip
   assert capsys.readouterr().out == (
     'cpt  120/400  loss 1.234  lr 3.0e-04  grad 0.51  12.3k tok/s'
-    '  mfu 31%  eta 0:01:10\n'
+    '  mfu 31%  eta 0:01:10  12:00:00\n'
   )
   assert rates['step_s'] == pytest.approx(0.25)
   assert bar.excluded_s == {'compile': 60.0}
@@ -200,7 +206,7 @@ def test_the_eta_counts_work_not_steps(monkeypatch, capsys):
   bar = progress.Progress('cpt', 20, flops=np.repeat([1e9, 3e9], 10))
   clock.sleep(10.0)
   bar.log(10, {})
-  assert capsys.readouterr().out.endswith('eta 0:00:30\n')
+  assert capsys.readouterr().out.endswith('eta 0:00:30  12:00:00\n')
 
 
 def test_a_resumed_stage_counts_from_where_it_was(monkeypatch, capsys):
@@ -208,7 +214,7 @@ def test_a_resumed_stage_counts_from_where_it_was(monkeypatch, capsys):
   bar = progress.Progress('cpt', 100, start_step=90)
   clock.sleep(5.0)
   bar.log(95, {})
-  assert capsys.readouterr().out == 'cpt   95/100  eta 0:00:05\n'
+  assert capsys.readouterr().out == 'cpt   95/100  eta 0:00:05  12:00:00\n'
   assert bar.log(95, {}) == {}  # nothing done since: no rate, no crash
 
 
