@@ -21,10 +21,10 @@ DURATIONS = {
 }
 # stage: (steps, batch) of the ten minutes, and of `long`; control arms follow.
 BUDGETS = {
-  'lm': ((1150, 16), (1200, 16)),
+  'lm': ((1200, 16), (1200, 16)),
   'reconstruct': ((500, 64), (600, 128)),
   'cpt': ((250, 64), (250, 128)),
-  'mixed': ((100, 64), (100, 128)),
+  'mixed': ((120, 64), (100, 128)),
   'grpo': ((80, 32), (100, 32)),
   'sft': ((40, 32), (80, 32)),
 }

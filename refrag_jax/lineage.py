@@ -271,17 +271,23 @@ def check_records(session: Session) -> None:
   Raises:
     UserError: a stage's record is of other settings.
   """
-  untrained = set()
+  untrained, longer = set(), set()
   for name in session.config.stages:
-    path = session.record_path(name)
-    if STAGES[name].predecessor in untrained or not os.path.exists(path):
+    path, before = session.record_path(name), STAGES[name].predecessor
+    if os.path.exists(path) and before in longer:
+      raise UserError(
+        f'stage {before} would go on longer, and {name} was trained from what '
+        f'it is now: take another --workdir, or delete what {name} and the '
+        'stages after it have under checkpoints/ and stages/'
+      )
+    if before in untrained or not os.path.exists(path):
       untrained.add(name)
       continue
     record = files.read_json(path)
     settings = stage_settings(session, name)
     check_settings(record['settings'], settings, name)
     if goes_on_longer(record['settings'], settings):
-      untrained.add(name)
+      longer.add(name)
 
 
 def frozen_checksums(

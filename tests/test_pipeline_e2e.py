@@ -227,8 +227,28 @@ def test_eval_mode_gives_the_same_numbers(command, workdir, numbers, tmp_path):
   )
   assert done.returncode == 0, done.stderr[-2000:]
   assert read(tmp_path)['evals'] == numbers['evals']
+  mine, theirs = read(tmp_path)['checkpoints'], numbers['checkpoints']
+  assert theirs['mixed'] == {'checkpoint': 'checkpoints/mixed', 'step': 2}
+  assert mine['mixed'] == {
+    'checkpoint': f'{workdir}/checkpoints/mixed',
+    'step': 2,
+  }
   assert (tmp_path / 'report.html').exists()
   assert not (tmp_path / 'checkpoints').exists()
+
+
+def test_a_runs_directory_stands_for_its_checkpoints(
+  command, workdir, numbers, tmp_path
+):
+  done = command(
+    tmp_path,
+    '--mode=eval',
+    f'--config.init_from={workdir}',
+    '--config.evals=reconstruction',
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = read(tmp_path)['evals']['reconstruction']
+  assert found == numbers['evals']['reconstruction']
 
 
 def test_eval_on_eight_devices_gives_the_same_numbers(
@@ -264,10 +284,13 @@ def assert_near(got, want, where=''):
 
 def test_another_config_is_refused_by_name(command, workdir, numbers):
   """The same workdir, other settings: exit 2, one line, nothing overwritten."""
-  done = command(workdir, '--config.stage.lm.num_train_steps=3')
+  done = command(workdir, '--config.stage.lm.num_train_steps=1')
   assert done.returncode == 2
-  assert 'num_train_steps was 2 and is 3' in done.stderr
+  assert 'num_train_steps was 2 and is 1' in done.stderr
   assert 'Traceback' not in done.stderr
+  longer = command(workdir, '--config.stage.lm.num_train_steps=3')
+  assert longer.returncode == 2
+  assert 'lm would go on longer, and reconstruct was' in longer.stderr
   assert read(workdir) == numbers
 
 

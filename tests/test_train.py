@@ -130,7 +130,11 @@ def assert_same_run(session, workdir, whole, name, stops=()):
 
 @pytest.mark.parametrize(
   ('name', 'stops'),
-  [('lm', (1,)), ('lm', (2, 3, 5)), ('mixed', (3,))],
+  [
+    ('lm', (1,)),
+    pytest.param('lm', (2, 3, 5), marks=pytest.mark.slow),
+    ('mixed', (3,)),
+  ],
 )
 def test_a_stopped_stage_ends_where_the_whole_one_ends(
   session, whole, tmp_path, name, stops
@@ -481,7 +485,7 @@ def test_a_stop_during_the_last_step_ends_the_stage(session, whole, tmp_path):
   [
     (samples, 'rows', 1),
     (checkpoint, 'save', 2),
-    (checkpoint, 'save', 3),
+    pytest.param(checkpoint, 'save', 3, marks=pytest.mark.slow),
     (train, 'stage_record', 1),
   ],
 )

@@ -220,6 +220,7 @@ def test_layouts_to_search(cfg):
   ) in rows
 
 
+@pytest.mark.slow
 def test_layouts_are_ranked(cfg, monkeypatch):
   few = [row for row in plan.layouts(cfg, eight()) if 'model.remat=full' in row]
   monkeypatch.setattr(plan, 'layouts', lambda config, there: few[:3])

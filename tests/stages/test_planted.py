@@ -182,6 +182,7 @@ def grpo_stage(steps: int):
   return stage_config(steps, 64, 3e-3, num_generations=8, updates_per_rollout=2)
 
 
+@pytest.mark.slow
 def test_a_reward_in_closed_form(monkeypatch):
   """Expanding the marked chunk pays 1, any other nothing; encoder random."""
 
