@@ -816,6 +816,7 @@ def assert_same_results(session, workdir, whole, stops=()):
     assert new[name]['heldout_after'] == old[name]['heldout_after']
 
 
+@pytest.mark.slow
 def test_sigterm_then_the_same_command(session, folder, tmp_path, by_command):
   """Exit code 75 and a sentence; then it goes on, and then it is done."""
   cache, whole = by_command

@@ -338,6 +338,7 @@ def test_evals_share_what_they_have_in_common(session, params, monkeypatch):
   assert set(collections.Counter(expanded).values()) == {len(SELECTORS)}
 
 
+LONG = ('log_perplexity', 'selection', 'qa', 'details')  # ten seconds each
 LARGEST_CONSTANT = 4096  # bytes: a table of positions, say
 
 
@@ -353,7 +354,13 @@ def captured(jaxpr):
         yield from captured(value)
 
 
-@pytest.mark.parametrize('name', [*EVALS, 'policy_pictures'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+    for name in (*EVALS, 'policy_pictures')
+  ],
+)
 def test_parameters_are_arguments(session, params, monkeypatch, name):
   """Captured, they are a constant of each program, on every device whole; and
   where processes share them out there is no such program."""

@@ -169,6 +169,7 @@ def test_the_time_of_the_network_by_hand():
   assert of(('send', ('data',), 2, 1000, 3)) == pytest.approx(3000 / 1e7)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_fixes_that_do(cfg, planned, monkeypatch):
   session, stage = planned
   small = eight(hbm=int(stage.peak_bytes / plan.USABLE) - 1)
