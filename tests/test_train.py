@@ -737,6 +737,7 @@ def at(module, name, before=True, call=1):
 
 if point:
   from refrag_jax import checkpoint, compilation, evaluate, optimizer
+  from refrag_jax.runtime import files
   from refrag_jax import samples
   {
     'first step': lambda: at(optimizer, 'learning_rate'),
