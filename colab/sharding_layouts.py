@@ -153,15 +153,11 @@ if MODEL != 'llama2_7b':
 import numpy as np
 
 from refrag_jax.session import abstract_params, fresh_params
-from refrag_jax.stages import STAGES
-from refrag_jax.state import TrainState
-from refrag_jax.step import init_opt_state
 
 if MODEL != 'llama2_7b':
   groups = tuple(abstract_params(session))
   params = fresh_params(session, groups)
-  opt_state = init_opt_state(params, STAGES[STAGE])
-  state = TrainState(np.int32(0), params, opt_state)
+  state = compilation.fresh_state(session, STAGE, params)
   other, _ = open_on(1, len(devices), 1, 1)
   with tempfile.TemporaryDirectory() as directory:
     with checkpoint.open_manager(directory) as manager:

@@ -92,15 +92,20 @@ def compile_stage(
   )
 
 
+def fresh_state(session: Session, name: str, params: dict) -> TrainState:
+  """The state of a stage that starts from these parameters."""
+  config = session.config
+  freeze, optim = config.stage[name].freeze, config.optimizer
+  opt_state = init_opt_state(params, STAGES[name], freeze, optim)
+  return TrainState(np.int32(0), params, opt_state)
+
+
 def abstract_state(session: Session, name: str) -> TrainState:
   """Shapes and shardings of a stage's state; nothing is allocated."""
-  params = abstract_params(session)
-  cfg, optim = session.config.stage[name], session.config.optimizer
-  opt_state = jax.eval_shape(
-    lambda p: init_opt_state(p, STAGES[name], cfg.freeze, optim), params
+  state = jax.eval_shape(
+    lambda params: fresh_state(session, name, params), abstract_params(session)
   )
-  step = jax.ShapeDtypeStruct((), np.int32)
-  return with_shardings(TrainState(step, params, opt_state), session.mesh)
+  return with_shardings(state, session.mesh)
 
 
 def trace_step(

@@ -14,7 +14,6 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 
 from refrag_jax import checkpoint, compilation
 from refrag_jax.checksums import checksums
@@ -40,7 +39,6 @@ from refrag_jax.sharding import path_str
 from refrag_jax.stages import STAGES
 from refrag_jax.stages.stage import Stage
 from refrag_jax.state import TrainState
-from refrag_jax.step import init_opt_state
 
 # Settings that may change where a stage goes on longer. `accumulation_steps`
 # changes no number.
@@ -76,11 +74,7 @@ def start_state(
   params = initial_params(session, name)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   state = jax.jit(
-    lambda params: TrainState(
-      np.int32(0),
-      params,
-      init_opt_state(params, stage, cfg.freeze, session.config.optimizer),
-    ),
+    lambda params: compilation.fresh_state(session, name, params),
     out_shardings=shardings,
   )(params)
   meta = {

@@ -18,6 +18,7 @@ from refrag_jax.hf import sources
 from refrag_jax.models.refrag import Refrag, init_params
 from refrag_jax.runtime.progress import say
 from refrag_jax.stages import STAGES, beside
+from refrag_jax.state import partition
 
 PLATFORM_KERNELS = {'gpu': 'cudnn', 'tpu': 'splash'}
 
@@ -93,16 +94,25 @@ def check_batches(session: Session) -> None:
 
 
 def check_trains(session: Session) -> None:
-  """Refuses stages of which the config freezes all that they would train."""
+  """Refuses to freeze all that a stage would train, or what is not there."""
+  params = abstract_params(session)
   for name in session.config.stages:
     cfg = session.config.stage[name]
-    if cfg.freeze:
-      trained, _ = STAGES[name].partition(abstract_params(session), cfg)
-      if not jax.tree.leaves(trained):
-        raise UserError(
-          f'config.stage.{name}.freeze {cfg.freeze!r} leaves nothing to train: '
-          'name fewer parameters, or take the stage out'
-        )
+    if not cfg.freeze:
+      continue
+    found, _ = partition(params, cfg.freeze)
+    if not jax.tree.leaves(found):
+      leaves = jax.tree_util.tree_leaves_with_path(params)
+      raise UserError(
+        f'config.stage.{name}.freeze {cfg.freeze!r} matches no parameter; they '
+        f'have paths such as {sharding.path_str(leaves[0][0])}'
+      )
+    trained, _ = STAGES[name].partition(params, cfg)
+    if not jax.tree.leaves(trained):
+      raise UserError(
+        f'config.stage.{name}.freeze {cfg.freeze!r} leaves nothing to train: '
+        'name fewer parameters, or take the stage out'
+      )
 
 
 def settle_attention(session: Session) -> Session:

@@ -1,6 +1,7 @@
 """The optimizer's settings do what they say, and the defaults change nothing."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import toy
 import toy_run
 
 from configs import common
-from refrag_jax import optimizer, session
+from refrag_jax import compilation, optimizer, session
 from refrag_jax.errors import UserError
 from refrag_jax.stages import STAGES
 from refrag_jax.step import init_opt_state
@@ -95,7 +96,37 @@ def test_what_cannot_work_is_refused(changes, message):
   assert '\n' not in str(e.value)
 
 
-def test_a_pattern_that_leaves_nothing_is_refused():
-  model = session.open_model(toy_run.config('', stage__cpt__freeze='.'))
-  with pytest.raises(UserError, match='leaves nothing to train'):
+@pytest.mark.parametrize(
+  ('freeze', 'message'),
+  [
+    ('.', 'leaves nothing to train'),
+    ('^decoder/embed_token$', 'matches no parameter; they have paths such as'),
+  ],
+)
+def test_a_pattern_that_freezes_all_or_nothing_is_refused(freeze, message):
+  model = session.open_model(toy_run.config('', stage__cpt__freeze=freeze))
+  with pytest.raises(UserError, match=re.escape(message)) as e:
     session.check_trains(model)
+  assert '\n' not in str(e.value)
+
+
+def test_a_fresh_state_is_that_of_the_config():
+  """With its optimizer's parts, and without what the stage has frozen."""
+  cfg = toy_run.config(
+    '', optimizer__weight_decay=0.1, stage__cpt__freeze='^decoder/embed_tokens'
+  )
+  opened = session.open_model(cfg)
+  params = session.abstract_params(opened)
+  with jax.set_mesh(opened.mesh):
+    abstract = compilation.abstract_state(opened, 'cpt')
+    batch = compilation.abstract_batch(opened, 'cpt', 2)
+    traced = compilation.trace_step(opened, 'cpt', abstract, batch, None)
+  fresh = jax.eval_shape(
+    lambda p: compilation.fresh_state(opened, 'cpt', p), params
+  )
+  after = traced.out_info[0]
+  for state in (fresh, abstract):
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+  paths = jax.tree_util.tree_leaves_with_path(fresh.opt_state)
+  names = [jax.tree_util.keystr(path) for path, _ in paths]
+  assert names and not any('embed_tokens' in name for name in names)

@@ -42,7 +42,6 @@ from refrag_jax.plan import topologies
 from refrag_jax.session import Session, abstract_params, fresh_params, to_device
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
-from refrag_jax.step import init_opt_state
 
 STEPS, WARM_UP, NEAR = 10, 2, 0.15
 VARIANTS = (
@@ -155,7 +154,7 @@ def measure(variant: str, given: dict) -> dict:
     abstract = compilation.abstract_state(session, stage)
     params = fresh_params(session, tuple(abstract_params(session)))
     init = jax.jit(
-      lambda p: init_opt_state(p, STAGES[stage]),
+      lambda p: compilation.fresh_state(session, stage, p).opt_state,
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract.opt_state),
     )
     opt_state = init(params)
