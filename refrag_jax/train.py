@@ -177,7 +177,7 @@ def steps(
   manager = checkpoint.open_manager(
     session.checkpoint_dir(name), config.checkpoints_to_keep
   )
-  trace = Trace(session.workdir, name, config.profile_steps)
+  trace = Trace(session.workdir, name, config.profile_steps, progress.excluded)
   saved_at = training_since = time.monotonic()
   with progress, contextlib.closing(manager), contextlib.closing(trace):
     for step, batch in pipeline.batches(
@@ -190,13 +190,13 @@ def steps(
         cfg.peak_learning_rate,
         config.optimizer,
       )
-      trace.before(step + 1)
-      state, metrics = programs.of_step(step)(
-        state,
-        to_device(batch, session.mesh),
-        compilation.step_key(session, name, step),
-        np.float32(rate),
-      )
+      with trace.step(step + 1):
+        state, metrics = programs.of_step(step)(
+          state,
+          to_device(batch, session.mesh),
+          compilation.step_key(session, name, step),
+          np.float32(rate),
+        )
       # A save that failed meanwhile ends the run here, not at the next save.
       checkpoint.check_saved(manager)
       trace.after(step + 1, metrics)

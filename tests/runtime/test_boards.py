@@ -1,6 +1,6 @@
 """Weights & Biases through a stand-in, and traces of JAX's profiler."""
 
-import os
+import contextlib
 import sys
 import types
 
@@ -38,20 +38,43 @@ def test_without_the_package_it_is_a_sentence(monkeypatch):
     wandb.require()
 
 
-def test_the_steps_asked_for_are_traced(tmp_path, monkeypatch):
-  trace = profile.Trace(str(tmp_path), 'lm', (2, 3))
-  for step in range(1, 5):
-    trace.before(step)
-    result = jax.jit(lambda x: x + 1)(jnp.ones(2))
+def files(tmp_path, stage='lm'):
+  return [p for p in (tmp_path / 'profile' / stage).rglob('*') if p.is_file()]
+
+
+@pytest.mark.parametrize('start', [1, 3])  # 3: resumed behind the first
+def test_the_steps_asked_for_are_traced(tmp_path, start):
+  aside = []
+
+  def excluded(why):
+    aside.append(why)
+    return contextlib.nullcontext()
+
+  trace = profile.Trace(str(tmp_path), 'lm', (2, 3), excluded)
+  for step in range(start, 6):
+    with trace.step(step):
+      result = jax.jit(lambda x: x + 1)(jnp.ones(2))
     trace.after(step, result)
-    there = os.path.isdir(tmp_path / 'profile' / 'lm')
-    assert there == (step >= 3)  # written when the last one has ended
+    assert bool(files(tmp_path)) == (step >= 3)  # written when the last ends
+  written = files(tmp_path)
   trace.close()  # nothing is under way
+  assert files(tmp_path) == written
+  assert aside == ['profile', 'profile']  # what begins and ends it
+
+
+def test_no_steps_are_no_trace(tmp_path, monkeypatch):
+  for steps, process in (((), 0), ((1, 2), 1)):
+    monkeypatch.setattr(jax, 'process_index', lambda p=process: p)
+    trace = profile.Trace(str(tmp_path), 'lm', steps)
+    with trace.step(1):
+      pass
+    trace.close()
+  assert not files(tmp_path)
 
 
 def test_a_trace_ends_with_a_run_that_is_stopped(tmp_path):
   trace = profile.Trace(str(tmp_path), 'lm', (1, 9))
-  trace.before(1)
+  with trace.step(1):
+    pass
   trace.close()
-  assert os.path.isdir(tmp_path / 'profile' / 'lm')
-  assert not os.path.isdir(tmp_path / 'none')
+  assert files(tmp_path)
