@@ -1,5 +1,6 @@
 """A training run: the stages in order, then the evals, then the report."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +97,8 @@ def run_stages(
   peak, meaning = machine_peak(jax.devices())
   say(f'{jax.device_count()} x {jax.devices()[0].device_kind}; {meaning}')
   heard = forecast.tell(session)
-  writer = Writer(workdir, config.tensorboard, config.wandb)
+  values = dataclasses.asdict(config)
+  writer = Writer(workdir, config.tensorboard, config.wandb, values)
   with (
     jax.set_mesh(session.mesh),
     stop_on_signal() as stop,

@@ -28,12 +28,17 @@ class Writer:
   """
 
   def __init__(
-    self, workdir: str, tensorboard: bool = False, project: str = ''
+    self,
+    workdir: str,
+    tensorboard: bool = False,
+    project: str = '',
+    config: Mapping[str, Any] | None = None,
   ):
     """Opens what is asked for.
 
     Args:
       project: of Weights & Biases; '': none.
+      config: what the project shows of the run beside its numbers.
     """
     self.workdir = os.fspath(workdir)
     self.active = jax.process_index() == 0
@@ -42,9 +47,9 @@ class Writer:
     self._files = {}
     self._wandb = None
     if self.active:
-      if project:
-        self._wandb = wandb.Board(project, self.workdir)
       os.makedirs(self.workdir, exist_ok=True)
+      if project:
+        self._wandb = wandb.Board(project, self.workdir, config or {})
       for name in ('metrics.jsonl', 'samples.jsonl'):
         _mend(os.path.join(self.workdir, name))
 
@@ -75,6 +80,8 @@ class Writer:
     rows = files.plain([dict(row) for row in rows])
     head = {'stage': stage, 'step': int(step)}
     self._append('samples.jsonl', head | {'rows': rows})
+    if self._wandb:
+      self._wandb.samples(stage, int(step), rows)
     if self._summary:
       text = '\n\n'.join(_sample_lines(rows))
       self._board(stage).add_text('samples', text, int(step))
