@@ -49,8 +49,10 @@ a { color: var(--series0); }
 .scroll {
   overflow-x: auto; margin: .75rem 0;
   background:
-    linear-gradient(to right, var(--page) 2rem, transparent) left / 4rem 100%,
-    linear-gradient(to left, var(--page) 2rem, transparent) right / 4rem 100%,
+    linear-gradient(to right, var(--page) .6rem, transparent)
+      left / 1.2rem 100%,
+    linear-gradient(to left, var(--page) .6rem, transparent)
+      right / 1.2rem 100%,
     linear-gradient(to right, var(--muted), transparent) left / .6rem 100%,
     linear-gradient(to left, var(--muted), transparent) right / .6rem 100%;
   background-repeat: no-repeat;

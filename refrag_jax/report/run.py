@@ -186,6 +186,8 @@ def _against_baselines(evals: Mapping[str, Any]) -> Iterator[Finding]:
       for row, values in report_tables.rows_of(rows):
         if part == 'log_perplexity' and not re.fullmatch(r'refrag_k\d+', row):
           continue
+        if not row.startswith('refrag'):  # a baseline against another
+          continue
         for other, diffs in values.get('vs', {}).items():
           lengths = report_tables.lengths_of([diffs])
           if lengths and any(re.fullmatch(b, other) for b in BASELINES):
