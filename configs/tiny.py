@@ -17,7 +17,7 @@ PRESETS = {
 DURATIONS = {
   '': 'ten minutes on two CPU cores',
   'long': '12 minutes on two idle CPU cores, 22 on busy ones',
-  'smoke': 'a minute on two CPU cores',
+  'smoke': '100 seconds on two idle CPU cores',
 }
 # stage: (steps, batch) of the ten minutes, and of `long`; control arms follow.
 BUDGETS = {

@@ -346,8 +346,11 @@ def _config_errors(file: str) -> Iterator[None]:
 def announce(loaded: Loaded, workdir: str) -> None:
   """Prints the resolved config and saves it with the run."""
   print_config(loaded, sys.stdout)
-  print('the other values are defaults: --mode=config prints all')
-  if loaded.command.config_file:  # else it is the one that lies there
+  more = len(_shown(loaded, True)) - len(_shown(loaded, False))
+  file = loaded.command.config_file
+  where = '--mode=config prints' if file else "the run's config.json has"
+  print(f'{more} more values are defaults; {where} them all')
+  if file:
     save_config(loaded, workdir)
 
 
@@ -388,7 +391,7 @@ def print_config(loaded: Loaded, out: TextIO, everything: bool = False) -> None:
       grid.add_row(*map(text.Text, row), style='bold' if changed else '')
     console.Console(file=out).print(grid)
     return
-  wide, wider = (max(len(row[i]) for row in rows) for i in (0, 1))
+  wide, wider = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
   for key, source, value in rows:
     print(f'{key:{wide}}  {source:{wider}}  {value}', file=out)
 

@@ -5,14 +5,13 @@ schema of what may stand there; without either a list of the files and presets
 of configs/, with the size of their models and the time that a run takes.
 """
 
-import ast
 import dataclasses
 import inspect
 import json
+import pathlib
 import re
 import sys
 import textwrap
-import types
 import typing
 from typing import Any
 
@@ -23,18 +22,20 @@ from refrag_jax.runtime.environment import ROOT
 from refrag_jax.runtime.progress import format_count
 
 DRAFT = 'https://json-schema.org/draft/2020-12/schema'
+UNITS = str.maketrans({'k': ' k', 'M': ' M', 'G': ' B'})  # of parameters
 NAMES = {bool: 'boolean', int: 'integer', float: 'number', str: 'string'}
 
 
 def run(command: cli.Command) -> int:
   """Prints what was asked for; writes nothing."""
-  if command.flags['schema']:
-    print(json.dumps(json_schema(), indent=2))
-  elif command.config_file:
+  if command.config_file or command.overrides:  # of no file: load refuses them
     from refrag_jax import resolve
 
     loaded = cli.load(command)
     resolve.check(loaded.config)
+  if command.flags['schema']:
+    print(json.dumps(json_schema(), indent=2))
+  elif command.config_file:
     cli.print_config(loaded, sys.stdout, everything=True)
   else:
     for line in listing():
@@ -67,8 +68,6 @@ def _of(kind: Any) -> dict[str, Any]:
     return {'type': 'array', 'items': _of(arguments[0])}
   if origin is dict:
     return {'type': 'object', 'additionalProperties': _of(arguments[1])}
-  if origin in (typing.Union, types.UnionType):
-    return {'anyOf': [_of(argument) for argument in arguments]}
   return {'type': NAMES[kind]}
 
 
@@ -93,12 +92,15 @@ def listing() -> list[str]:
   """The files of configs/ with their presets, models and times."""
   out = []
   for path in sorted((ROOT / 'configs').glob('*.py')):
-    text = path.read_text()
-    if not re.search(r'^def get_config', text, re.MULTILINE):
+    try:
+      names = cli.run_file(str(path))
+    except UserError as e:
+      out.append(f'configs/{path.name}  not usable: {e}')
       continue
-    title = (ast.get_docstring(ast.parse(text)) or '').partition('\n')[0]
-    out += [f'configs/{path.name}  {title}']
-    names = _names(path)
+    if not callable(names.get('get_config')):
+      continue
+    title = (names['__doc__'] or '').strip().partition('\n')[0]
+    out.append(f'configs/{path.name}  {title}')
     presets = {'': ''} | names.get('PRESETS', {})
     for preset, what in presets.items():
       time = names.get('DURATIONS', {}).get(preset, 'time not measured')
@@ -108,16 +110,11 @@ def listing() -> list[str]:
   return out
 
 
-def _names(path) -> dict[str, Any]:
-  """The tables of a config file."""
-  names = cli.run_file(str(path))
-  return {key: names[key] for key in ('PRESETS', 'DURATIONS') if key in names}
-
-
-def _size(path, preset: str) -> str:
+def _size(path: pathlib.Path, preset: str) -> str:
   """Parameters of a config's decoder and encoder."""
   import jax
 
+  from refrag_jax import state
   from refrag_jax.models.refrag import init_params
 
   argument = f'{path}:{preset}' if preset else str(path)
@@ -127,7 +124,7 @@ def _size(path, preset: str) -> str:
     return f'not usable: {e}'
   shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
   decoder, encoder = (
-    format_count(sum(x.size for x in jax.tree.leaves(shapes[group])))
+    format_count(state.count(shapes[group])).translate(UNITS)
     for group in ('decoder', 'encoder')
   )
   return f'decoder {decoder}, encoder {encoder} parameters'

@@ -20,7 +20,8 @@ from refrag_jax.errors import NonFinite, Stopped, UserError
 from refrag_jax.runtime import environment, stopping, watchdog
 from refrag_jax.runtime import workdir as workdir_lib
 
-# mode: (module, function called with (config, workdir), what it does)
+# mode: (module, function called with (config, workdir), what it does); those
+# of OF_COMMAND are called with the command.
 MODES = {
   'train': ('refrag_jax.run', 'run', 'run the stages, then the evals'),
   'eval': ('refrag_jax.evaluate', 'run', 'restore a checkpoint, run the evals'),
@@ -61,9 +62,10 @@ LATER = {
   'bench': 'measure latency',
 }
 ALONE = ('data', 'plan')  # need no other process of a cluster
-# The plan's devices are not there; the doctor starts JAX as its last check.
 WRITERS = ('train', 'eval')  # one of them a workdir; of repro's, one an arm
+# The plan's devices are not there; the doctor starts JAX as its last check.
 NO_DEVICES = ('plan', 'doctor')
+OF_COMMAND = ('config',)  # no devices, no cluster, and nothing is written
 # Flags of one's own, handed over in this order.
 FLAGS = {
   'import': ('from', 'to'),
@@ -187,10 +189,9 @@ def _dispatch(argv: list[str]) -> int | None:
   for flag, value in command.flags.items():
     if value and flag not in own:
       raise UserError(f'--mode={command.mode} takes no --{flag}')
-  if command.mode == 'config':  # nothing is opened, nothing written
-    from refrag_jax import describe
-
-    return describe.run(command)
+  if command.mode in OF_COMMAND:
+    with _stopping():
+      return getattr(importlib.import_module(module), function)(command)
   config, workdir = None, command.workdir
   with _stopping():
     if command.config_file or command.mode != 'doctor':

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -33,12 +35,50 @@ def test_every_value_is_printed_with_its_source(capsys, tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == []
 
 
-def test_a_run_prints_what_differs(capsys):
+def test_a_run_prints_what_differs_and_counts_the_rest(capsys, tmp_path):
   loaded = cli.load(cli.parse([TINY, '--config.seed=3']))
-  cli.print_config(loaded, os.sys.stdout)
-  lines = capsys.readouterr().out.splitlines()
+  cli.announce(loaded, str(tmp_path))
+  *lines, last = capsys.readouterr().out.splitlines()
   assert not any(' default ' in line for line in lines)
   assert any(line.startswith('seed ') for line in lines)
+  every = output(capsys, TINY, '--config.seed=3').splitlines()
+  assert {line.split()[0] for line in lines} < {x.split()[0] for x in every}
+  assert last == (
+    f'{len(every) - len(lines)} more values are defaults; --mode=config prints '
+    'them all'
+  )
+  saved = json.loads((tmp_path / 'config.json').read_text())['config']
+  assert saved['mesh']['data'] == -1  # a default
+  found = dataclasses.replace(
+    loaded, command=dataclasses.replace(loaded.command, config_file='')
+  )
+  cli.announce(found, 'unused')  # a mode that read the config of a run
+  assert capsys.readouterr().out.endswith(
+    "the run's config.json has them all\n"
+  )
+
+
+def test_a_config_of_defaults_alone_is_printed(capsys, tmp_path):
+  (tmp_path / 'bare.py').write_text(
+    'from configs import common\ndef get_config():\n  return common.base()\n'
+  )
+  loaded = cli.load(cli.parse([f'--config={tmp_path}/bare.py']))
+  cli.print_config(loaded, sys.stdout)
+  assert capsys.readouterr().out == ''
+
+
+def test_neither_devices_nor_a_cluster_nor_a_workdir_are_needed(tmp_path):
+  done = subprocess.run(
+    [sys.executable, '-m', 'refrag_jax.main', '--mode=config'],
+    cwd=tmp_path, capture_output=True, text=True,
+    env=os.environ | {
+      'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'tpu',  # there is none
+      'JAX_COORDINATOR_ADDRESS': '127.0.0.1:1', 'PYTHONDONTWRITEBYTECODE': '1',
+    },
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert 'configs/tiny.py' in done.stdout
+  assert os.listdir(tmp_path) == []
 
 
 def check(value, rule):
@@ -85,16 +125,35 @@ def test_the_list_has_every_config_and_preset(capsys):
     assert f'configs/{name}.py' in text
   assert ':smoke' in text and 'common.py' not in text
   paper = next(line for line in text.splitlines() if ':k16' in line)
-  assert 'decoder 6.74G' in paper and 'not measured' in paper
+  assert 'decoder 6.74 B' in paper and 'encoder 354 M' in paper
+  assert 'not measured' in paper
 
 
-def test_a_preset_that_cannot_be_read_is_said(monkeypatch, tmp_path):
+@pytest.mark.parametrize('name', ['tiny', 'mine', 'pair', 'repro', 'llama2_7b'])
+def test_durations_are_of_presets_that_there_are(name):
+  names = cli.run_file(str(ROOT / 'configs' / f'{name}.py'))
+  presets = {'', *names.get('PRESETS', {})}
+  assert names.get('DURATIONS', {}).keys() <= presets
+
+
+@pytest.mark.parametrize(
+  ('text', 'line'),
+  [
+    ('"""Broken."""\ndef get_config():\n  return {}["x"]\n', 'KeyError'),
+    ('def get_config(:\n', 'line 1: invalid syntax'),
+    ('import no_such_thing\n', 'line 1: ModuleNotFoundError'),
+  ],
+)
+def test_a_file_that_cannot_be_used_is_said(
+  text, line, monkeypatch, tmp_path, capsys
+):
   (tmp_path / 'configs').mkdir()
-  (tmp_path / 'configs' / 'broken.py').write_text(
-    '"""Broken."""\ndef get_config():\n  return {}["x"]\n'
-  )
+  (tmp_path / 'configs' / 'broken.py').write_text(text)
+  (tmp_path / 'configs' / 'other.py').write_text('get_config = 3\n')
   monkeypatch.setattr(describe, 'ROOT', tmp_path)
-  assert any('not usable' in line for line in describe.listing())
+  said = output(capsys)
+  assert 'configs/broken.py' in said and 'other.py' not in said
+  assert [line in x for x in said.splitlines() if 'not usable' in x] == [True]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +161,10 @@ def test_a_preset_that_cannot_be_read_is_said(monkeypatch, tmp_path):
   [
     (['--mode=train', TINY, '--schema'], 'takes no --schema'),
     (['--mode=config', f'{TINY}:smok'], "has no preset 'smok'"),
+    (['--mode=config', f'{TINY}:smok', '--schema'], "has no preset 'smok'"),
     (['--mode=config', TINY, '--config.stages=lmm'], "there is no 'lmm'"),
+    (['--mode=config', '--config.seed=3'], 'no config: add --config=FILE.py'),
+    (['--mode=config', '--search'], 'takes no --search'),
   ],
 )
 def test_bad_input_is_one_line(argv, message, capsys):

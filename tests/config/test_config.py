@@ -18,6 +18,7 @@ CONFIGS = (
   'tiny.py',
   'tiny.py:smoke',
   'mine.py',
+  'mine.py:smoke',
   'pair.py',
   'repro.py',
   'repro.py:cpu',
@@ -70,6 +71,17 @@ def test_every_config_file_is_tested():
     'xla_flags.py',
   }
   assert there == {c.split(':')[0] for c in CONFIGS}
+
+
+def test_mine_has_a_toy_to_see_that_it_runs():
+  """Its text, its chunks and its context stay: those are to be tried."""
+  whole, toy = load('mine.py').config, load('mine.py:smoke').config
+  assert toy.data == whole.data
+  assert toy.model.chunk_size == whole.model.chunk_size
+  assert toy.model.decoder.width == toy.model.encoder.width == 16
+  assert {toy.stage[name].num_train_steps for name in toy.stages} == {2}
+  assert toy.stage['cpt'].context_length == whole.stage['cpt'].context_length
+  assert toy.name != whole.name  # and so its workdir
 
 
 def test_built_config_is_frozen_and_typed():
