@@ -18,6 +18,7 @@ import numpy as np
 from refrag_jax import flops, sharding
 from refrag_jax.config.schema import ModelConfig
 from refrag_jax.models.refrag import Refrag
+from refrag_jax.runtime.progress import say
 from refrag_jax.session import Session, abstract_params, with_shardings
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
@@ -53,8 +54,10 @@ def compile_stage(
   """
   clock = time.monotonic()
   key_of_step = step_keys(session, name)
+  keys = dict.fromkeys(key_of_step[start:])
+  say(f'{name}  compiling {len(keys)} step program{"s" * (len(keys) != 1)}')
   traced, tokens = {}, {}
-  for key in dict.fromkeys(key_of_step[start:]):
+  for key in keys:
     batch = abstract_batch(session, name, key[0])
     traced[key] = trace_step(session, name, state, batch, key[1])
     tokens[key] = text_tokens(batch)

@@ -12,6 +12,7 @@ import numpy as np
 from refrag_jax import flops, state
 from refrag_jax import session as session_lib
 from refrag_jax.config.schema import Config
+from refrag_jax.evals import asks_questions
 from refrag_jax.runtime.progress import format_count, format_duration, say
 from refrag_jax.session import Session
 from refrag_jax.stages import STAGES, Stage
@@ -24,8 +25,8 @@ def tell(session: Session) -> Callable[[str, float], None]:
   """Says what a run will do, stage by stage.
 
   Returns:
-    What is to be told a stage's name and the seconds of a step of it: the first
-    time for each stage it says how long that, and all of the run, will take.
+    What is to be told a stage's name and the seconds that it will take: the
+    first time for each stage it says so, and what the stages after it will.
   """
   config, corpus = session.config, session.corpus
   params = session_lib.abstract_params(session)
@@ -33,21 +34,20 @@ def tell(session: Session) -> Callable[[str, float], None]:
   for name in config.stages:
     stage, cfg = STAGES[name], config.stage[name]
     trained, frozen = stage.partition(params, cfg)
-    samples = stage.task.samples(config, name, corpus)
-    passes = cfg.num_train_steps * cfg.batch_size / samples if samples else 0
+    passes = stage.task.passes(config, name, corpus)
     rows.append(
       (
         name,
         f'{cfg.num_train_steps:,} steps of {cfg.batch_size}',
         f'{format_count(state.count(trained))} parameters trained',
         f'{format_count(state.count(frozen))} frozen',
-        f'{passes:.1f} passes over the text' if samples else '',
+        f'{passes:.1f} passes over the text' if passes else '',
       )
     )
     if passes > MANY_PASSES:
       notes.append(
-        f'{name} goes {passes:,.0f} times over the same {samples:,} samples: '
-        'bring more text, or fewer steps, if it is to learn more than them'
+        f'{name} goes {passes:,.0f} times over the same text: bring more, or '
+        'take fewer steps, if it is to learn more than that'
       )
   wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
   for row in rows:
@@ -68,8 +68,8 @@ def _about_data(config: Config, corpus) -> list[str]:
       'errors are over documents, so they will be rough or missing; bring more '
       'files, split long ones, or raise data.heldout_fraction'
     )
-  asks = any(STAGES[name].task.reads == 'questions' for name in config.stages)
-  if asks and config.data.questions == 'stdlib' != config.data.text[0]:
+  own = 'stdlib' not in config.data.text
+  if own and asks_questions(config) and config.data.questions == 'stdlib':
     notes.append(
       "data.questions is 'stdlib': these questions are about Python's standard "
       'library, not about your text'
@@ -78,19 +78,18 @@ def _about_data(config: Config, corpus) -> list[str]:
 
 
 class _Clock:
-  """Seconds of stages, from FLOPs and from steps that were measured."""
+  """Seconds of stages, from FLOPs and from what was measured."""
 
   def __init__(self, config: Config):
-    self._config, self._told = config, set()
+    self._told = set()
     self._flops = {name: rough_flops(config, name) for name in config.stages}
 
-  def __call__(self, name: str, step_s: float) -> None:
-    """Takes note that steps of a stage take so long."""
+  def __call__(self, name: str, stage_s: float) -> None:
+    """Takes note that the steps of a stage will take so long."""
     if name in self._told:
       return
     self._told.add(name)
-    stage_s = step_s * self._config.stage[name].num_train_steps
-    text = f'{name}  {step_s:.2f} s a step: about {format_duration(stage_s)}'
+    text = f'{name}  about {format_duration(stage_s)} for its steps'
     rest = [f for other, f in self._flops.items() if other not in self._told]
     if rest:
       rest_s = sum(rest) * stage_s / max(self._flops[name], 1.0)

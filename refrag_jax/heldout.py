@@ -6,14 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from refrag_jax import (
-  sharding,
-)
+from refrag_jax import sharding
 from refrag_jax.data import batch as batch_lib
 from refrag_jax.errors import UserError
-from refrag_jax.session import (
-  Session,
-)
+from refrag_jax.session import Session
 from refrag_jax.stages import STAGES
 from refrag_jax.step import map_pieces, row_keys
 

@@ -229,12 +229,12 @@ def check_settings(old: dict, new: dict, name: str) -> None:
   before = STAGES[name].predecessor
   starts = old.get('starts_from', ''), new.get('starts_from', '')
   digests = all(re.fullmatch('[0-9a-f]{16}', start) for start in starts)
-  if digests and starts[0] != starts[1]:
+  if before and digests and starts[0] != starts[1]:
     raise UserError(
-      f'stage {name} was trained from another {before} than the one that is '
-      f'there now: {before} was trained again, or longer, after {name}; take '
-      f'another --workdir, or delete what {name} and the stages after it have '
-      'under checkpoints/ and stages/'
+      f'stage {name} was trained from another {before} than it would start '
+      f'from now: {before} was trained again, or longer, after {name}, or the '
+      f'config names another; take another --workdir, or delete what {name} '
+      'and the stages after it have under checkpoints/ and stages/'
     )
   if changed and not goes_on_longer(old, new):
     raise UserError(

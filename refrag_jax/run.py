@@ -25,11 +25,7 @@ from refrag_jax.runtime import files, wandb, watchdog
 from refrag_jax.runtime.metrics import Writer, import_tensorboard
 from refrag_jax.runtime.progress import machine_peak, say
 from refrag_jax.runtime.stopping import stop_on_signal
-from refrag_jax.session import (
-  Session,
-  open_data,
-  open_session,
-)
+from refrag_jax.session import Session, open_data, open_session
 from refrag_jax.stages import STAGES
 from refrag_jax.train import train_stage
 

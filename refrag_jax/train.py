@@ -37,10 +37,7 @@ from refrag_jax.runtime import files, watchdog
 from refrag_jax.runtime.metrics import Writer
 from refrag_jax.runtime.profile import Trace
 from refrag_jax.runtime.progress import Progress, say
-from refrag_jax.session import (
-  Session,
-  to_device,
-)
+from refrag_jax.session import Session, to_device
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
 
@@ -63,12 +60,13 @@ def train_stage(
   writer: Writer,
   stop: threading.Event,
   peak: float | None,
-  heard: Callable[[str, float], None] = lambda name, step_s: None,
+  heard: Callable[[str, float], None] = lambda name, stage_s: None,
 ) -> None:
   """Trains one stage from wherever it stands to its end, or to `stop`.
 
   Args:
-    heard: told the stage's name and the seconds of a step at every log line.
+    heard: told at every log line what all steps of the stage will take, in
+      seconds, if they go on as since the last one.
 
   Raises:
     UserError: its predecessor's or its own checkpoint is missing or
@@ -126,8 +124,6 @@ def prepare(
     before = {STAGES[name].measures: np.mean(meta['before_B'])}
     writer.scalars(name, 0, 'heldout', before)
   watchdog.phase(f'{name}, compilation')
-  shapes = len(set(compilation.step_keys(session, name)[start:]))
-  say(f'{name}  compiling {shapes} step program{"s" * (shapes != 1)}')
   programs = compilation.compile_stage(session, name, state, start, heed_stop)
   heed_stop()
   say(f'{name}  compiled in {programs.compile_s:.1f} s')
@@ -173,7 +169,8 @@ def steps(
   rows = sharding.local_rows(session.mesh, cfg.batch_size)
   sample = stage.sampler(config, session.corpus)
   pending = after_B = None
-  saved = start or None
+  saved, logged = start or None, start
+  work = programs.flops_of_step
   manager = checkpoint.open_manager(
     session.checkpoint_dir(name), config.checkpoints_to_keep
   )
@@ -209,7 +206,9 @@ def steps(
       asked, late, silent = vote(
         stop.is_set(), overdue, progress.silent_s() > SILENT_S
       )
-      late &= saved != step  # else that was asked before the save just made
+      # Else that was asked before the save, or the line, just made.
+      late &= saved != step
+      silent &= logged != step
       evals = _due(done, config.eval_every_steps)
       saves = last or asked or _due(done, config.checkpoint_every_steps)
       logs = last or asked or _due(done, config.log_every_steps)
@@ -219,8 +218,9 @@ def steps(
         rates = progress.log(done, shown)
         if logs:
           writer.scalars(name, done, 'train', shown | rates)
-        if 'step_s' in rates:
-          heard(name, rates['step_s'])
+        if 'step_s' in rates and work.any():
+          heard(name, rates['step_s'] * work.sum() / work[logged:done].mean())
+        logged = done
       if saves or evals or late:
         check_finite(pending, name, saved)
         watchdog.phase(f'{name}, held-out loss at step {done}')

@@ -20,7 +20,9 @@ def test_stages_are_listed_with_their_passes(session, capsys):
   lines = capsys.readouterr().out.splitlines()
   shown = {line.split()[0]: line for line in lines}
   assert list(session.config.stages) == [line.split()[0] for line in lines]
-  windows = STAGES['cpt'].task.samples(session.config, 'cpt', session.corpus)
+  task = STAGES['cpt'].task
+  documents = session.corpus.documents('train')
+  windows = task.table(session.config, 'cpt', session.corpus, documents, '').num
   assert f'{4 * 8 / windows:.1f} passes' in shown['cpt']
   assert 'passes' not in shown['sft']
 
@@ -49,9 +51,9 @@ def test_few_documents_and_questions_of_others_are_said(session):
 def test_the_time_is_said_once_a_stage(session, capsys):
   heard = forecast._Clock(session.config)
   for _ in range(2):
-    heard('lm', 2.0)
+    heard('lm', 8.0)
   (line,) = capsys.readouterr().out.splitlines()
-  assert '2.00 s a step: about 0:00:08, and 0:' in line
+  assert line.startswith('lm  about 0:00:08 for its steps, and 0:')
 
 
 def test_rough_flops_are_near_those_of_the_jaxpr(session):

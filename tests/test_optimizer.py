@@ -13,6 +13,7 @@ import toy_run
 
 from configs import common
 from refrag_jax import compilation, optimizer, session
+from refrag_jax.config import check
 from refrag_jax.errors import UserError
 from refrag_jax.stages import STAGES
 from refrag_jax.step import init_opt_state
@@ -25,6 +26,7 @@ def settings(**fields):
 def test_the_defaults_are_those_of_the_configs():
   values = common.base().optimizer.to_dict()
   assert dataclasses.asdict(optimizer.DEFAULT) == values
+  assert tuple(optimizer.SCHEDULES) == check.SCHEDULES
 
 
 def test_weight_decay_is_adamws_and_of_kernels_alone():

@@ -1,8 +1,9 @@
 """Markdown tables of a tiny run, for README.md and docs/results.md.
 
-  .venv/bin/python docs/bench/tables.py docs/bench/tiny.json [--short]
+  .venv/bin/python docs/bench/tables.py docs/bench/tiny.json [--short] [WALL]
 
-Prints them; nothing in them is written by hand. --short: README's table.
+Prints them; nothing in them is written by hand. --short: README's table; WALL:
+seconds of the whole command, which results.json does not have.
 """
 
 import json
@@ -29,7 +30,7 @@ def measured(stat, sign=''):
   return f'{stat["mean"]:{sign}.3f} ± {stat["se"]:.3f}'
 
 
-def main(path, short=False):
+def main(path, short=False, wall=None):
   with open(path) as f:
     run = json.load(f)
   evals = {name: next(iter(of.values())) for name, of in run['evals'].items()}
@@ -73,7 +74,13 @@ def main(path, short=False):
       f'| `{name}` | {of["wall_s"]:.0f} | {of["compile_s"]:.0f} | '
       f'{of["steps"]} | {measured(of["paired_gain"], "+")} |'
     )
+  if wall:
+    rest = wall - sum(of['wall_s'] for of in run['stages'].values())
+    compiling = sum(of['compile_s'] for of in run['stages'].values())
+    print(f'| evals, report, start | {rest:.0f} | | | |')
+    print(f'| **total** | **{wall:.0f}** | {compiling:.0f} | | |')
 
 
 if __name__ == '__main__':
-  main(sys.argv[1], '--short' in sys.argv)
+  numbers = [float(text) for text in sys.argv[2:] if text != '--short']
+  main(sys.argv[1], '--short' in sys.argv, *numbers[:1])

@@ -63,17 +63,17 @@ def axes(field: str) -> str:
   return field.rpartition('_')[2]
 
 
-def shape(field: str, **sizes: int) -> tuple[tuple[int, ...], type]:
-  """(shape of one row of a field, its dtype) for sizes of the axes but B."""
-  letters = axes(field).removeprefix('B')
-  return tuple(sizes[letter] for letter in letters), FIELDS[field].dtype
-
-
 def shapes(
   fields: Iterable[str], **sizes: int
 ) -> dict[str, tuple[tuple[int, ...], type]]:
-  """`shape` of each field, by name."""
-  return {field: shape(field, **sizes) for field in fields}
+  """field: (shape of one row, dtype), for sizes of all axes but B."""
+  return {
+    field: (
+      tuple(sizes[axis] for axis in axes(field).removeprefix('B')),
+      FIELDS[field].dtype,
+    )
+    for field in fields
+  }
 
 
 def take(batch: Batch, rows: Any) -> Batch:

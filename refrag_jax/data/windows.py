@@ -157,6 +157,16 @@ def mixture(weights: Sequence[float]) -> Mixture:
   return Mixture(sources, before, counts)
 
 
+def passes(
+  weights: Sequence[float], sizes: Sequence[float], draws: int
+) -> float:
+  """How often `draws` samples go through the source that they repeat most."""
+  return max(
+    draws * weight / sum(weights) / size
+    for weight, size in zip(weights, sizes, strict=True)
+  )
+
+
 def draw(
   pattern: Mixture, sizes: Sequence[int], n_B: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:

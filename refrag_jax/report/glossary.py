@@ -15,12 +15,11 @@ NAMES = (
    'context as tokens'),
   (r'^replug', 'replug', 'the decoder alone, an ensemble over pieces of the '
    'context (REPLUG)'),
-  (r'^refrag_k\d+', 'refrag_k8', 'REFRAG with chunks of k = 8 tokens, all of '
-   'them compressed'),
+  (r'^refrag_k\d+', 'refrag_k and a number', 'REFRAG with chunks of so many '
+   'tokens, all of them compressed'),
   (r'^cepe', 'cepe', 'the baseline CEPE, which reads the context by '
    'cross-attention'),
-  (r'_rl_p|^rl', 'rl_p0.125', 'with a share p of the chunks as tokens, chosen '
-   'by the policy'),
+  (r'_rl_p|^rl', 'rl', 'chunks chosen by the policy'),
   (r'random', 'random', 'chunks chosen at random'),
   (r'_last_p|^last_p', 'last', 'the last chunks before the output'),
   (r'ppl_desc|ppl_asc', 'ppl_desc, ppl_asc', 'the chunks that the decoder '
@@ -38,10 +37,10 @@ NAMES = (
   (r'_cpt$', '_cpt', 'REFRAG before it met expanded chunks'),
 )  # fmt: skip
 SIGNS = (
-  ('P4', 'the mean over the first 4 tokens of the output'),
+  ('P and a number', 'the mean over so many first tokens of the output'),
   ('±', 'one standard error over documents; n is their number'),
   ('k', 'tokens in a chunk'),
-  ('p', 'the share of chunks that stay tokens'),
+  ('p and a number', 'the share of chunks that stay tokens'),
   ('rate', 'how many times shorter the context is for the decoder'),
 )
 

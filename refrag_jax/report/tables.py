@@ -25,6 +25,7 @@ CONTROLS = {
   r'no_context_trained': 'no_context_trained',
   r'.*shuffled': 'shuffled',
 }
+OUTPUTS = 'the mean over that many first tokens of the output'
 # Higher is better only for these.
 SCORES = ('em', 'f1', 'share', 'same_place', 'hit', 'exact')
 
@@ -72,15 +73,19 @@ def stage_table(stages: Mapping[str, Any]) -> str:
   return page.table(head, rows, note)
 
 
-def comparison(datasets: Mapping[str, Any]) -> str:
-  """Each row's NLL, then its differences from the two controls."""
+def comparison(datasets: Mapping[str, Any], columns: str = OUTPUTS) -> str:
+  """Each row's NLL, then its differences from the two controls.
+
+  Args:
+    columns: what P and a number stands for.
+  """
   parts = []
   for dataset, value in datasets.items():
     rows = list(rows_of(value))
     parts += [
       f'<h3>{page.text(dataset)}</h3>',
       _notes(value),
-      _levels(rows),
+      _levels(rows, columns),
       _control_differences(rows),
       page.details('All paired differences', _all_differences(rows)),
     ]
@@ -93,7 +98,7 @@ def copying(datasets: Mapping[str, Any]) -> str:
     'A span of tokens in random order is read twice: only by copying can the '
     'second be predicted. A decoder whose second copy is not far below its '
     'first cannot regenerate what it reads.',
-    comparison(datasets),
+    comparison(datasets, 'spans of that many tokens'),
   )
 
 
@@ -120,26 +125,30 @@ def passages(datasets: Mapping[str, Any]) -> str:
 
 def details(datasets: Mapping[str, Any]) -> str:
   """NLL by place of the output, gains by distance, exact spans."""
-  columns = dict.fromkeys(
-    column
-    for value in datasets.values()
-    for _, row in rows_of(value)
-    for column in row
-    if re.fullmatch(r'[od]\d+|exact', column)
-  )
-  shown = {
-    column: {'o': 'output ', 'd': 'chunk −'}.get(column[0], '')
-    + column.lstrip('od')
-    for column in columns
-    if column == 'exact' or int(column[1:]).bit_count() == 1
-  }
-  note = (
-    'Output n: the NLL of the n-th token alone. Chunk −n: by how much '
-    'expanding the n-th chunk before the output lowers it. exact: the share of '
-    'numbers or identifiers whose tokens are all the most probable ones. ± '
-    'standard error; results.json has every place.'
-  )
-  return _by_dataset(datasets, shown, note)
+  parts = (
+    (r'o(\d+)', 'output {}', 'The NLL of the n-th output alone'),
+    (r'd(\d+)', 'chunk −{}', 'By how much expanding the n-th chunk before the '
+     'output lowers the NLL'),
+    (r'(exact)', '{}', 'The share of numbers or identifiers whose tokens are '
+     'all the most probable ones'),
+  )  # fmt: skip
+  out = []
+  for pattern, label, note in parts:
+    places = {
+      column: found[1]
+      for value in datasets.values()
+      for _, row in rows_of(value)
+      for column in row
+      if (found := re.fullmatch(pattern, column))
+    }
+    names = {
+      column: label.format(place)
+      for column, place in places.items()
+      if not place.isdigit() or int(place).bit_count() == 1
+    }
+    note += '; ± standard error. results.json has every place.'
+    out.append(_by_dataset(datasets, names, note) if names else '')
+  return '\n'.join(filter(None, out))
 
 
 def _noted(note: str, table: str) -> str:
@@ -156,7 +165,7 @@ def _by_dataset(
   return '\n'.join(part for part in parts if part)
 
 
-def _levels(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def _levels(rows: Sequence[tuple[str, Mapping[str, Any]]], what: str) -> str:
   lengths = lengths_of([row for _, row in rows])
   bits = [x for x in lengths if any(_bits(row, x) for _, row in rows)]
   body = [
@@ -173,8 +182,8 @@ def _levels(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
   groups += [('bits per byte', len(bits))] if bits else []
   head = ['row', *lengths, *bits, 'n']
   note = (
-    'Lower is better. P and a number: the mean over that many first tokens of '
-    'the output. ± standard error over documents, n: documents.'
+    f'Lower is better. P and a number: {what}. ± standard error over '
+    'documents, n: documents.'
   )
   return page.table(head, body, note, [*groups, ('', 1)])
 
@@ -184,20 +193,22 @@ def _control_differences(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
   controls = {
     pattern: label
     for pattern, label in CONTROLS.items()
-    if any(_against(row, pattern) for _, row in rows)
+    if any(_against(name, row, pattern) for name, row in rows)
   }
   body = [
     [
       page.name(name),
       *(
-        difference(_against(row, pattern).get(length))
+        difference(_against(name, row, pattern).get(length))
         for pattern in controls
         for length in lengths
       ),
-      _count([_against(row, c).get(x) for c in controls for x in lengths]),
+      _count(
+        [_against(name, row, c).get(x) for c in controls for x in lengths]
+      ),
     ]
     for name, row in rows
-    if any(_against(row, pattern) for pattern in controls)
+    if any(_against(name, row, pattern) for pattern in controls)
   ]
   groups = [(f'minus {page.name(c)}', len(lengths)) for c in controls.values()]
   head = ['row', *lengths * len(controls), 'n']
@@ -292,7 +303,7 @@ def _measures(
   dataset: Mapping[str, Any], names: Mapping[str, str], note: str
 ) -> list[str]:
   """A data set's rows by the named measures, and all their differences."""
-  rows = list(rows_of(dataset))
+  rows = [x for x in rows_of(dataset) if names.keys() & x[1].keys()]
   measures = [m for m in names if any(m in row for _, row in rows)]
   body = [
     [
@@ -347,12 +358,23 @@ def _all_differences(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
   return page.table(head, body, MARKS)
 
 
-def _against(row: Mapping[str, Any], pattern: str) -> Mapping[str, Any]:
-  """The differences from the first other row of that name."""
-  for other, values in row.get('vs', {}).items():
-    if re.fullmatch(pattern, other):
-      return values
-  return {}
+def _against(
+  name: str, row: Mapping[str, Any], pattern: str
+) -> Mapping[str, Any]:
+  """The differences from a row's own control of that name.
+
+  That is its own with an ending where there is one, or one of the same context
+  length, or the first.
+  """
+  found = {
+    other: values
+    for other, values in row.get('vs', {}).items()
+    if re.fullmatch(pattern, other)
+  }
+  length = re.search(r'_s\d+', name)
+  same = [o for o in found if length and re.search(length[0] + r'(?!\d)', o)]
+  best = [o for o in found if o.startswith(f'{name}_')] + same + list(found)
+  return found[best[0]] if best else {}
 
 
 def _bits(row: Mapping[str, Any], length: str) -> float | None:

@@ -197,3 +197,8 @@ def test_periodic_share_is_exact_and_spread(fraction):
   )
   for part in np.split(periodic, 4):
     assert abs(part.sum() - 10 * fraction) < 1
+
+
+def test_passes_are_those_of_the_source_that_repeats_most():
+  assert windows.passes([1, 1], [10, 100], 40) == 2.0
+  assert windows.passes([1, 3], [10, 10], 40) == 3.0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from refrag_jax.evals import EVALS
-from refrag_jax.report import figures, page
+from refrag_jax.report import figures, page, tables
 from refrag_jax.report import run as report
 from refrag_jax.runtime import files
 
@@ -408,13 +408,39 @@ def test_every_eval_has_its_part(tmp_path):
     assert f'<h2>{html.escape(EVALS[name].title)}</h2>' in text
   assert 'output 1' in text and 'output 3' not in text  # powers of two
   assert 'chunk −2' in text and '0.400' in text and 'hit' in text
+  # Each kind of detail is a table of its own rows, and says what it holds.
+  parts = text.partition('id="where-how-far-and-of-what"')[2].partition(
+    '</section>'
+  )[0]
+  parts = re.findall('<table.*?</table>', parts, re.DOTALL)
+  assert [('refrag_k8' in part) for part in parts] == [True, False, False]
+  copied = text.partition('id="copying"')[2].partition('</section>')[0]
+  assert 'spans of that many tokens' in copied and 'of the output' not in copied
+
+
+def test_a_row_is_compared_with_its_own_control():
+  row = {
+    'vs': {
+      'refrag_k8_s128_shuffled': {'P4': 1},
+      'refrag_k8_s64_shuffled': {'P4': 2},
+      'no_context_trained': {'P4': 3},
+    }
+  }
+  for name, differences in {
+    'refrag_k8_s64': {'P4': 2},  # its own
+    'last_k_trained_s64': {'P4': 2},  # of the same context length
+    'refrag_k8': {'P4': 1},  # the first
+  }.items():
+    assert tables._against(name, row, '.*shuffled') == differences
+  assert tables._against('refrag_k8_s64', row, 'no_context_trained')['P4'] == 3
+  assert tables._against('refrag_k8', {'vs': {}}, '.*shuffled') == {}
 
 
 def test_the_top_says_sizes_and_the_glossary_what_occurs(whole):
   assert 'parameters' in whole.partition('<h2>')[0]
   assert 'minutes in' in whole.partition('<h2>')[0]
   names = whole.partition('What the names mean')[2].partition('</dl>')[0]
-  assert 'refrag_k8' in names and 'REPLUG' not in names
+  assert 'refrag_k and a number' in names and 'REPLUG' not in names
 
 
 def test_what_a_run_shows_is_told_on_the_terminal_too(whole, tmp_path):

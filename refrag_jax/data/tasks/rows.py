@@ -31,9 +31,16 @@ class PackedRows(Task):
     del config
     return {}
 
-  def samples(self, config: Config, name: str, corpus: Corpus) -> int:
-    tokens = np.diff(corpus.token_offsets)[corpus.documents('train')].sum()
-    return max(1, int(tokens) // (config.stage[name].output_length - 1))
+  def passes(self, config: Config, name: str, corpus: Corpus) -> float:
+    cfg, length_D = config.stage[name], np.diff(corpus.token_offsets)
+    # Rows that repeat a span take no text's turn.
+    periodic = packing.periodic_before(cfg.batch_size, cfg.periodic_fraction)
+    draws = cfg.num_train_steps * (cfg.batch_size - int(periodic))
+    numbers = [
+      length_D[corpus.documents('train', i)].sum() / (cfg.output_length - 1)
+      for i in range(len(corpus.sources))
+    ]
+    return windows.passes(corpus.weights, numbers, draws)
 
   def num_chunks(self, config: Config, name: str) -> int:
     return 0

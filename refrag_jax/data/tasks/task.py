@@ -55,10 +55,13 @@ class Task:
     del config, name
     return 0
 
-  def samples(self, config: Config, name: str, corpus: Corpus) -> int:
-    """How many different samples there are to train on; 0: not known."""
+  def passes(self, config: Config, name: str, corpus: Corpus) -> float:
+    """How often the stage reads the source of text that it reads most often.
+
+    0 where that is not known.
+    """
     del config, name, corpus
-    return 0
+    return 0.0
 
   def num_chunks(self, config: Config, name: str) -> int:
     """The most chunks that a context has; 0: there is no context."""

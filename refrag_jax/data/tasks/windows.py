@@ -63,8 +63,11 @@ class Continue(Task):
   def window_length(self, config: Config, name: str) -> int:
     return sum(self._lengths(config, name))
 
-  def samples(self, config: Config, name: str, corpus: Corpus) -> int:
-    return sum(t.num for t in self._train_tables(config, name, corpus))
+  def passes(self, config: Config, name: str, corpus: Corpus) -> float:
+    cfg = config.stage[name]
+    draws = cfg.num_train_steps * cfg.batch_size
+    numbers = [t.num for t in self._train_tables(config, name, corpus)]
+    return windows.passes(corpus.weights, numbers, draws)
 
   def num_chunks(self, config: Config, name: str) -> int:
     return config.stage[name].context_length // config.model.chunk_size
