@@ -186,13 +186,16 @@ def load_params(directory: str, abstract_params: dict) -> dict:
 def require(
   directory: str, expected: dict[str, Any], why: str
 ) -> dict[str, Any]:
-  """The meta of a finished checkpoint that fits, or a UserError that says why.
+  """The meta of a finished checkpoint that fits.
 
   Args:
     directory: a stage's checkpoint directory.
     expected: what of `model` and `tokenizers`, as written by train.py, the
       reader relies on.
     why: starts the sentence, e.g. "stage 'cpt' starts from 'reconstruct'".
+
+  Raises:
+    UserError: there is none, it is of another format, or it does not fit.
   """
   meta = read_meta(directory)
   name = os.path.basename(os.path.normpath(directory))

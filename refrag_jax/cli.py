@@ -76,7 +76,11 @@ def usage(modes: Mapping[str, tuple], later: Mapping[str, str]) -> str:
 
 
 def parse(argv: list[str]) -> Command:
-  """Splits the arguments; files and types are looked at in `load`."""
+  """Splits the arguments; files and types are looked at in `load`.
+
+  Raises:
+    UserError: an argument is unknown, lacks its value or has one too many.
+  """
   flags = dict.fromkeys((*_FLAGS[:-1], *_MODE_FLAGS), '')
   flags |= dict.fromkeys(_SWITCHES, False) | {'--mode': 'train'}
   overrides: dict[str, str | None] = {}
@@ -145,7 +149,11 @@ def _meant_flag(name: str) -> str:
 
 
 def load(command: Command) -> Loaded:
-  """Runs the config file, applies the overrides and checks the result."""
+  """Runs the config file, applies the overrides and checks the result.
+
+  Raises:
+    UserError: there is no config, it does not run, or `build` refuses it.
+  """
   if not command.config_file and command.mode in ('import', 'export'):
     return _load_found(command)
   if not command.config_file:

@@ -6,7 +6,6 @@ apart, and a shape that nobody planned is an error instead of a recompilation.
 
 import concurrent.futures
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -114,22 +113,27 @@ def abstract_state(session: Session, name: str) -> TrainState:
 def trace_step(
   session: Session, name: str, state: TrainState, batch: dict, variant: Any
 ):
-  """The stage's step, traced; it donates the state."""
+  """The stage's step, traced; it donates the state.
+
+  What shapes it is static, so that JAX finds a program that this process has
+  traced before: another arm's, or that of a stage which goes on.
+  """
+  static = {
+    'model': session.model,
+    'stage': STAGES[name],
+    'cfg': session.config.stage[name],
+    'variant': variant,
+    'optim': session.config.optimizer,
+  }
   step = jax.jit(
-    functools.partial(
-      train_step,
-      model=session.model,
-      stage=STAGES[name],
-      cfg=session.config.stage[name],
-      variant=variant,
-      optim=session.config.optimizer,
-    ),
+    train_step,
+    static_argnames=tuple(static),
     donate_argnums=0,
     out_shardings=(sharding.infer_shardings(state, session.mesh), None),
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
   rate = jax.ShapeDtypeStruct((), np.float32)
-  return step.trace(state, batch, key, rate)
+  return step.trace(state, batch, key, rate, **static)
 
 
 def plain_model(model: ModelConfig) -> ModelConfig:

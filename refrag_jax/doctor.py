@@ -307,7 +307,11 @@ def check_config(config: Config, workdir: str) -> Iterator[Finding]:
 def run_checks(
   config: Config, workdir: str
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-  """(what holds if it raises nothing, check); none reads a text to its end."""
+  """(what holds if it raises nothing, check); none reads a text to its end.
+
+  Raises:
+    UserError: by a check, what does not hold.
+  """
   from refrag_jax import evaluate, lineage, sharding
   from refrag_jax.data import tokenizers
   from refrag_jax.data.questions import records as questions

@@ -65,6 +65,9 @@ def run(config: Config, workdir: str) -> int:
   workdir. results.json says which checkpoint each role had. What a run of the
   same config has measured in this workdir stays; `data.text` is needed only
   where `eval.data` has 'heldout', or nothing.
+
+  Raises:
+    UserError: there is no checkpoint, or one that does not fit the config.
   """
   check_sources(config)
   hang_seconds = config.cluster.hang_seconds

@@ -1,5 +1,6 @@
 """A stage's one fixed held-out batch, and its measure on it."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,10 +8,13 @@ import jax
 import numpy as np
 
 from refrag_jax import sharding
+from refrag_jax.config.schema import StageConfig
 from refrag_jax.data import batch as batch_lib
 from refrag_jax.errors import UserError
+from refrag_jax.models.refrag import Refrag
 from refrag_jax.session import Session
 from refrag_jax.stages import STAGES
+from refrag_jax.stages.stage import Stage
 from refrag_jax.step import map_pieces, row_keys
 
 HELDOUT_ROWS = 256  # rows of the batch, where the documents hold so many
@@ -29,6 +33,9 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
   Where its steps come in variants, the measure is the mean over them. It runs
   in pieces of as many rows as a step holds at once, so that it needs no more
   memory than the step does.
+
+  Raises:
+    UserError: there are fewer held-out rows than devices.
   """
   cfg, stage = session.config.stage[name], STAGES[name]
   batch = stage.task.heldout_batch(
@@ -49,21 +56,50 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
   chunks = batch['chunks_BCK'].shape[1] if 'chunks_BCK' in batch else 0
   variants = stage.context.variants(cfg, chunks)
 
-  @jax.jit
-  def measure(params, pieces):
-    def of_piece(args):
-      return sum(
-        stage.evaluate(session.model, params, *args, variant, cfg)
-        for variant in variants
-      ) / len(variants)
-
-    keys_B = row_keys(jax.random.key(session.config.seed), rows)
-    return map_pieces(of_piece, (pieces, keys_B[index])).reshape(-1)
-
-  pieces = sharding.replicate(batch_lib.take(batch, index), session.mesh)
-  return Heldout(
-    batch, lambda params: sharding.fetch(measure(params, pieces))[:rows]
+  pieces, row_AB = sharding.replicate(
+    (batch_lib.take(batch, index), index), session.mesh
   )
+  static = {
+    'model': session.model,
+    'stage': stage,
+    'cfg': cfg,
+    'variants': tuple(variants),
+    'seed': session.config.seed,
+    'rows': rows,
+  }
+  return Heldout(
+    batch,
+    lambda params: sharding.fetch(_measure(params, pieces, row_AB, **static))[
+      :rows
+    ],
+  )
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=('model', 'stage', 'cfg', 'variants', 'seed', 'rows'),
+)
+def _measure(
+  params: dict,
+  pieces: dict,
+  row_AB: jax.Array,
+  *,
+  model: Refrag,
+  stage: Stage,
+  cfg: StageConfig,
+  variants: tuple,
+  seed: int,
+  rows: int,
+) -> jax.Array:
+  """The measure of the rows of A pieces of B rows each, (A * B,)."""
+
+  def of_piece(args):
+    return sum(
+      stage.evaluate(model, params, *args, variant, cfg) for variant in variants
+    ) / len(variants)
+
+  keys_R = row_keys(jax.random.key(seed), rows)
+  return map_pieces(of_piece, (pieces, keys_R[row_AB])).reshape(-1)
 
 
 def chunks_cut(batch: dict[str, np.ndarray]) -> tuple[int, int]:

@@ -120,6 +120,9 @@ def settle_attention(session: Session) -> Session:
 
   Where the platform's kernel cannot run it stands for `blockwise`; so it does
   for cards that are described and not here, without their cuDNN.
+
+  Raises:
+    UserError: the config names a kernel of another platform.
   """
   model, device = session.config.model, session.mesh.devices.flat[0]
   kind, platform = model.attention, device.platform
@@ -264,18 +267,22 @@ def fresh_params(session: Session, groups: Collection[str]) -> dict:
   """Initial parameters of some groups, on the mesh; the seed fixes them."""
   if not groups:  # of the whole model nothing would be left to compile
     return {}
-  cfg, abstract = session.config.model, abstract_params(session)
-
-  def init(key):
-    params = init_params(cfg, key)
-    return {group: params[group] for group in groups}
-
+  abstract = abstract_params(session)
   shardings = jax.tree.map(
     lambda x: x.sharding, {group: abstract[group] for group in groups}
   )
-  return jax.jit(init, out_shardings=shardings)(
-    jax.random.key(session.config.seed)
+  init = jax.jit(
+    _init_groups, static_argnames=('cfg', 'groups'), out_shardings=shardings
   )
+  key = jax.random.key(session.config.seed)
+  return init(key, cfg=session.config.model, groups=tuple(groups))
+
+
+def _init_groups(
+  key: jax.Array, *, cfg: ModelConfig, groups: Collection[str]
+) -> dict:
+  params = init_params(cfg, key)
+  return {group: params[group] for group in groups}
 
 
 def abstract_params(session: Session) -> dict:

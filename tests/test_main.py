@@ -497,18 +497,26 @@ def test_an_accelerator_without_its_jax_is_refused(monkeypatch):
 def test_flags_go_to_the_hardware_they_are_for():
   environ = {'XLA_FLAGS': '--mine=1'}
   flags = ('--a=1', '--b=2'), ('--t=3',)
-  environment.set_flags(environ, 'cpu', *flags)
-  assert environ == {'XLA_FLAGS': '--mine=1'}
   environment.set_flags(environ, 'tpu', *flags)
   assert environ == {'XLA_FLAGS': '--mine=1', 'LIBTPU_INIT_ARGS': '--t=3'}
   environment.set_flags(environ, 'nvidia', *flags)
   assert environ['XLA_FLAGS'] == '--a=1 --b=2 --mine=1'  # the last one wins
+  environ = {'XLA_FLAGS': '--mine=1'}
+  environment.set_flags(environ, 'cpu', *flags)
+  jaxlib = environment.versions()['jaxlib']
+  assert environ['XLA_FLAGS'].split() == [
+    *environment.cpu_flags(jaxlib), '--mine=1',
+  ]  # fmt: skip
 
 
 def test_this_jaxlib_knows_the_flags():
   """An unknown flag ends the program at its first use of XLA."""
   assert environment.bad_flags(' '.join(xla_flags.H100)) == ''
   assert environment.bad_flags('') == ''
+  own = environment.cpu_flags(environment.versions()['jaxlib'])
+  assert environment.bad_flags(' '.join(own)) == ''
+  # The one that 0.11 would end the program for.
+  assert environment.cpu_flags('0.10.2') and not environment.cpu_flags('0.11.2')
 
 
 @pytest.mark.parametrize(

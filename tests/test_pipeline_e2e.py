@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import UNOPTIMISED
+from xla import UNOPTIMISED
 
 from configs import tiny
 from refrag_jax.config import check

@@ -51,6 +51,7 @@ def check(config: Config) -> None:
 
 
 def positive(section: Any, prefix: str, *names: str) -> None:
+  """Refuses numbers that are not greater than 0."""
   for name in names:
     value = getattr(section, name)
     if value <= 0:
@@ -60,6 +61,7 @@ def positive(section: Any, prefix: str, *names: str) -> None:
 
 
 def not_negative(section: Any, prefix: str, *names: str) -> None:
+  """Refuses numbers below 0."""
   for name in names:
     value = getattr(section, name)
     if value < 0:
@@ -69,6 +71,7 @@ def not_negative(section: Any, prefix: str, *names: str) -> None:
 
 
 def known(values: Sequence[str], there: Collection[str], key: str) -> None:
+  """Refuses a name that there is not; says the nearest."""
   for value in values:
     hint = f'; there are {", ".join(there)}'
     if len(there) > 4:

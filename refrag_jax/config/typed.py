@@ -153,6 +153,9 @@ def parse(text: str, kind: Any, key: str) -> Any:
 
   Returns:
     The typed value; whole numbers may be written as 1e3.
+
+  Raises:
+    UserError: the text is no value of that type.
   """
   wrong = UserError(f'--config.{key}={text}: expected {describe(kind)}')
   if typing.get_origin(kind) is tuple:

@@ -37,7 +37,11 @@ FACTORS = tuple(2**i for i in range(NUM_ROWS))
 
 
 def weights(factors: Sequence[int]) -> np.ndarray:
-  """Returns the cells of Table 8 for these factors, int64[9, n]."""
+  """Returns the cells of Table 8 for these factors, int64[9, n].
+
+  Raises:
+    UserError: factors are not ascending, or not of Table 8.
+  """
   if tuple(factors) != tuple(sorted(set(factors))) or not factors:
     raise UserError(f'curriculum factors {tuple(factors)}: give them ascending')
   if len(factors) == 1:  # no curriculum: one length throughout

@@ -42,6 +42,9 @@ def pack(corpus: Corpus, docs: np.ndarray, length: int) -> Rows:
   Full pieces fill a row each. Tails go, longest first, where they leave the
   least room (best fit decreasing): deterministic, and fast because the rows
   with some room left are bits of one integer.
+
+  Raises:
+    UserError: there is no document.
   """
   body = length - 1
   total = np.diff(corpus.token_offsets)[docs]

@@ -74,7 +74,11 @@ class Tokenizer:
 
 @functools.lru_cache(maxsize=8)
 def load(name: str) -> Tokenizer:
-  """Returns the tokenizer in directory `name`, or the one called 'bytes'."""
+  """Returns the tokenizer in directory `name`, or the one called 'bytes'.
+
+  Raises:
+    UserError: there is no tokenizer of that name.
+  """
   if name == 'bytes':
     return _bytes()
   if not os.path.isdir(name) and not hub.is_name(name):

@@ -143,6 +143,9 @@ def sentencepiece(
     Its special ids by role, what encodes a batch of texts to (ids, offsets),
     offsets being int32 (n, 2) characters, what gives the ids alone, what
     decodes ids, and the file.
+
+  Raises:
+    UserError: the file is no sentencepiece model.
   """
   path = os.path.join(directory, 'tokenizer.model')
   if not os.path.exists(path) or is_tiktoken(path):

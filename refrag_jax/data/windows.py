@@ -47,6 +47,9 @@ def windows(
 
   Args:
     what: names the documents in the message when all of them are too short.
+
+  Raises:
+    UserError: every document is too short.
   """
   length = np.diff(corpus.token_offsets)[docs]
   number = np.maximum(0, (length - context) // output)

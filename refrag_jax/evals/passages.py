@@ -127,6 +127,7 @@ def one_passage(config: Config) -> tuple[int, int]:
 
 
 def check_passages(config: Config) -> None:
+  """Refuses a number of passages that the context cannot hold."""
   number = config.eval.num_passages
   chunks = config.stage['mixed'].context_length // config.model.chunk_size
   if number == 1 or 0 < chunks < number:

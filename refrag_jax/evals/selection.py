@@ -263,6 +263,7 @@ def policy_pictures(context: common.Context, num: int = 6) -> list[dict]:
 
 
 def check_tail(config: Config) -> None:
+  """Refuses a tail that is all of the context."""
   chunks = config.stage['mixed'].context_length // config.model.chunk_size
   if 0 < chunks <= config.eval.tail_chunks:
     raise UserError(

@@ -214,6 +214,9 @@ def modules(directory: str) -> list[dict[str, str]]:
   Returns:
     For each module its `kind`, such as 'Dense', its `type`, which is that with
     the Python module around it, and its `path`, from this directory.
+
+  Raises:
+    UserError: the list of modules is none.
   """
   path = os.path.join(directory, 'modules.json')
   if not os.path.exists(path):
@@ -252,6 +255,9 @@ def pooling(directory: str) -> str:
 
   Sentence encoders say it in 1_Pooling/config.json; others leave it open, and
   then it is the first position.
+
+  Raises:
+    UserError: it is another one.
   """
   paths = [m['path'] for m in modules(directory) if m['kind'] == POOLING]
   path = os.path.join(directory, *(paths or ['1_Pooling'])[:1], 'config.json')

@@ -18,6 +18,9 @@ def of_run(source: str) -> tuple[str, dict[str, Any]] | None:
 
   Args:
     source: RUN/checkpoints/STAGE, or a step in there.
+
+  Raises:
+    UserError: there is no config of a run.
   """
   checkpoint = os.path.realpath(source)
   while os.path.basename(os.path.dirname(checkpoint)) != 'checkpoints':

@@ -84,7 +84,11 @@ def resolve(name: str, weights: bool = True) -> str:
 
 
 def read_json(path: str) -> Any:
-  """A JSON file of a model's directory, in any Unicode, marked or not."""
+  """A JSON file of a model's directory, in any Unicode, marked or not.
+
+  Raises:
+    UserError: the file is cut off, or no JSON.
+  """
   refuse_pointer(path)
   with open(path, 'rb') as f:
     data = f.read()

@@ -112,7 +112,11 @@ def read_test(
 
 
 def read_needs(needs: Iterable, spec: Mapping, where: str) -> tuple:
-  """Checks that all preconditions named are there; a list is an either-or."""
+  """Checks that all preconditions named are there; a list is an either-or.
+
+  Raises:
+    UserError: one of them is missing.
+  """
   for need in needs:
     for name in [need] if isinstance(need, str) else need:
       if name not in spec.get('precondition', {}):
@@ -123,7 +127,11 @@ def read_needs(needs: Iterable, spec: Mapping, where: str) -> tuple:
 
 
 def filled(value: Any, preset: Mapping[str, Any]) -> Any:
-  """The value with what stands in braces, in all strings within."""
+  """The value with what stands in braces, in all strings within.
+
+  Raises:
+    UserError: the preset has no value of a name in braces.
+  """
   if isinstance(value, str):
     try:
       return value.format_map(preset)

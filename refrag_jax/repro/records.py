@@ -85,6 +85,9 @@ def split(cell: str) -> tuple[str, str, str, str]:
 
   >>> split('main/log_perplexity/refrag_k8/P16')
   ('main', 'log_perplexity', 'refrag_k8', 'P16')
+
+  Raises:
+    UserError: the cell has not these four parts.
   """
   parts = cell.split('/')
   if len(parts) != 4:

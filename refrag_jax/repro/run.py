@@ -91,6 +91,9 @@ def train_sources_again(
   Records travel between machines and days, checkpoints often do not. Training
   is a function of config and seed, so a finished arm's stages come out the
   same again; its records stay as they are.
+
+  Raises:
+    UserError: such an arm was never trained to its end.
   """
   for name in cfg.stages:
     source = cfg.stage[name].init_from.removeprefix('@')
@@ -149,7 +152,11 @@ def _held(folder: str) -> Iterator[None]:
 
 
 def in_order(config: Config) -> list[str]:
-  """The chosen arms, each after those whose checkpoints it starts from."""
+  """The chosen arms, each after those whose checkpoints it starts from.
+
+  Raises:
+    UserError: arms start from each other in a circle.
+  """
   arms = config.repro.arm
   needs = {
     name: {
@@ -172,7 +179,11 @@ def in_order(config: Config) -> list[str]:
 
 
 def read_claims(path: str) -> dict[str, Any]:
-  """The claims and their tests, fixed before the runs."""
+  """The claims and their tests, fixed before the runs.
+
+  Raises:
+    UserError: there is no such file, or it is no TOML.
+  """
   if not path:
     raise UserError(
       'config.repro.claims names no file: --mode=repro needs a config with '
@@ -203,7 +214,11 @@ def save_config(config: Config, arm: str, cfg: Config, folder: str) -> None:
 
 
 def arm_config(config: Config, name: str, seed: int, workdir: str) -> Config:
-  """The config of one arm: what running it by hand would take."""
+  """The config of one arm: what running it by hand would take.
+
+  Raises:
+    UserError: a change that makes the arm cannot be made.
+  """
   arm = config.repro.arm[name]
   cache = config.data.cache_dir or os.path.join(workdir, 'data')
   alone = dataclasses.replace(

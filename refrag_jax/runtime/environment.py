@@ -171,6 +171,16 @@ def set_compilation_cache(environ: dict[str, str]) -> str:
   return environ['JAX_COMPILATION_CACHE_DIR']
 
 
+def cpu_flags(jaxlib: str) -> tuple[str, ...]:
+  """XLA's flags for a machine without accelerators, by jaxlib's version.
+
+  0.10's fusions through MLIR take twice as long to compile as those that it
+  had before, and are no faster: docs/results.md. 0.11 has no others.
+  """
+  known = jaxlib.startswith('0.10.')
+  return ('--xla_cpu_use_fusion_emitters=false',) if known else ()
+
+
 def set_flags(
   environ: dict[str, str],
   hardware: str,
@@ -186,7 +196,8 @@ def set_flags(
   name, flags = {
     'nvidia': ('XLA_FLAGS', xla_flags),
     'tpu': ('LIBTPU_INIT_ARGS', libtpu_flags),
-  }.get(hardware, ('', ()))
+    'cpu': ('XLA_FLAGS', cpu_flags(versions().get('jaxlib', ''))),
+  }[hardware]
   if flags:
     environ[name] = ' '.join([*flags, environ.get(name, '')]).strip()
 

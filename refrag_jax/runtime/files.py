@@ -82,6 +82,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
+  """A JSON file of ours; refuses one that is no JSON."""
   with open(path, encoding='utf-8') as f:
     try:
       return json.load(f)

@@ -179,7 +179,11 @@ def _mend(path: str) -> None:
 
 
 def import_tensorboard() -> Any:
-  """The writer's class, or a UserError where the package is missing."""
+  """The writer's class.
+
+  Raises:
+    UserError: the package is missing.
+  """
   try:
     import tensorboardX
   except ImportError as e:

@@ -56,6 +56,7 @@ class Reconstruct(Stage):
   """The first stage that trains an encoder with this decoder."""
 
   def check(self, config: Config) -> None:
+    """Refuses an encoder from `mlm` that it would not start from."""
     super().check(config)
     before = config.stages[: config.stages.index(self.name)]
     if MLM.name in before and not config.stage[self.name].init_from:

@@ -74,7 +74,7 @@ class SomeExpanded(Chunks):
     return num_chunks + most * (k - 1)
 
   def check(self, config: Config, name: str) -> None:
-    """0 < floor(p L) < L: with none or all there is nothing to choose."""
+    """Refuses shares but 0 < floor(p L) < L: else nothing is chosen."""
     stage, k = config.stage[name], config.model.chunk_size
     key = f'config.stage.{name}.expand_fractions'
     if not stage.expand_fractions:
@@ -125,6 +125,7 @@ class Tokens(Nothing):
     return num_expanded > 0
 
   def check(self, config: Config, name: str) -> None:
+    """Refuses to draw from no contexts."""
     contexts, key = config.stage[name].contexts, f'stage.{name}.contexts'
     if not contexts:
       raise UserError(

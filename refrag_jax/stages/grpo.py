@@ -109,6 +109,7 @@ class Grpo(Stage):
     return rolled['reward_BG'].mean(1)
 
   def check(self, config: Config) -> None:
+    """Refuses groups and shares that GRPO cannot compare."""
     super().check(config)
     cfg, prefix = config.stage[self.name], f'stage.{self.name}.'
     if len(cfg.expand_fractions) > MAX_FRACTIONS:

@@ -109,6 +109,7 @@ class Stage:
     self.check_positions(config)
 
   def check_updates(self, cfg: StageConfig, prefix: str) -> None:
+    """Refuses updates on a rollout: only `grpo` has rollouts."""
     if cfg.updates_per_rollout > 1:
       raise UserError(
         f'config.{prefix}updates_per_rollout is {cfg.updates_per_rollout}: '

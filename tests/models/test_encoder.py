@@ -6,6 +6,7 @@ folded.
 
 import math
 
+import bert_by_hand
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,40 +27,9 @@ def encode(batch, pooling='cls'):
   )
 
 
-def bert_by_hand(params, ids, pooling):
-  states_ME = states_by_hand(params, ids)
+def vectors_by_hand(params, ids, pooling):
+  states_ME = bert_by_hand.states(params, ids)
   return states_ME[0] if pooling == 'cls' else states_ME.mean(0)
-
-
-def states_by_hand(params, ids):
-  """One chunk's states: float64, its real tokens alone, a loop over heads."""
-  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-
-  def norm(x_ME, w):
-    x_ME = x_ME - x_ME.mean(-1, keepdims=True)
-    std_M1 = np.sqrt((x_ME**2).mean(-1, keepdims=True) + CFG.norm_eps)
-    return x_ME / std_M1 * w['scale'] + w['bias']
-
-  positions = CFG.position_offset + np.arange(len(ids))
-  x_ME = p['word_embeddings'][ids] + p['position_embeddings'][positions]
-  x_ME = norm(x_ME, p['embeddings_norm'])
-  for y in range(CFG.num_layers):
-    w = jax.tree.map(lambda x: x[y], p['layers'])
-    out_ME = w['o_proj']['bias']
-    for n in range(CFG.num_heads):
-      q_MH, k_MH, v_MH = (
-        x_ME @ w[name]['kernel'][:, n] + w[name]['bias'][n]
-        for name in ('q_proj', 'k_proj', 'v_proj')
-      )
-      weight_MM = np.exp(q_MH @ k_MH.T / math.sqrt(CFG.width / CFG.num_heads))
-      weight_MM /= weight_MM.sum(-1, keepdims=True)
-      out_ME = out_ME + weight_MM @ v_MH @ w['o_proj']['kernel'][n]
-    x_ME = norm(x_ME + out_ME, w['attention_norm'])
-    h_MF = x_ME @ w['up_proj']['kernel'] + w['up_proj']['bias']
-    h_MF = h_MF * (1 + np.vectorize(math.erf)(h_MF / math.sqrt(2))) / 2
-    h_ME = h_MF @ w['down_proj']['kernel'] + w['down_proj']['bias']
-    x_ME = norm(x_ME + h_ME, w['output_norm'])
-  return x_ME
 
 
 @pytest.mark.parametrize('pooling', POOLINGS)
@@ -68,7 +38,7 @@ def test_vectors_are_those_of_a_bert_written_by_hand(pooling):
   c_BCE = encode(batch, pooling)
   for b, i in np.argwhere(batch['encoder_len_BC'] > 0):
     ids = batch['encoder_BCM'][b, i, : batch['encoder_len_BC'][b, i]]
-    expected_E = bert_by_hand(toy.params()['encoder'], ids, pooling)
+    expected_E = vectors_by_hand(toy.params()['encoder'], ids, pooling)
     np.testing.assert_allclose(c_BCE[b, i], expected_E, atol=1e-5)
 
 
@@ -79,7 +49,9 @@ def test_states_are_those_of_a_bert_written_by_hand():
   states_XME = toy.method('encoder_states')(toy.params(), ids_XM, len_X)
   assert states_XME.shape == (12, toy.M, CFG.width)
   for x in np.flatnonzero(len_X):
-    expected_ME = states_by_hand(toy.params()['encoder'], ids_XM[x, : len_X[x]])
+    expected_ME = bert_by_hand.states(
+      toy.params()['encoder'], ids_XM[x, : len_X[x]]
+    )
     np.testing.assert_allclose(
       states_XME[x, : len_X[x]], expected_ME, atol=1e-5
     )

@@ -58,10 +58,11 @@ def test_layers_one_by_one_are_those_of_the_loop(name, remat):
   found, params = traced(name, remat, False)
   looped, same = traced(name, remat, True)
   assert jax.tree.all(jax.tree.map(np.array_equal, params, same))
-  compiled = found.lower().compile()
-  assert ' while(' not in compiled.as_text()
-  expected = looped.lower().compile()(params)
-  assert toy.distance(expected, compiled(params)) < 1e-5
+  lowered, with_loop = found.lower(), looped.lower()
+  assert 'stablehlo.while' not in lowered.as_text()
+  assert 'stablehlo.while' in with_loop.as_text()
+  got, expected = lowered.compile()(params), with_loop.compile()(params)
+  assert toy.distance(expected, got) < 1e-5
 
 
 @pytest.mark.parametrize('name', STACKS)

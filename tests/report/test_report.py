@@ -1,13 +1,13 @@
 """The report of a made-up run: whole, partial, honest, self-contained."""
 
 import html
-import html.parser
 import json
 import re
 import xml.etree.ElementTree
 
 import numpy as np
 import pytest
+from well_formed import parsed
 
 from refrag_jax.evals import EVALS
 from refrag_jax.report import figures, page, tables
@@ -147,44 +147,6 @@ def fake_run(workdir):
      'output': ' This is'},
   ] * 2})  # fmt: skip
   (workdir / 'curriculum.png').write_bytes(b'\x89PNG')
-
-
-class Checker(html.parser.HTMLParser):
-  """Every element closed in order, no id twice, nothing fetched."""
-
-  VOID = ('meta', 'img', 'br')
-
-  def __init__(self):
-    super().__init__()
-    self.open, self.ids, self.links, self.text = [], [], [], []
-
-  def handle_starttag(self, tag, attrs):
-    if tag not in self.VOID:
-      self.open.append(tag)
-    attrs = dict(attrs)
-    self.ids += [attrs['id']] if 'id' in attrs else []
-    self.links += [
-      v for k, v in attrs.items() if k in ('href', 'src', 'xlink:href')
-    ]
-
-  def handle_startendtag(self, tag, attrs):
-    self.handle_starttag(tag, attrs)
-    if tag not in self.VOID:
-      self.open.pop()
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if self.open and self.open[-1] != 'style':
-      self.text.append(data)
-
-
-def parsed(text):
-  checker = Checker()
-  checker.feed(text)
-  assert not checker.open
-  return checker
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,7 @@ import xml.etree.ElementTree
 import fake_arms
 import numpy as np
 import pytest
-from test_report import parsed
+from well_formed import parsed
 
 from refrag_jax.report import page
 from refrag_jax.repro import records as records_lib

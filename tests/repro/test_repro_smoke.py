@@ -8,7 +8,7 @@ import time
 
 import fake_arms
 import pytest
-from conftest import UNOPTIMISED
+from xla import UNOPTIMISED
 
 from configs import repro
 from refrag_jax.repro import records

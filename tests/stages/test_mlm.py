@@ -6,13 +6,13 @@ texts, E encoder width.
 
 import os
 
+import bert_by_hand
 import jax
 import numpy as np
 import pytest
 import toy
 import toy_config
 import toy_run
-from test_encoder import states_by_hand
 
 from refrag_jax import checkpoint, lineage, show
 from refrag_jax.data import masked, tokenizers
@@ -186,7 +186,7 @@ def test_nll_is_that_of_states_times_word_embeddings():
     for place in np.ndindex(*shape):
       n = batch[length][place]
       encoder = toy.params()['encoder']
-      states_ME = states_by_hand(encoder, batch[ids][place][:n])
+      states_ME = bert_by_hand.states(encoder, batch[ids][place][:n])
       logits = states_ME @ np.asarray(encoder['word_embeddings'], float).T
       for m in np.flatnonzero(batch[target][place] >= 0):
         right = logits[m, batch[target][place][m]]

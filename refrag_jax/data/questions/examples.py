@@ -101,6 +101,9 @@ class Source:
 
     What is asked takes turns; within that, questions are in the order of their
     hash. Questions without a gold passage are left out where others have one.
+
+    Raises:
+      UserError: there are no questions of that kind.
     """
     if kind not in self.kinds:
       raise UserError(
@@ -259,6 +262,9 @@ def build(config, tokenizer, encoder_tokenizer, split: str) -> Source:
 
   Returns:
     The split's `Source`.
+
+  Raises:
+    UserError: the split has no usable question, or the file is bad.
   """
   data = config.data
   skipped = questions_lib.Skipped()

@@ -19,6 +19,7 @@ class PackedRows(Task):
   """Documents packed into rows of T tokens, and rows that repeat a span."""
 
   def check(self, config: Config, name: str) -> None:
+    """Refuses a share of repeated spans that is none."""
     cfg, prefix = config.stage[name], f'stage.{name}.'
     check.positive(cfg, prefix, 'output_length')
     if not 0 <= cfg.periodic_fraction <= 1:

@@ -37,6 +37,7 @@ class Continue(Task):
     self.pieces = pieces
 
   def check(self, config: Config, name: str) -> None:
+    """Refuses pieces or a curriculum that the context cannot have."""
     cfg, prefix = config.stage[name], f'stage.{name}.'
     _check_context(cfg, prefix, config.model.chunk_size)
     if not self.regenerates:

@@ -122,6 +122,9 @@ def prepare(
     heldout_fraction: share of documents held out, by a hash of their text; 0
       and 1 leave the other side empty, anything between fills both.
     workers: processes that build it; as in pool.py.
+
+  Raises:
+    UserError: a source, a weight or the share is none that can be used.
   """
   if not sources:
     raise UserError('data.text names no source')
