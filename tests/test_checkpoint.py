@@ -95,7 +95,16 @@ def test_the_first_of_worsening_steps_is_kept(tmp_path):
     assert manager.all_steps() == [1, 3]
 
 
-@pytest.mark.parametrize('onto', [(1, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+  'onto',
+  [
+    (2, 2, 2),
+    *(
+      pytest.param(mesh, marks=pytest.mark.slow)
+      for mesh in [(1, 1, 1), (2, 4, 1)]
+    ),
+  ],
+)
 def test_restores_bitwise_on_another_mesh(tmp_path, onto):
   """Parameters and moments, from 4 x 2 devices (data x fsdp)."""
   state = random_state(toy_run.mesh(4, 2), 3)

@@ -24,6 +24,7 @@ from refrag_jax.state import TrainState, merge, partition
 from refrag_jax.step import init_opt_state, row_keys, train_step
 
 KEY = jax.random.key(0)
+OFTEN = ('lm', 'cpt', 'mixed', 'grpo')  # compiled for other tests as well
 
 
 def named(tree):
@@ -38,7 +39,13 @@ def same_bits(tree, other):
   return all(one[name].tobytes() == two[name].tobytes() for name in one)
 
 
-@pytest.mark.parametrize('name', list(toy.STEPS))
+@pytest.mark.parametrize(
+  'name',  # tests/stages/test_stages.py has all others
+  [
+    pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
+    for name in toy.STEPS
+  ],
+)
 def test_frozen_groups_stay_bitwise_and_hold_no_moments(name):
   """Agreement 6, and that everything else does move."""
   state = toy.state(name)
@@ -113,7 +120,7 @@ def test_accumulation_changes_memory_and_not_the_result(name):
 
 
 @pytest.mark.parametrize('name', ['mixed', 'grpo'])
-@pytest.mark.parametrize('pieces', [2, 4])
+@pytest.mark.parametrize('pieces', [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_draws_belong_to_the_row_and_not_to_its_piece(name, pieces):
   """What is drawn within a step is the same in however many pieces."""
   batch = toy.step_batch(name)

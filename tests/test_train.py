@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import resource
@@ -133,7 +134,7 @@ def assert_same_run(session, workdir, whole, name, stops=()):
   [
     ('lm', (1,)),
     pytest.param('lm', (2, 3, 5), marks=pytest.mark.slow),
-    ('mixed', (3,)),
+    pytest.param('mixed', (3,), marks=pytest.mark.slow),
   ],
 )
 def test_a_stopped_stage_ends_where_the_whole_one_ends(
@@ -147,8 +148,16 @@ def test_a_stopped_stage_ends_where_the_whole_one_ends(
   assert_same_run(session, tmp_path, reference, name, stops)
 
 
-@pytest.mark.parametrize('name', ['cpt', 'mixed', 'grpo'])
-@pytest.mark.parametrize('accumulation_steps', [1, 4])
+@pytest.mark.parametrize(
+  ('name', 'accumulation_steps'),
+  [
+    ('grpo', 4),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in [('grpo', 1), *itertools.product(('cpt', 'mixed'), (1, 4))]
+    ),
+  ],
+)
 def test_the_held_out_measure_is_in_pieces_of_a_step(
   session, monkeypatch, accumulation_steps, name
 ):
@@ -483,7 +492,7 @@ def test_a_stop_during_the_last_step_ends_the_stage(session, whole, tmp_path):
 @pytest.mark.parametrize(
   ('module', 'function', 'call'),
   [
-    (samples, 'rows', 1),
+    pytest.param(samples, 'rows', 1, marks=pytest.mark.slow),
     (checkpoint, 'save', 2),
     pytest.param(checkpoint, 'save', 3, marks=pytest.mark.slow),
     (train, 'stage_record', 1),

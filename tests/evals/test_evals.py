@@ -370,10 +370,10 @@ def test_parameters_are_arguments(session, params, monkeypatch, name):
     program = functools.partial(call, **static)
     traced = jax.make_jaxpr(program)(params, batch)
     seen.append(max([x.nbytes for x in captured(traced)], default=0))
-    return jax.jit(program)(params, batch)
+    return compiled(params, batch, **static)
 
-  # Without its memory of what other tests have compiled.
-  call = common.call.__wrapped__
+  # Traced without its memory of what other tests have compiled.
+  compiled, call = common.call, common.call.__wrapped__
   monkeypatch.setattr(common, 'call', watched)
   wide = dataclasses.replace(
     session.config.eval, context_lengths=(16,), num_passages=2

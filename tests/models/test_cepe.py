@@ -166,6 +166,7 @@ def planted(seed, B=64):
   }
 
 
+@pytest.mark.slow
 def test_training_learns_to_read_the_pieces():
   """With a random decoder, frozen: encoder and cross-attention do it."""
   state, batch = toy.state('cepe'), planted(seed=1000)

@@ -52,8 +52,22 @@ def traced(name, remat, scan_layers, attention='dense'):
   return grad.trace(params), params
 
 
-@pytest.mark.parametrize('name', STACKS)
-@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize(
+  ('name', 'remat'),
+  [
+    ('decoder', 'full'),
+    ('bert', 'none'),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in [
+        ('decoder', 'none'),
+        ('bert', 'full'),
+        ('modernbert', 'none'),
+        ('modernbert', 'full'),
+      ]
+    ),
+  ],
+)
 def test_layers_one_by_one_are_those_of_the_loop(name, remat):
   found, params = traced(name, remat, False)
   looped, same = traced(name, remat, True)
