@@ -30,7 +30,7 @@ from refrag_jax.evals.common import ROLES, Context
 from refrag_jax.hf import sources
 from refrag_jax.report import run as report
 from refrag_jax.runtime import environment, files, watchdog
-from refrag_jax.runtime.progress import say
+from refrag_jax.runtime.progress import say, tell_of_pauses
 from refrag_jax.runtime.stopping import stop_on_signal
 from refrag_jax.session import (
   Session,
@@ -105,6 +105,7 @@ def run(config: Config, workdir: str) -> int:
     jax.set_mesh(session.mesh),
     stop_on_signal() as stop,
     watchdog.watch(hang_seconds),
+    tell_of_pauses(),
   ):
     evals, left_out, checkpoints = run_evals(session, paths, stop)
   path = os.path.join(workdir, 'results.json')

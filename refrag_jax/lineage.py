@@ -24,7 +24,7 @@ from refrag_jax.hf import sources
 from refrag_jax.models.cepe import copy_self_attention
 from refrag_jax.models.encoder import take_decoder_embeddings
 from refrag_jax.models.projection import match_embedding_scale
-from refrag_jax.runtime import files
+from refrag_jax.runtime import files, watchdog
 from refrag_jax.runtime.progress import say
 from refrag_jax.session import (
   Session,
@@ -72,6 +72,7 @@ def start_state(
     say(f'{name}  resumes at step {start}')
     return start, state, meta
   params = initial_params(session, name)
+  watchdog.phase(f'{name}, held-out loss before its first step')
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   state = jax.jit(
     lambda params: compilation.fresh_state(session, name, params),

@@ -23,7 +23,7 @@ from refrag_jax.lineage import (
 from refrag_jax.report import run as report
 from refrag_jax.runtime import files, wandb, watchdog
 from refrag_jax.runtime.metrics import Writer, import_tensorboard
-from refrag_jax.runtime.progress import machine_peak, say
+from refrag_jax.runtime.progress import machine_peak, say, tell_of_pauses
 from refrag_jax.runtime.stopping import stop_on_signal
 from refrag_jax.session import Session, open_data, open_session
 from refrag_jax.stages import STAGES
@@ -99,6 +99,7 @@ def run_stages(
     jax.set_mesh(session.mesh),
     stop_on_signal() as stop,
     watchdog.watch(config.cluster.hang_seconds),
+    tell_of_pauses(),
   ):
     try:
       for name in config.stages:

@@ -249,6 +249,7 @@ def steps(
         )
     manager.wait_until_finished()
   if after_B is None:  # killed between its last checkpoint and its record
+    watchdog.phase(f'{name}, held-out loss at its end')
     after_B = heldout.measure(state.params)
   trained_s = time.monotonic() - training_since
   trained_s -= sum(progress.excluded_s.values())

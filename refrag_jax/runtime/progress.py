@@ -5,7 +5,9 @@ Formatting and rates are pure functions; the clock is read in `Progress` alone.
 
 import contextlib
 import errno
+import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from refrag_jax.runtime import stopping, watchdog
 from refrag_jax.runtime.chips import CHIPS
 
 SAY_EVERY = 10.0  # seconds between two lines of work that has no steps
+_last_line = [0.0]  # when, by time.monotonic
 
 # Dense bf16 FLOP/s of one JAX device, from the makers' data sheets (without
 # sparsity). The first name that occurs in `device_kind` decides, so a longer
@@ -141,6 +144,7 @@ class Progress:
     self._last, self._last_step, self._last_excluded = now, step, excluded
     text = format_metrics(metrics, rates, eta)
     if self._bar:
+      _last_line[0] = now
       self._bar.update(self._task, completed=step, text=text)
     else:
       say(
@@ -276,8 +280,39 @@ def measure_matmul_flops(size: int = 1024, repeats: int = 5) -> float:
   return 2 * size**3 / min(seconds)
 
 
+@contextlib.contextmanager
+def tell_of_pauses(after: float = SAY_EVERY) -> Iterator[None]:
+  """Says what is being done wherever nothing was said for `after` seconds.
+
+  While it is the same kind of work it waits twice as long each time.
+  """
+  done, began = threading.Event(), time.monotonic()
+
+  def look() -> None:
+    before, wait = '', after
+    while not done.wait(after / 10):
+      phase, since = watchdog.current()
+      kind = re.sub(r'\d+', '', phase)
+      if kind != before:
+        before, wait = kind, after
+      now = time.monotonic()
+      if now - max(_last_line[0], began) > wait:
+        clock = time.localtime(time.time() - (now - since))
+        say(f'at work: {phase}, since {time.strftime("%H:%M:%S", clock)}')
+        wait *= 2
+
+  thread = threading.Thread(target=look, daemon=True, name='pauses')
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
+
+
 def say(text: str) -> None:
   """Prints on process 0, at once, also to a log that knows no Unicode."""
+  _last_line[0] = time.monotonic()
   if jax.process_index() != 0:
     return
   encoding = sys.stdout.encoding or 'utf-8'

@@ -25,6 +25,11 @@ def phase(name: str) -> None:
   _now[:] = name, time.monotonic()
 
 
+def current() -> tuple[str, float]:
+  """The phase, and since when by time.monotonic."""
+  return _now[0], _now[1]
+
+
 @contextlib.contextmanager
 def watch(seconds: float, out: TextIO = sys.stderr) -> Iterator[None]:
   """Watches the phases that pass in here.
