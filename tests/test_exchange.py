@@ -547,6 +547,7 @@ def test_files_have_the_permissions_of_any_new_file(released):
       assert os.stat(f'{folder}/{name}').st_mode & 0o777 == 0o750, name
 
 
+@pytest.mark.slow
 def test_a_trained_run_remembers_what_it_came_from(cfg, released, tmp_path):
   """Through a run's stage, and in and out once more."""
   named, folder, _ = released

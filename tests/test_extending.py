@@ -36,6 +36,7 @@ def session(tmp_path_factory):
   return toy_run.open_session(config, f'{folder}/run', toy_run.mesh())
 
 
+@pytest.mark.slow
 def test_a_stage(session, monkeypatch):
   stage = example('refrag_jax/stages/half.py').CPT_HALF
   monkeypatch.setitem(stages.STAGES, 'cpt_half', stage)

@@ -245,6 +245,7 @@ def test_checkpoints_by_the_clock(
   assert saved == steps
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_ends_the_run_at_the_next_step(
   session, tmp_path, monkeypatch
 ):
@@ -362,7 +363,9 @@ def test_a_finished_run_is_done(done, tmp_path, monkeypatch, capsys):
   assert 'all done' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('gone', ['checkpoints', 'both'])
+@pytest.mark.parametrize(
+  'gone', [pytest.param('checkpoints', marks=pytest.mark.slow), 'both']
+)
 def test_what_was_deleted_is_made_again(
   done, tmp_path, monkeypatch, capsys, gone
 ):
@@ -495,7 +498,7 @@ def test_a_stop_during_the_last_step_ends_the_stage(session, whole, tmp_path):
     pytest.param(samples, 'rows', 1, marks=pytest.mark.slow),
     (checkpoint, 'save', 2),
     pytest.param(checkpoint, 'save', 3, marks=pytest.mark.slow),
-    (train, 'stage_record', 1),
+    pytest.param(train, 'stage_record', 1, marks=pytest.mark.slow),
   ],
 )
 def test_an_error_anywhere_loses_nothing(

@@ -165,6 +165,7 @@ def test_rows_without_their_checkpoint_are_left_out(session, params):
   assert qa.run(surroundings(session, {})) == {}
 
 
+@pytest.mark.slow
 def test_each_row_is_measured_with_its_own_weights(
   session, params, context, tables, windows
 ):

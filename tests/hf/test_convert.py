@@ -90,7 +90,16 @@ def of_directory(directory):
   return families.encoder_config(values, 'cls', directory)
 
 
-@pytest.mark.parametrize('mesh_shape', [(1, 4, 2), (8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+  'mesh_shape',
+  [
+    (2, 2, 2),
+    *(
+      pytest.param(shape, marks=pytest.mark.slow)
+      for shape in [(1, 4, 2), (8, 1, 1)]
+    ),
+  ],
+)
 @pytest.mark.parametrize('name', GROUPS)
 def test_shards_of_any_mesh_are_the_whole(name, mesh_shape, tmp_path):
   group, cfg, params = write(name, tmp_path / 'm')

@@ -79,7 +79,13 @@ def test_layers_one_by_one_are_those_of_the_loop(name, remat):
   assert toy.distance(expected, got) < 1e-5
 
 
-@pytest.mark.parametrize('name', STACKS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    'decoder',
+    *(pytest.param(name, marks=pytest.mark.slow) for name in STACKS[1:]),
+  ],
+)
 def test_layers_one_by_one_compute_again_what_they_do_not_keep(name):
   """XLA would merge what it sees twice, and keep it."""
 
@@ -90,6 +96,7 @@ def test_layers_one_by_one_compute_again_what_they_do_not_keep(name):
   assert executed('full') > 1.2 * executed('none')
 
 
+@pytest.mark.slow
 def test_dots_keep_what_attention_in_blocks_has_found():
   cost = {
     (remat, kind): flops.count(traced('decoder', remat, True, kind)[0].jaxpr)

@@ -287,6 +287,7 @@ def test_every_row_is_there(written):
   assert all('missing' not in cells for cells in table.values())
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_pages(folder, written):
   workdir, spec = folder
   assert write(workdir, spec, claims.load(workdir)) == written[:2]
