@@ -194,7 +194,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: jax.sharding.Mesh, rows: int) -> np.ndarray:
-  """Which of a batch's rows this process's devices hold, ascending.
+  """Which of a batch's rows this process's devices hold, int, ascending.
 
   Where other axes than those of the batch lie across processes, several of
   them hold the same rows.

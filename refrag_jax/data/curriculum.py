@@ -79,7 +79,11 @@ def schedule(num_steps: int, factors: Sequence[int], seed: int) -> np.ndarray:
 
 
 def apportion(total: int, shares: np.ndarray) -> np.ndarray:
-  """Splits `total` by largest remainder, first come first in ties."""
+  """Splits `total` into int (n,) by largest remainder; ties go to the first.
+
+  Args:
+    shares: (n,), of any sum.
+  """
   exact = total * shares / shares.sum()
   whole = np.floor(exact).astype(np.int64)
   order = np.argsort(whole - exact, kind='stable')

@@ -43,6 +43,10 @@ def pack(corpus: Corpus, docs: np.ndarray, length: int) -> Rows:
   least room (best fit decreasing): deterministic, and fast because the rows
   with some room left are bits of one integer.
 
+  Args:
+    docs: numbers of the corpus's documents, int (N,).
+    length: T, tokens of a row.
+
   Raises:
     UserError: there is no document.
   """

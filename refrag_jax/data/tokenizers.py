@@ -157,7 +157,7 @@ def check_own(tokenizer: Tokenizer, directory: str, which: str) -> None:
 
 
 def starts_of(offsets_N2: np.ndarray) -> np.ndarray:
-  """Span starts from the (begin, end) characters that each token covers."""
+  """Span starts, int32 (N,), from the characters that each token covers."""
   starts_N = np.zeros(len(offsets_N2), np.int32)
   starts_N[1:] = np.maximum.accumulate(offsets_N2[:-1, 1])
   return starts_N

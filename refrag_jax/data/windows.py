@@ -46,6 +46,9 @@ def windows(
   """Builds the table of windows; documents too short are left out, counted.
 
   Args:
+    docs: numbers of the corpus's documents, int (N,).
+    context: tokens of a window's context.
+    output: tokens of its output.
     what: names the documents in the message when all of them are too short.
 
   Raises:

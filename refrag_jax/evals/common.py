@@ -168,7 +168,7 @@ def map_batches(
 
 
 def other_document(doc_W: np.ndarray) -> np.ndarray:
-  """For each row the index of a row of another document (rows `_shuffled`).
+  """For each row (W,) the index of one of another document: `_shuffled`.
 
   A shift by half the rows, then further where it hits the same document; rows
   keep theirs only if there is one document in all.

@@ -144,7 +144,7 @@ def exact(
 
 
 def find(corpus, docs: np.ndarray, pattern: re.Pattern) -> Spans:
-  """All matches in these documents, as the tokens that they touch."""
+  """All matches in the documents of these numbers, as the tokens touched."""
   doc, first, size = [], [], []
   for d in docs:
     text = corpus.text[slice(*corpus.text_offsets[d : d + 2])].tobytes()

@@ -99,7 +99,7 @@ def attend(
 def blockwise(
   q_BTNH, k_BSMH, v_BSMH, query: Places, key: Places, window: int
 ) -> jax.Array:
-  """Attention that never holds more than a block of queries times one of keys.
+  """Attention (B, T, N, H) that holds a block of queries times one of keys.
 
   The softmax is gathered as the keys pass (Milakov and Gimelshein 2018); the
   backward computes each block's weights again from the row's logsumexp, as in
@@ -247,7 +247,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def cudnn(q_BTNH, k_BSMH, v_BSMH, query, key, window: int) -> jax.Array:
-  """NVIDIA's fused kernel; float16 or bfloat16 alone."""
+  """NVIDIA's fused kernel, (B, T, N, H); float16 or bfloat16 alone."""
   del query, key  # causal over the index
   return jax.nn.dot_product_attention(
     q_BTNH,
@@ -262,7 +262,7 @@ def cudnn(q_BTNH, k_BSMH, v_BSMH, query, key, window: int) -> jax.Array:
 def splash(
   q_BTNH, k_BSMH, v_BSMH, query, key, window: int, interpret: bool = False
 ) -> jax.Array:
-  """The TPU's fused kernel.
+  """The TPU's fused kernel, (B, T, N, H).
 
   Args:
     interpret: run it in plain JAX, for tests on a CPU.

@@ -126,7 +126,7 @@ def rope_angles(
 
 
 def apply_rope(x_BTNH: jax.Array, angles) -> jax.Array:
-  """Rotates halves (the Hugging Face layout), not interleaved pairs."""
+  """Rotates halves, (B, T, N, H), as Hugging Face does; not pairs."""
   sin, cos = angles
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, -1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(

@@ -60,6 +60,7 @@ class ModernBert(Encoder):
 
   @nn.compact
   def states(self, ids_XM: jax.Array, len_X: jax.Array) -> jax.Array:
+    """The last layer's state of every token, (X, M, E) in compute dtype."""
     c = self.cfg
     X, M = ids_XM.shape
     word_VE = self.param(

@@ -81,7 +81,7 @@ def sample(keys_B: jax.Array, score_BC: jax.Array, draws: int) -> jax.Array:
 
 
 def greedy(score_BC: jax.Array, draws: int) -> jax.Array:
-  """The T' highest logits: the mode of the policy, used at inference."""
+  """The chunks of the T' highest logits, int (B, T'): the policy's mode."""
   return jax.lax.top_k(score_BC, draws)[1]
 
 

@@ -145,7 +145,7 @@ def selection_curve(
 
 
 def running_mean(values: Sequence[float], window: int = 0) -> np.ndarray:
-  """Mean over a window round each point, shorter at the ends."""
+  """Mean over a window round each point (N,), shorter at the ends."""
   values = np.asarray(values, np.float64)
   half = (window or max(1, len(values) // 20)) // 2
   total = np.concatenate([[0.0], np.cumsum(values)])

@@ -191,7 +191,13 @@ def interval_rates(
   flops: np.ndarray,
   peak: float | None,
 ) -> dict[str, float]:
-  """Rates of some consecutive steps that took `seconds` together."""
+  """Rates of some consecutive steps that took `seconds` together.
+
+  Args:
+    tokens: of each step, (n,).
+    flops: of each step, (n,); 0 where they are not known.
+    peak: FLOP/s of all devices together; None: no MFU.
+  """
   if not len(tokens) or seconds <= 0:
     return {}
   rates = {'step_s': seconds / len(tokens)}

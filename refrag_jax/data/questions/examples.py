@@ -102,6 +102,9 @@ class Source:
     What is asked takes turns; within that, questions are in the order of their
     hash. Questions without a gold passage are left out where others have one.
 
+    Returns:
+      The fields of data/batch.py for up to n rows, (n, ...).
+
     Raises:
       UserError: there are no questions of that kind.
     """

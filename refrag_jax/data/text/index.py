@@ -355,7 +355,7 @@ def _split(job: Job, unit: str, _) -> None:
 def sides(
   source: np.ndarray, hashes: np.ndarray, fraction: float
 ) -> np.ndarray:
-  """Returns which documents are held out.
+  """Which documents are held out, bool (N,); `hashes` are uint64 (N,).
 
   By a hash of the text, so that a document stays on its side when others come
   or go. Where chance leaves a source of two or more documents nothing on one
