@@ -3,7 +3,7 @@
   launch/run.sh --config=configs/tiny.py --workdir=runs/tiny
 
 No download beyond packages; six stages, the control arms and the evals in
-minutes on two CPU cores (README has the budget of each part). Why these
+minutes on two CPU cores (README has the time of each part). Why these
 numbers: short outputs and large batches make the chunks matter, the rest of
 the budget goes to the decoder, which must learn to copy before it is frozen.
 """
@@ -15,7 +15,7 @@ PRESETS = {
   'smoke': 'two steps a stage of a toy model, to see that it all runs',
 }
 DURATIONS = {
-  '': 'ten minutes on two CPU cores',
+  '': '8 minutes on two idle CPU cores',
   'long': '12 minutes on two idle CPU cores, 22 on busy ones',
   'smoke': '100 seconds on two idle CPU cores',
 }

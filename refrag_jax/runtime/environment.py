@@ -174,8 +174,9 @@ def set_compilation_cache(environ: dict[str, str]) -> str:
 def cpu_flags(jaxlib: str) -> tuple[str, ...]:
   """XLA's flags for a machine without accelerators, by jaxlib's version.
 
-  0.10's fusions through MLIR take twice as long to compile as those that it
-  had before, and are no faster: docs/results.md. 0.11 has no others.
+  0.10's fusions through MLIR take a quarter longer to compile than those that
+  it had before, twice as long where nothing is optimised, and are no faster:
+  docs/results.md. 0.11 knows no such flag.
   """
   known = jaxlib.startswith('0.10.')
   return ('--xla_cpu_use_fusion_emitters=false',) if known else ()
