@@ -1,6 +1,5 @@
 """A stage's one fixed held-out batch, and its measure on it."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -67,18 +66,11 @@ def fixed_heldout(session: Session, name: str) -> Heldout:
     'seed': session.config.seed,
     'rows': rows,
   }
-  return Heldout(
-    batch,
-    lambda params: sharding.fetch(_measure(params, pieces, row_AB, **static))[
-      :rows
-    ],
-  )
+  run = jax.jit(_measure, static_argnames=tuple(static))
+  measure = lambda params: run(params, pieces, row_AB, **static)
+  return Heldout(batch, lambda params: sharding.fetch(measure(params))[:rows])
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=('model', 'stage', 'cfg', 'variants', 'seed', 'rows'),
-)
 def _measure(
   params: dict,
   pieces: dict,

@@ -31,7 +31,7 @@ jax.config.update('jax_enable_x64', False)
 # (B, T) + (T,) is a mistake more often than a wish.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # The collector goes through all that JAX keeps of its programs each time that a
-# quarter has come to it: a fifteenth of the suite's time.
+# quarter has come to it.
 gc.set_threshold(20_000, 20, 20)
 # grain reads absl flags, which nobody parses here.
 flags.FLAGS.mark_as_parsed()

@@ -643,6 +643,19 @@ def test_steps_compile_once_per_shape_and_variant(folder, tmp_path):
   assert names[at_step[4] : at_step[-1]] == []
 
 
+def test_what_this_process_has_traced_before_is_found_again(folder, tmp_path):
+  """By another session of the same config: an arm, a stage that goes on."""
+  cfg = toy_run.config(folder)
+  for _ in range(2):
+    session = toy_run.open_session(cfg, tmp_path, toy_run.mesh())
+    state = compilation.abstract_state(session, 'lm')
+    with toy_run.watch_compiles() as seen:
+      compilation.compile_stage(session, 'lm', state, 0)
+      params = toy_run.fresh_params(session)
+      heldout.fixed_heldout(session, 'lm').measure(params)
+  assert [name for name, _ in seen] == []
+
+
 def poisoned(params):
   bad = params['decoder']['norm']['scale'].at[3].set(np.nan)
   decoder = params['decoder'] | {'norm': {'scale': bad}}

@@ -175,8 +175,8 @@ def cpu_flags(jaxlib: str) -> tuple[str, ...]:
   """XLA's flags for a machine without accelerators, by jaxlib's version.
 
   0.10's fusions through MLIR take a quarter longer to compile than those that
-  it had before, twice as long where nothing is optimised, and are no faster:
-  docs/results.md. 0.11 knows no such flag.
+  it had before, and are no faster: docs/results.md has command and figures.
+  0.11 knows no such flag.
   """
   known = jaxlib.startswith('0.10.')
   return ('--xla_cpu_use_fusion_emitters=false',) if known else ()
@@ -207,9 +207,10 @@ def set_flags(
 def bad_flags(flags: str) -> str:
   """What is wrong with the text of XLA_FLAGS, as a sentence; '' if nothing is.
 
-  jaxlib ends the process that has such flags, so another one tries them: 0.2 s.
+  jaxlib ends the process that has such flags, so another one tries them, which
+  takes a while: not for those alone that `set_flags` gives every CPU.
   """
-  if not flags.strip():
+  if {*flags.split()} <= {*cpu_flags(versions().get('jaxlib', ''))}:
     return ''
   done = subprocess.run(
     [sys.executable, '-c', _PARSE_FLAGS],

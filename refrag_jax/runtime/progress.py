@@ -292,9 +292,9 @@ def tell_of_pauses(after: float = SAY_EVERY) -> Iterator[None]:
 
   While it is the same kind of work it waits twice as long each time.
   """
-  done, began = threading.Event(), time.monotonic()
+  began = time.monotonic()
 
-  def look() -> None:
+  def look(done: threading.Event) -> None:
     before, wait = '', after
     while not done.wait(after / 10):
       phase, since = watchdog.current()
@@ -307,13 +307,8 @@ def tell_of_pauses(after: float = SAY_EVERY) -> Iterator[None]:
         say(f'at work: {phase}, since {time.strftime("%H:%M:%S", clock)}')
         wait *= 2
 
-  thread = threading.Thread(target=look, daemon=True, name='pauses')
-  thread.start()
-  try:
+  with watchdog.beside(look, 'pauses'):
     yield
-  finally:
-    done.set()
-    thread.join()
 
 
 def say(text: str) -> None:

@@ -8,12 +8,13 @@ ends nothing: what looks like a hang may be a slow compilation.
 
 import contextlib
 import faulthandler
+import functools
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 # One process does one thing at a time, wherever in the code it does it.
@@ -41,11 +42,18 @@ def watch(seconds: float, out: TextIO = sys.stderr) -> Iterator[None]:
   if not seconds:
     yield
     return
-  done = threading.Event()
   phase('start')
-  thread = threading.Thread(
-    target=_look, args=(seconds, out, done), daemon=True, name='watchdog'
-  )
+  with beside(functools.partial(_look, seconds, out), 'watchdog'):
+    yield
+
+
+@contextlib.contextmanager
+def beside(
+  look: Callable[[threading.Event], None], name: str
+) -> Iterator[None]:
+  """Runs `look` in a thread, which is to end when its event is set."""
+  done = threading.Event()
+  thread = threading.Thread(target=look, args=(done,), daemon=True, name=name)
   thread.start()
   try:
     yield

@@ -75,8 +75,11 @@ def test_layers_one_by_one_are_those_of_the_loop(name, remat):
   lowered, with_loop = found.lower(), looped.lower()
   assert 'stablehlo.while' not in lowered.as_text()
   assert 'stablehlo.while' in with_loop.as_text()
-  got, expected = lowered.compile()(params), with_loop.compile()(params)
-  assert toy.distance(expected, got) < 1e-5
+  compiled, loops = lowered.compile(), with_loop.compile()
+  # XLA's own, of a scatter, are in both.
+  number = [x.as_text().count(' while(') for x in (compiled, loops)]
+  assert number[0] < number[1]
+  assert toy.distance(loops(params), compiled(params)) < 1e-5
 
 
 @pytest.mark.parametrize(
