@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
+from refrag_jax import optimizer
 from refrag_jax.config.schema import (
   DecoderConfig,
   EncoderConfig,
@@ -199,6 +200,11 @@ STEPS = {
   'cepe': (None, {}),
 }
 
+# Adam divides by a gradient's size: one that is zero but for rounding (a bias of
+# all keys, which a softmax does not see) would become a step of its own, and two
+# ways to the same gradients end apart. The median gradient is 300 times 1e-5.
+OPTIM = dataclasses.replace(optimizer.DEFAULT, eps=1e-5)
+
 
 def model_of(name: str, **fields) -> ModelConfig:
   cfg = CEPE if name == 'cepe' else MODEL
@@ -224,6 +230,7 @@ def step(name: str, accumulation_steps: int = 1, attention: str = 'dense'):
     stage=STAGES[name],
     cfg=stage(accumulation_steps=accumulation_steps, **fields),
     variant=variant,
+    optim=OPTIM,
   )
   return jit(lambda state, batch: run(state, batch, jax.random.key(0), 1e-2))
 
