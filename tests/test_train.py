@@ -885,24 +885,22 @@ def test_a_signal_after_the_last_step_is_heard(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'point',
-  [
+def test_sigkill_anywhere_and_again(session, folder, tmp_path, by_command):
+  """Each start goes on with what the one before it left, and is killed too."""
+  cache, whole = by_command
+  for point in (
+    'compiling',
     'first step',
     'step 3',
-    'compiling',
+    'sampling',
     'saving',
     'saving the last',
-    'sampling',
     'recording',
     'evals',
-  ],
-)
-def test_sigkill_anywhere(session, folder, tmp_path, by_command, point):
-  cache, whole = by_command
-  killed = command(folder, tmp_path, cache, point, signal.SIGKILL)
-  assert killed.returncode == -signal.SIGKILL, killed.stderr
-  assert not os.path.exists(tmp_path / 'results.json')
+  ):
+    killed = command(folder, tmp_path, cache, point, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
+    assert not os.path.exists(tmp_path / 'results.json'), point
   again = command(folder, tmp_path, cache)
   assert again.returncode == 0, again.stderr
   assert_same_results(session, tmp_path, whole)
