@@ -4,10 +4,13 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 
 import xla
 
+# Under nohup it is ignored, here and in what tests start, and means nothing.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Processes that tests start inherit what is set here; no accelerator is touched.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('XLA_FLAGS', xla.UNOPTIMISED)
