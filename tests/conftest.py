@@ -9,8 +9,6 @@ import tempfile
 
 import xla
 
-# Under nohup it is ignored, here and in what tests start, and means nothing.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Processes that tests start inherit what is set here; no accelerator is touched.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('XLA_FLAGS', xla.UNOPTIMISED)
@@ -36,5 +34,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # The collector goes through all that JAX keeps of its programs each time that a
 # quarter has come to it.
 gc.set_threshold(20_000, 20, 20)
+# Under nohup it is ignored, here and in what tests start, and means nothing.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # grain reads absl flags, which nobody parses here.
 flags.FLAGS.mark_as_parsed()
