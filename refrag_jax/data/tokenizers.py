@@ -81,7 +81,7 @@ def load(name: str) -> Tokenizer:
   """
   if name == 'bytes':
     return _bytes()
-  if not os.path.isdir(name) and not hub.is_name(name):
+  if not os.path.exists(name) and not hub.is_name(name):
     raise UserError(
       f'tokenizer {name!r}: neither "bytes" nor a directory; give the '
       'directory of a Hugging Face tokenizer (with its tokenizer.json)'

@@ -25,7 +25,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from refrag_jax.errors import UserError
-from refrag_jax.hf import families, hub
+from refrag_jax.hf import families, gguf, hub
 from refrag_jax.hf.families import FAMILIES, Family, Tensor
 from refrag_jax.runtime import files as files_lib
 from refrag_jax.runtime.paths import refuse_pointer
@@ -127,6 +127,13 @@ class Files:
     return self._shape_of[name]
 
 
+def open_files(directory: str) -> Files | gguf.Files:
+  """The tensors of a model's directory, in whatever files they are."""
+  ours = any(name.endswith('.safetensors') for name in os.listdir(directory))
+  there = not ours and gguf.files(directory)
+  return gguf.Files(directory) if there else Files(directory)
+
+
 def read_params(directory: str, abstract: Any) -> Any:
   """A model's parameters, straight into the shardings of `abstract`.
 
@@ -141,7 +148,7 @@ def read_params(directory: str, abstract: Any) -> Any:
   """
   config = families.read_config(directory)
   family = FAMILIES[families.family_of(config, directory)]
-  files = Files(directory)
+  files = open_files(directory)
   tied = config.get('tie_word_embeddings', True)
   name_of = _checked_names(files, family, abstract, directory, tied)
   clock, size = time.monotonic(), 0
@@ -391,7 +398,7 @@ def dtypes(directory: str) -> dict[str, str]:
   """
   values = families.read_config(directory)
   family = FAMILIES[families.family_of(values, directory)]
-  files, out = Files(directory), {}
+  files, out = open_files(directory), {}
   for tensor in family.tensors:
     other = family.tied[1] if tensor.theirs == family.tied[0] else ''
     found = _of_name(files, tensor.theirs) or _of_name(files, other)
@@ -412,7 +419,7 @@ def _of_name(files: Files, theirs: str) -> list[str]:
 
 def module_tensors(directory: str, module: str) -> dict[str, np.ndarray]:
   """The tensors of a module that REFRAG does not run, by name from it on."""
-  files, out = Files(directory), {}
+  files, out = open_files(directory), {}
   for name in files.names():
     if found := re.search(rf'(?:^|\.)({module}\..+)$', name):
       out[found[1]] = files.slice(name)[...]
@@ -619,10 +626,14 @@ def fingerprint(directory: str) -> str:
   """What tells one model's directory from another, without reading weights."""
   parts = [json.dumps(families.read_config(directory), sort_keys=True)]
   for name in sorted(os.listdir(directory)):
+    path = os.path.join(directory, name)
     if name.endswith('.safetensors'):
-      path = os.path.join(directory, name)
       with open(path, 'rb') as f:
         length = int.from_bytes(f.read(8), 'little')
         header = f.read(min(length, 1 << 24))
+      parts += [name, str(os.path.getsize(path)), header.hex()]
+    elif gguf.is_file(name):  # no length of its header in front
+      with open(path, 'rb') as f:
+        header = f.read(1 << 24)
       parts += [name, str(os.path.getsize(path)), header.hex()]
   return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]

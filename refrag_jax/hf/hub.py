@@ -13,6 +13,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from refrag_jax.errors import UserError
+from refrag_jax.hf import gguf
 from refrag_jax.runtime.paths import refuse_pointer
 
 # No pickles: what could run a program is not even fetched.
@@ -25,7 +26,9 @@ NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w./-]+)?')
 def is_name(name: str) -> bool:
   """Whether this is written like a hub name, and not like a path here."""
   owner = name.split('/')[0]
-  return bool(NAME.fullmatch(name)) and not os.path.isdir(owner)
+  if os.path.isdir(owner) or gguf.is_file(name):
+    return False
+  return bool(NAME.fullmatch(name))
 
 
 @functools.lru_cache(maxsize=16)  # one answer a process, whatever the hub does
@@ -33,15 +36,19 @@ def resolve(name: str, weights: bool = True) -> str:
   """The directory of a model: itself, or where the hub's copy of it lies.
 
   Args:
-    name: a directory, or a hub name such as 'HuggingFaceTB/SmolLM2-135M';
-      with '@' and a branch, tag or commit behind it, that version.
+    name: a directory, a GGUF file or a directory with one, or a hub name such
+      as 'HuggingFaceTB/SmolLM2-135M'; with '@' and a branch, tag or commit
+      behind it, that version.
     weights: of a hub name; without them only what describes the model.
 
   Raises:
     UserError: it is neither, is gated, or there is no network and no copy.
   """
+  if gguf.is_file(name):
+    return gguf.unpack(name)
   if os.path.isdir(name):
-    return name
+    file = gguf.in_directory(name)
+    return gguf.unpack(file) if file else name
   if not is_name(name):
     raise UserError(
       f'{name} is no directory, and no name of the Hugging Face hub either '

@@ -16,7 +16,7 @@ from refrag_jax.config.schema import (
   PolicyConfig,
 )
 from refrag_jax.errors import UserError
-from refrag_jax.hf import convert, families, hub
+from refrag_jax.hf import convert, families, gguf, hub
 
 EXPORT = 'refrag.json'
 FORMAT = 1
@@ -33,12 +33,14 @@ class Source(NamedTuple):
 
 def is_source(name: str) -> bool:
   """Whether this is for us to read: anything but a stage's checkpoint."""
-  if ',' in name:
+  if ',' in name or gguf.is_file(name):
     return True
   if os.path.isdir(name):
     if os.path.exists(os.path.join(name, EXPORT)):
       return True
     if families.adapter_in(name):  # to say why not
+      return True
+    if gguf.in_directory(name):
       return True
     path = os.path.join(name, 'config.json')  # which our runs have as well
     return os.path.exists(path) and 'model_type' in families.read_config(name)

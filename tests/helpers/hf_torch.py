@@ -4,23 +4,28 @@ No hub is asked: models are made from random configs and saved to a directory,
 from which our side reads them, so that every comparison goes through the
 importer.
 
-Dimension key: B batch, T positions.
+Dimension key: B batch, T positions, W new tokens.
 """
 
+import functools
 import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import toy
 import transformers
 from jax.sharding import SingleDeviceSharding
 
+from refrag_jax import generate
 from refrag_jax.config.schema import DecoderConfig, EncoderConfig
 from refrag_jax.hf import convert, families
-from refrag_jax.models.refrag import init_params
+from refrag_jax.models import losses
+from refrag_jax.models.refrag import Refrag, init_params
 
+W = 64
 os.environ['HF_HUB_OFFLINE'] = '1'
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -186,3 +191,43 @@ def gradients(model, directory: pathlib.Path, cfg):
         parameter.grad.zero_()
       parameter.copy_(parameter.grad)
   return convert.read_params(saved(model, directory), abstract(cfg))
+
+
+@functools.cache
+def decoder_functions(model: Refrag):
+  """Logits, loss with gradients, and W greedy tokens; each jitted."""
+
+  def logits(params, ids_BT):
+    ones_BT = jnp.ones_like(ids_BT)
+    positions_BT = jnp.broadcast_to(
+      jnp.arange(ids_BT.shape[1])[None], ids_BT.shape
+    )
+    variables = {'params': {'decoder': params}}
+    hidden_BTD = model.apply(
+      variables, ids_BT, positions_BT, ones_BT, method='lm'
+    )
+    return hidden_BTD, model.apply(variables, method='head')
+
+  def loss(params, ids_BT):
+    hidden_BTD, head_DV = logits(params, ids_BT)
+    return losses.token_nll(
+      hidden_BTD[:, :-1], head_DV, ids_BT[:, 1:], 0
+    ).mean()
+
+  def continued(params, ids_BT):
+    B, T = ids_BT.shape
+    none = jnp.zeros((B, 0), jnp.int32)
+    batch = {
+      'prefix_BQ': ids_BT, 'prefix_len_B': jnp.full((B,), T),
+      'chunks_BCK': jnp.zeros((B, 0, toy.K), jnp.int32), 'chunk_len_BC': none,
+      'output_BO': none, 'output_len_B': jnp.zeros((B,), jnp.int32),
+    }  # fmt: skip
+    return generate.greedy(
+      model, {'decoder': params}, batch, None, none > 0, 0, W, -1
+    )
+
+  return (
+    jax.jit(lambda params, ids: jnp.matmul(*logits(params, ids))),
+    jax.jit(jax.value_and_grad(loss)),
+    jax.jit(continued),
+  )

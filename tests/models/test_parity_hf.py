@@ -6,7 +6,6 @@ Dimension key: B batch, T positions, W new tokens, M encoder tokens, E width.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,9 +14,7 @@ hf_torch = pytest.importorskip('hf_torch')
 
 import toy  # noqa: E402
 
-from refrag_jax import generate  # noqa: E402
 from refrag_jax.hf import convert, families  # noqa: E402
-from refrag_jax.models import losses  # noqa: E402
 from refrag_jax.models.refrag import Refrag  # noqa: E402
 
 # Random ones a family; the whole six in CI.
@@ -26,7 +23,7 @@ CONFIGS = [
   1,
   *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 6)),
 ]
-W = 64
+W = hf_torch.W
 
 
 def drawn_ids(seed):
@@ -50,44 +47,6 @@ def assert_gradients(ours, theirs):
     assert apart <= 1e-4 * scale, (path, apart / scale)
 
 
-@functools.cache
-def decoder_functions(model: Refrag):
-  def logits(params, ids_BT):
-    ones_BT = jnp.ones_like(ids_BT)
-    positions_BT = jnp.broadcast_to(
-      jnp.arange(ids_BT.shape[1])[None], ids_BT.shape
-    )
-    variables = {'params': {'decoder': params}}
-    hidden_BTD = model.apply(
-      variables, ids_BT, positions_BT, ones_BT, method='lm'
-    )
-    return hidden_BTD, model.apply(variables, method='head')
-
-  def loss(params, ids_BT):
-    hidden_BTD, head_DV = logits(params, ids_BT)
-    return losses.token_nll(
-      hidden_BTD[:, :-1], head_DV, ids_BT[:, 1:], 0
-    ).mean()
-
-  def continued(params, ids_BT):
-    B, T = ids_BT.shape
-    none = jnp.zeros((B, 0), jnp.int32)
-    batch = {
-      'prefix_BQ': ids_BT, 'prefix_len_B': jnp.full((B,), T),
-      'chunks_BCK': jnp.zeros((B, 0, toy.K), jnp.int32), 'chunk_len_BC': none,
-      'output_BO': none, 'output_len_B': jnp.zeros((B,), jnp.int32),
-    }  # fmt: skip
-    return generate.greedy(
-      model, {'decoder': params}, batch, None, none > 0, 0, W, -1
-    )
-
-  return (
-    jax.jit(lambda params, ids: jnp.matmul(*logits(params, ids))),
-    jax.jit(jax.value_and_grad(loss)),
-    jax.jit(continued),
-  )
-
-
 @pytest.mark.parametrize('seed', CONFIGS)
 @pytest.mark.parametrize('name', hf_torch.DECODERS)
 def test_decoder(name, seed, tmp_path):
@@ -95,7 +54,7 @@ def test_decoder(name, seed, tmp_path):
   model = hf_torch.decoder(name, seed)
   directory = hf_torch.saved(model, tmp_path / 'in')
   cfg, params = hf_torch.read(directory)
-  logits, value_and_grad, continued = decoder_functions(
+  logits, value_and_grad, continued = hf_torch.decoder_functions(
     Refrag(hf_torch.model_config(cfg))
   )
   given = torch.tensor(ids_BT)
@@ -209,6 +168,8 @@ def test_a_number_that_is_not_read_would_be_seen(change, tmp_path):
     theirs = model(torch.tensor(ids_BT)).logits.numpy()
   for values, same in (({}, True), ({change: other[change]}, False)):
     changed = toy.dataclasses.replace(cfg, **values)
-    logits, _, _ = decoder_functions(Refrag(hf_torch.model_config(changed)))
+    logits, _, _ = hf_torch.decoder_functions(
+      Refrag(hf_torch.model_config(changed))
+    )
     apart = np.abs(np.asarray(logits(params, ids_BT)) - theirs).max()
     assert (apart <= 1e-4 * np.abs(theirs).max()) == same

@@ -1,0 +1,431 @@
+"""Models in llama.cpp's GGUF files; the only file that imports gguf.
+
+A file becomes a directory as Hugging Face has them, in the cache: config.json
+and tokenizer made from its metadata, beside a link to the file itself. Its
+tensors are read from there by range and dequantized as they are read, so that
+no second copy of the weights lies on disk.
+
+llama.cpp turns pairs of rotary positions that lie side by side, Hugging Face's
+models such that lie half a head apart: of its `llama` files the rows of query
+and key are put back.
+
+Dimension key: Y layers.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import gguf
+import numpy as np
+
+from refrag_jax.errors import UserError
+from refrag_jax.runtime.paths import refuse_pointer
+
+SUFFIX = '.gguf'
+FORMAT = 1  # of what lies in the cache; another one is made anew
+SPLIT = re.compile(r'-(\d{5})-of-(\d{5})\.gguf$')
+# Kinds of tensors, and what an export of them is written in.
+KINDS = {'F32': 'F32', 'F16': 'F16', 'BF16': 'BF16'} | dict.fromkeys(
+  (
+    'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1',
+    'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K',
+  ),
+  'F32',
+)  # fmt: skip
+ARCHITECTURES = ('llama', 'qwen2', 'qwen3')  # each a family of families.py
+PERMUTED = re.compile(r'^blk\.\d+\.attn_(q|k)\.')  # in `llama` files
+ROPE_FACTORS = 'rope_freqs.weight'  # Llama 3's scaling of rotary positions
+_NAMES = {
+  'token_embd': 'model.embed_tokens',
+  'output_norm': 'model.norm',
+  'output': 'lm_head',
+  'attn_norm': 'input_layernorm',
+  'ffn_norm': 'post_attention_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'attn_q_norm': 'self_attn.q_norm',
+  'attn_k_norm': 'self_attn.k_norm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
+}
+# What a vocabulary's text was cut into before its merges were learned, where
+# transformers knows no better than GPT-2's way: SmolLM's digits stand alone.
+_SINGLE_DIGITS = ('smollm',)
+_TOKENIZER = ('tokenizer.json', 'tokenizer.model')
+
+
+def is_file(name: str) -> bool:
+  """Whether this is written like the path of such a file."""
+  return name.endswith(SUFFIX)
+
+
+def in_directory(directory: str) -> str:
+  """The one GGUF file of a directory without config.json; '' if none.
+
+  Raises:
+    UserError: there are several.
+  """
+  names = os.listdir(directory)
+  found = sorted(name for name in names if is_file(name))
+  if not found or 'config.json' in names:
+    return ''
+  first = SPLIT.sub('', found[0])
+  if any(SPLIT.sub('', name) != first for name in found[1:]):
+    raise UserError(
+      f'{directory} holds {len(found)} GGUF files: name the one that is meant, '
+      f'such as {os.path.join(directory, found[0])}'
+    )
+  return os.path.join(directory, found[0])
+
+
+def unpack(path: str) -> str:
+  """The directory in the cache that stands for a GGUF file.
+
+  A tokenizer.json or tokenizer.model beside the file is taken before the one
+  in its metadata.
+
+  Raises:
+    UserError: there is no such file, a part of several is missing, it is
+      damaged, or of an architecture that is none of ours.
+  """
+  parts = _parts(path)
+  beside = _tokenizer_beside(path)
+  told = [os.stat(part) for part in [*parts, *beside]]
+  key = [
+    [os.path.realpath(part) for part in [*parts, *beside]],
+    [(info.st_size, info.st_mtime_ns) for info in told],
+    FORMAT,
+  ]
+  mark = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+  home = os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
+  stem = os.path.basename(path).removesuffix(SUFFIX)
+  target = os.path.join(home, 'refrag_jax', 'gguf', f'{stem}-{mark}')
+  if os.path.isdir(target):
+    return target
+  os.makedirs(os.path.dirname(target), exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as made:
+    inner = os.path.join(made, 'model')
+    os.mkdir(inner)
+    _write(inner, path, parts, beside)
+    with contextlib.suppress(OSError):  # another process was first
+      os.rename(inner, target)
+  return target
+
+
+def _parts(path: str) -> list[str]:
+  """The files of a model, which may be one of several."""
+  if not os.path.isfile(path):
+    raise UserError(f'{path} is not there, or no file')
+  found = SPLIT.search(path)
+  if found is None:
+    return [path]
+  count, stem = int(found[2]), path[: found.start()]
+  parts = [f'{stem}-{i + 1:05d}-of-{count:05d}{SUFFIX}' for i in range(count)]
+  missing = [os.path.basename(p) for p in parts if not os.path.isfile(p)]
+  if missing:
+    raise UserError(
+      f'{path} is one of {count} files, of which there are missing: '
+      f'{", ".join(missing)}'
+    )
+  return parts
+
+
+def _tokenizer_beside(path: str) -> list[str]:
+  directory = os.path.dirname(path)
+  there = lambda name: os.path.exists(os.path.join(directory, name))
+  if not any(map(there, _TOKENIZER)):
+    return []
+  more = ('tokenizer_config.json', 'special_tokens_map.json',
+          'chat_template.jinja', 'generation_config.json')  # fmt: skip
+  return [
+    os.path.join(directory, name)
+    for name in (*_TOKENIZER, *more)
+    if there(name)
+  ]
+
+
+def _write(
+  directory: str, path: str, parts: list[str], beside: list[str]
+) -> None:
+  reader = _open(parts[0])
+  names = {tensor.name for part in parts for tensor in _open(part).tensors}
+  config = _config(reader, names, path)
+  for i, part in enumerate(parts):
+    os.symlink(
+      os.path.realpath(part), os.path.join(directory, f'model-{i:05d}{SUFFIX}')
+    )
+  with open(os.path.join(directory, 'config.json'), 'w') as f:
+    json.dump(config, f, indent=1)
+  for file in beside:
+    os.symlink(
+      os.path.realpath(file), os.path.join(directory, os.path.basename(file))
+    )
+  if not beside:
+    _write_tokenizer(directory, reader, parts[0])
+
+
+@functools.lru_cache(maxsize=4)  # some seconds of Python for a vocabulary
+def _open(path: str) -> gguf.GGUFReader:
+  refuse_pointer(path)
+  try:
+    return gguf.GGUFReader(path)
+  except Exception as e:  # whatever it trips over, the file is at fault
+    reason = str(e).strip().split('\n')[0][:200]
+    raise UserError(
+      f'{path} is damaged or cut off ({reason}): download it again'
+    ) from None
+
+
+def _metadata(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
+  field = reader.get_field(key)
+  return default if field is None else field.contents()
+
+
+# --- config.json --------------------------------------------------------------
+
+
+def _config(
+  reader: gguf.GGUFReader, names: set[str], path: str
+) -> dict[str, Any]:
+  """config.json of the model, from the file's metadata."""
+  kind = _metadata(reader, 'general.architecture', '?')
+  if kind not in ARCHITECTURES:
+    raise UserError(
+      f'{path} is a model of architecture {kind!r}, which is not supported; '
+      f'there are {", ".join(ARCHITECTURES)}'
+    )
+  read = lambda key, default=None: _metadata(reader, f'{kind}.{key}', default)
+
+  def needed(key: str) -> Any:
+    value = read(key)
+    if not isinstance(value, (int, float)) or not value:
+      raise UserError(f'{path} has no single {kind}.{key} in its metadata')
+    return value
+
+  if read('expert_count', 0):
+    raise UserError(f'{path} is a mixture of experts, which is not supported')
+  heads, width = needed('attention.head_count'), needed('embedding_length')
+  head_dim = read('attention.key_length') or width // heads
+  for key in ('attention.value_length', 'rope.dimension_count'):
+    if read(key, head_dim) != head_dim:
+      raise UserError(
+        f'{path}: {kind}.{key} is {read(key)} and not the {head_dim} of a '
+        'head, which is not supported'
+      )
+  tokens = reader.get_field('tokenizer.ggml.tokens')
+  vocab_size = read('vocab_size') or (len(tokens.data) if tokens else 0)
+  if not vocab_size:
+    raise UserError(f'{path} does not say how large its vocabulary is')
+  return {
+    'architectures': [f'{kind.capitalize()}ForCausalLM'],
+    'model_type': kind,
+    'vocab_size': vocab_size,
+    'hidden_size': width,
+    'intermediate_size': needed('feed_forward_length'),
+    'num_hidden_layers': needed('block_count'),
+    'num_attention_heads': heads,
+    'num_key_value_heads': read('attention.head_count_kv') or heads,
+    'head_dim': head_dim,
+    'hidden_act': 'silu',
+    'rms_norm_eps': _decimal(needed('attention.layer_norm_rms_epsilon')),
+    'tie_word_embeddings': 'output.weight' not in names,
+    'max_position_embeddings': needed('context_length'),
+    **_rope(reader, read, head_dim, path),
+    **{
+      f'{name}_token_id': int(found)
+      for name, key in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding'))
+      if (found := _metadata(reader, f'tokenizer.ggml.{key}_token_id'))
+      is not None
+    },
+  }
+
+
+def _decimal(value: float) -> float:
+  """1e-05 of a float32 that is 9.999999747378752e-06 as a double."""
+  return float(str(np.float32(value)))
+
+
+def _rope(reader, read, head_dim: int, path: str) -> dict[str, Any]:
+  """Base and scaling of rotary positions.
+
+  Llama 3's scaling is not in the metadata but in a tensor, the factor of each
+  frequency; the numbers that it was made from are found again by trying those
+  that Llama 3 has (1 and 4, of 8,192 positions).
+  """
+  theta = _decimal(read('rope.freq_base', 10_000.0))
+  kind = read('rope.scaling.type', 'none')
+  if kind not in ('none', 'linear') or read('rope.scaling.factor', 1.0) != 1.0:
+    # families.py says that it is not supported.
+    return {'rope_theta': theta, 'rope_scaling': {'rope_type': kind}}
+  found = [t for t in reader.tensors if t.name == ROPE_FACTORS]
+  if not found:
+    return {'rope_theta': theta}
+  factors = np.asarray(found[0].data, np.float64)
+  scaling = {
+    'rope_type': 'llama3',
+    'factor': round(float(factors.max()), 3),
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 8192,
+  }
+  if not np.allclose(factors, llama3_factors(theta, head_dim, scaling), 1e-4):
+    raise UserError(
+      f'{path} scales its rotary positions by {ROPE_FACTORS}, whose numbers '
+      "are not those of Llama 3's scaling: that is not supported"
+    )
+  return {'rope_theta': theta, 'rope_scaling': scaling}
+
+
+def llama3_factors(
+  theta: float, head_dim: int, scaling: Mapping[str, Any]
+) -> np.ndarray:
+  """What each frequency is divided by, (head_dim / 2,)."""
+  length = scaling['original_max_position_embeddings']
+  low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+  wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+  smooth = np.clip((length / wavelength - low) / (high - low), 0, 1)
+  return 1 / ((1 - smooth) / scaling['factor'] + smooth)
+
+
+# --- Tokenizer ----------------------------------------------------------------
+
+
+def _write_tokenizer(
+  directory: str, reader: gguf.GGUFReader, path: str
+) -> None:
+  """tokenizer.json and what goes with it, from the metadata."""
+  if reader.get_field('tokenizer.ggml.tokens') is None:
+    return  # a config may name one from elsewhere
+  os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+  import transformers
+  from tokenizers import pre_tokenizers
+
+  try:
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+      os.path.dirname(path) or '.', gguf_file=os.path.basename(path)
+    )
+  except Exception as e:  # whatever it trips over, the file is at fault
+    reason = str(e).strip().split('\n')[0][:200]
+    raise UserError(
+      f'no tokenizer could be made from the metadata of {path} ({reason}): put '
+      'the tokenizer.json of the model beside it'
+    ) from None
+  if _metadata(reader, 'tokenizer.ggml.pre') in _SINGLE_DIGITS:
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+      [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+      ]
+    )
+  tokenizer.save_pretrained(directory)
+  # GPT-2's own end of text, which transformers adds where there is none: an id
+  # that the model has no row for.
+  file = os.path.join(directory, 'tokenizer.json')
+  with open(file, encoding='utf-8') as f:
+    saved = json.load(f)
+  ids = len(reader.get_field('tokenizer.ggml.tokens').data)
+  saved['added_tokens'] = [t for t in saved['added_tokens'] if t['id'] < ids]
+  with open(file, 'w', encoding='utf-8') as f:
+    json.dump(saved, f, ensure_ascii=False)
+
+
+# --- Tensors ------------------------------------------------------------------
+
+
+class Files:
+  """The tensors of a directory that `unpack` made, as convert.Files has them.
+
+  By Hugging Face's names and in its order of rows, dequantized to float32.
+  """
+
+  def __init__(self, directory: str):
+    """Reads the headers.
+
+    Raises:
+      UserError: a file is damaged, or holds a kind of numbers that is none of
+        KINDS.
+    """
+    self.directory = directory
+    parts = [_open(os.path.join(directory, name)) for name in files(directory)]
+    with open(os.path.join(directory, 'config.json')) as f:
+      config = json.load(f)
+    self._tensors = {}
+    for tensor in (tensor for part in parts for tensor in part.tensors):
+      if tensor.name == ROPE_FACTORS:
+        continue
+      kind = tensor.tensor_type.name
+      if kind not in KINDS:
+        raise UserError(
+          f'{directory}: {tensor.name} is of kind {kind}, which is none of '
+          f'{", ".join(KINDS)}'
+        )
+      heads = 0
+      if config['model_type'] == 'llama' and PERMUTED.match(tensor.name):
+        which = 'attention' if '.attn_q.' in tensor.name else 'key_value'
+        heads = config[f'num_{which}_heads']
+      self._tensors[_name(tensor.name)] = Slice(tensor, kind, heads)
+
+  def names(self) -> list[str]:
+    return list(self._tensors)
+
+  def slice(self, name: str) -> 'Slice':
+    """The tensor by name, from which ranges are read when it is indexed."""
+    return self._tensors[name]
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._tensors[name].shape
+
+
+def files(directory: str) -> list[str]:
+  """The names of the GGUF files in a directory, in order."""
+  return sorted(name for name in os.listdir(directory) if is_file(name))
+
+
+def _name(theirs: str) -> str:
+  """Hugging Face's name of a tensor; the file's own where there is none."""
+  found = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)', theirs)
+  if found is None or found[2] not in _NAMES:
+    return theirs
+  layer = '' if found[1] is None else f'model.layers.{found[1]}.'
+  return f'{layer}{_NAMES[found[2]]}.{found[3]}'
+
+
+class Slice:
+  """A tensor on disk: its rows are read, and dequantized, when indexed."""
+
+  def __init__(self, tensor: gguf.ReaderTensor, kind: str, heads: int):
+    self.shape = tuple(int(n) for n in reversed(tensor.shape))
+    self._tensor, self._kind = tensor, kind
+    self._rows = np.arange(self.shape[0])
+    if heads:  # (heads, pairs, 2) in the file, (heads, 2, pairs) here
+      self._rows = self._rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    self._permuted = bool(heads)
+
+  def get_shape(self) -> tuple[int, ...]:
+    return self.shape
+
+  def get_dtype(self) -> str:
+    return KINDS[self._kind]
+
+  def __getitem__(self, index) -> np.ndarray:
+    rows, *columns = index if isinstance(index, tuple) else (index,)
+    if rows is Ellipsis:
+      rows = slice(None)
+    data = self._tensor.data
+    if len(self.shape) == 1 or self._kind in ('F32', 'F16'):
+      at = self._rows[rows] if self._permuted else rows
+      return np.asarray(data[(at, *columns)])
+    # Blocks of numbers lie within a row.
+    data = data[self._rows[rows] if self._permuted else rows]
+    values = gguf.dequantize(data, self._tensor.tensor_type)
+    return values[(slice(None), *columns)]
