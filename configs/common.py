@@ -256,6 +256,17 @@ def base() -> ml_collections.ConfigDict:
       norm_eps=1e-5,
     )
   )
+  # Usual numbers, for where a rank is given: 0 trains the decoder itself.
+  c.model.lora = ml_collections.ConfigDict(
+    dict(
+      rank=0,
+      alpha=32.0,
+      targets=(
+        'q_proj', 'k_proj', 'v_proj', 'o_proj',
+        'gate_proj', 'up_proj', 'down_proj',
+      ),
+    )
+  )  # fmt: skip
   c.model.chunk_size = 8
   c.model.piece_length = 0  # see `cepe`
   c.model.compute_dtype = 'float32'

@@ -94,6 +94,10 @@ def save(
 ) -> None:
   """Starts saving; an error of an earlier save surfaces here."""
   arrays = {'params': state.params}
+  if 'base_decoder' in meta:  # it lies elsewhere, and stays as it is
+    arrays['params'] = {
+      group: x for group, x in state.params.items() if group != 'decoder'
+    }
   if opt_state := _flat(state.opt_state):  # an imported model has none
     arrays['opt_state'] = opt_state
   meta = meta | {
@@ -340,6 +344,11 @@ def _digest(meta: dict[str, Any]) -> str:
 
 def _one_line(error: Exception) -> str:
   return ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+
+
+def digest(tree: Any) -> str:
+  """One for all arrays of a tree, the same on any mesh."""
+  return _digest(_digests(tree))
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from refrag_jax.config.schema import Config
 from refrag_jax.data import tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.hf import convert, families, hub, model_card, sources
+from refrag_jax.models import lora
 from refrag_jax.runtime import environment
 from refrag_jax.runtime import files as files_lib
 from refrag_jax.runtime.progress import say
@@ -90,6 +91,8 @@ def run_export(config: Config, workdir: str, source: str, target: str) -> int:
     with jax.set_mesh(opened.mesh):
       params, groups = session.load_params(opened, source, f'--from={source}')
     params = {group: params[group] for group in groups}
+    if 'lora' in params:  # an ordinary model has no place for it
+      params = lora.merge(params, opened.config.model.lora)
     stage = (checkpoint.read_meta(source) or {}).get('stage', '')
     _write(opened, params, session.base_models(source), stage, directory)
   say(f'done: {target} ({", ".join(sorted(groups))})')

@@ -33,7 +33,7 @@ def tell(session: Session) -> Callable[[str, float], None]:
   rows, notes = [], []
   for name in config.stages:
     stage, cfg = STAGES[name], config.stage[name]
-    trained, frozen = stage.partition(params, cfg)
+    trained, frozen = stage.partition(params, cfg.freeze)
     passes = stage.task.passes(config, name, corpus)
     rows.append(
       (

@@ -29,10 +29,12 @@ from refrag_jax.runtime.progress import say
 from refrag_jax.session import (
   Session,
   abstract_params,
+  base_decoder,
   base_models,
   checkpoint_beside,
   fresh_params,
   load_params,
+  read_base_decoder,
   trained_groups,
 )
 from refrag_jax.sharding import path_str
@@ -57,7 +59,14 @@ def start_state(
       directory, session.identity, f'stage {name} resumes'
     )
     check_settings(meta['settings'], settings, name)
+    base = meta.get('base_decoder')
+    if base:
+      params = {g: x for g, x in abstract.params.items() if g != 'decoder'}
+      abstract = abstract.replace(params=params)
     start, state, meta = checkpoint.restore(directory, abstract)
+    if base:
+      decoder = read_base_decoder(session, base, f'stage {name} resumes')
+      state = state.replace(params=state.params | {'decoder': decoder})
     if goes_on_longer(meta['settings'], settings):
       say(
         f'{name}  goes on from step {start} to {settings["num_train_steps"]}, '
@@ -91,6 +100,10 @@ def start_state(
     'base': base_models(init_from(session, name, check=False)),
     **session.identity,
   }
+  source = init_from(session, name, check=False)
+  trained, _ = stage.partition(params, cfg.freeze)
+  if 'lora' in params and source and not jax.tree.leaves(trained['decoder']):
+    meta['base_decoder'] = base_decoder(session, source, state.params)
   return 0, state, meta
 
 
@@ -124,7 +137,7 @@ def groups_after(session: Session, name: str, params: dict) -> set[str]:
   """The parameter groups that a stage or those before it train."""
   source = init_from(session, name)
   before = trained_groups(session, source, f'stage {name}') if source else []
-  now, _ = STAGES[name].partition(params, session.config.stage[name])
+  now, _ = STAGES[name].partition(params, session.config.stage[name].freeze)
   return {*before, *(group for group in now if jax.tree.leaves(now[group]))}
 
 
@@ -289,7 +302,7 @@ def frozen_checksums(
   params: dict, stage: Stage, cfg: StageConfig
 ) -> dict[str, int]:
   """Path: checksum of each parameter that a stage must not change."""
-  _, frozen = stage.partition(params, cfg)
+  _, frozen = stage.partition(params, cfg.freeze)
   return {
     path_str(path): int(x)
     for path, x in jax.tree_util.tree_leaves_with_path(checksums(frozen))

@@ -16,6 +16,7 @@ from refrag_jax.data import pipeline, tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.hf import sources
 from refrag_jax.models.refrag import Refrag, init_params
+from refrag_jax.runtime import files
 from refrag_jax.runtime.progress import say
 from refrag_jax.stages import STAGES, beside
 from refrag_jax.state import partition
@@ -107,7 +108,7 @@ def check_trains(session: Session) -> None:
         f'config.stage.{name}.freeze {cfg.freeze!r} matches no parameter; they '
         f'have paths such as {sharding.path_str(leaves[0][0])}'
       )
-    trained, _ = STAGES[name].partition(params, cfg)
+    trained, _ = STAGES[name].partition(params, cfg.freeze)
     if not jax.tree.leaves(trained):
       raise UserError(
         f'config.stage.{name}.freeze {cfg.freeze!r} leaves nothing to train: '
@@ -170,9 +171,10 @@ def open_model(config: Config, workdir: str = '') -> Session:
   identity = {
     'model': {
       # What shapes the parameters; the rest may change between runs.
-      key: value
+      key: files.plain(value)  # as checkpoints give it back
       for key, value in dataclasses.asdict(config.model).items()
       if key in ('decoder', 'encoder', 'policy', 'chunk_size', 'piece_length')
+      or (key == 'lora' and config.model.lora.rank)
     },
     'tokenizers': {
       'decoder': tokenizer.fingerprint,
@@ -208,9 +210,54 @@ def load_params(
   if sources.is_source(directory):
     read = sources.read(sources.locate(directory), wanted)
   else:
-    read = checkpoint.load_params(directory, wanted)
+    base = (checkpoint.read_meta(directory) or {}).get('base_decoder')
+    kept = {x: wanted[x] for x in wanted if not (base and x == 'decoder')}
+    read = checkpoint.load_params(directory, kept)
+    if base:
+      read['decoder'] = read_base_decoder(session, base, why)
   rest = [group for group in abstract if group not in groups]
   return fresh_params(session, rest) | read, groups
+
+
+def base_decoder(session: Session, source: str, params: dict) -> dict[str, Any]:
+  """What checkpoints hold of a decoder that only adapters are trained for.
+
+  Args:
+    source: where it was read from, as in `load_params`.
+  """
+  if not sources.is_source(source):
+    known = (checkpoint.read_meta(source) or {}).get('base_decoder')
+    if known:  # of the first of them, which has the arrays
+      return known
+    source = os.path.abspath(source)
+  return {'source': source, 'digest': checkpoint.digest(params['decoder'])}
+
+
+def read_base_decoder(session: Session, base: dict[str, Any], why: str) -> dict:
+  """The decoder that adapters were trained for, from where it lies.
+
+  Raises:
+    UserError: it is not there any more, or is another one.
+  """
+  source = base['source']
+  wanted = {'decoder': abstract_params(session)['decoder']}
+  if sources.is_source(source):
+    found = sources.locate(source)
+    found = found._replace(paths={'decoder': found.paths['decoder']})
+    decoder = sources.read(found, wanted)['decoder']
+  elif checkpoint.latest_step(source) is None:
+    raise UserError(
+      f'{why}, which has adapters alone: the decoder that they were trained '
+      f'for was in {source}, where it is no more'
+    )
+  else:
+    decoder = checkpoint.load_params(source, wanted)['decoder']
+  if checkpoint.digest(decoder) != base['digest']:
+    raise UserError(
+      f'{why}, which has adapters alone, and {source} now holds another '
+      'decoder than the one that they were trained for'
+    )
+  return decoder
 
 
 def base_models(source: str | None) -> dict[str, Any]:
@@ -259,6 +306,8 @@ def trained_groups(session: Session, directory: str, why: str) -> list[str]:
     del identity['model']['policy']
   if 'cross' not in groups:
     del identity['model']['piece_length']
+  if 'lora' not in groups:
+    identity['model'].pop('lora', None)
   checkpoint.require(directory, identity, why)
   return groups
 

@@ -27,6 +27,13 @@ PARAM_AXES = (
   (r'lm_head$', ('embed', 'vocab')),
   (r'word_embeddings$', ('vocab', 'embed')),
   (r'position_embeddings$', (None, 'embed')),
+  # Adapters, divided as the kernels that they change; their rank is small.
+  (r'o_proj/a/kernel$', ('heads', None, None)),
+  (r'down_proj/a/kernel$', ('mlp', None)),
+  (r'_proj/a/kernel$', ('embed', None)),
+  (r'[qkv]_proj/b/kernel$', (None, 'heads', None)),
+  (r'(gate|up)_proj/b/kernel$', (None, 'mlp')),
+  (r'_proj/b/kernel$', (None, 'embed')),
   (r'[qkv]_proj/kernel$', ('embed', 'heads', None)),
   (r'[qkv]_proj/bias$', ('heads', None)),
   (r'o_proj/kernel$', ('heads', None, 'embed')),

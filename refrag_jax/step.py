@@ -13,7 +13,7 @@ from refrag_jax import optimizer
 from refrag_jax.config.schema import OptimizerConfig, StageConfig
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.stages.stage import Stage
-from refrag_jax.state import TrainState, merge, partition
+from refrag_jax.state import TrainState, merge
 
 
 def init_opt_state(
@@ -23,7 +23,7 @@ def init_opt_state(
   optim: OptimizerConfig = optimizer.DEFAULT,
 ) -> Any:
   """The optimizer's state of what a stage trains."""
-  trainable, _ = partition(params, stage.trainable, freeze)
+  trainable, _ = stage.partition(params, freeze)
   return optimizer.make_tx(optim).init(trainable)
 
 
@@ -55,7 +55,7 @@ def train_step(
     optim: static.
   """
   tx = optimizer.make_tx(optim)
-  trainable, frozen = stage.partition(state.params, cfg)
+  trainable, frozen = stage.partition(state.params, cfg.freeze)
   opt_state = state.opt_state
   A, B = cfg.accumulation_steps, jax.tree.leaves(batch)[0].shape[0]
   pieces = jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), batch)

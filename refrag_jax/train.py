@@ -306,7 +306,7 @@ def stage_record(
   reward = stage.measures == 'reward'
   gain = (after_N, before_N) if reward else (before_N, after_N)
   cfg = session.config.stage[name]
-  trained, frozen = stage.partition(params, cfg)
+  trained, frozen = stage.partition(params, cfg.freeze)
   return {
     'steps': session.config.stage[name].num_train_steps,
     **({'schedules': meta['schedules']} if 'schedules' in meta else {}),

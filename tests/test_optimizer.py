@@ -67,7 +67,7 @@ def test_schedules(schedule, middle, end):
 def test_what_is_frozen_by_pattern_has_no_moments_and_stays():
   stage, params = STAGES['cpt'], toy.params()
   cfg = dataclasses.replace(toy.stage(), freeze='^decoder/embed_tokens')
-  trained, frozen = stage.partition(params, cfg)
+  trained, frozen = stage.partition(params, cfg.freeze)
   assert trained['decoder']['embed_tokens'] is None
   assert frozen['decoder']['embed_tokens'] is not None
   state = init_opt_state(params, stage, cfg.freeze)

@@ -23,6 +23,9 @@ CONTEXTS = ('none', 'last_k', 'full')
 SCHEDULES = ('cosine', 'linear', 'constant')
 KERNELS = ('cudnn', 'splash')
 ATTENTION = ('dense', 'blockwise', *KERNELS, 'fused')
+LORA_TARGETS = (
+  'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj',
+)  # fmt: skip
 # Numbers of config.model that may be 0; all others are above it.
 MAY_BE_ZERO = {
   'model.': ('loss_block', 'piece_length'),
@@ -35,6 +38,7 @@ MAY_BE_ZERO = {
     'local_rope_theta',
   ),
   'model.policy.': (),
+  'model.lora.': ('rank',),
 }
 
 
@@ -164,6 +168,7 @@ def _check_model(model: ModelConfig) -> None:
     (decoder, 'model.decoder.'),
     (encoder, 'model.encoder.'),
     (policy, 'model.policy.'),
+    (model.lora, 'model.lora.'),
     (model, 'model.'),
   ):
     may_be_zero = MAY_BE_ZERO[prefix]
@@ -198,6 +203,17 @@ def _check_model(model: ModelConfig) -> None:
         f'config.{key} {heads} does not divide config.model.encoder.width '
         f'{encoder.width}: use one of {_divisors(encoder.width)}'
       )
+  names(model.lora.targets, LORA_TARGETS, 'model.lora.targets')
+  if model.lora.rank and not model.lora.targets:
+    raise UserError(
+      f'config.model.lora.rank is {model.lora.rank} and targets is empty: name '
+      'the projections that get an adapter, or set rank to 0'
+    )
+  if model.lora.rank and model.piece_length:
+    raise UserError(
+      'config.model.lora.rank and config.model.piece_length are both set: the '
+      'baseline CEPE has no adapters; set one of them to 0'
+    )
   head_dim = encoder.width // policy.num_heads
   if policy.positions and head_dim % 2 != 0:
     raise UserError(

@@ -74,10 +74,20 @@ class PolicyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Adapters of the decoder's projections, trained in its place."""
+
+  rank: int  # 0: none, the decoder itself is trained
+  alpha: float  # their sum is scaled by alpha / rank
+  targets: tuple[str, ...]  # of LORA_TARGETS in check.py
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   decoder: DecoderConfig
   encoder: EncoderConfig
   policy: PolicyConfig
+  lora: LoraConfig
   chunk_size: int  # k, in decoder tokens
   piece_length: int  # what CEPE's encoder reads at once; 0: no CEPE in this run
   compute_dtype: str  # 'float32' or 'bfloat16'; parameters are always float32

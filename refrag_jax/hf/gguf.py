@@ -125,7 +125,10 @@ def unpack(path: str) -> str:
 def _parts(path: str) -> list[str]:
   """The files of a model, which may be one of several."""
   if not os.path.isfile(path):
-    raise UserError(f'{path} is not there, or no file')
+    raise UserError(
+      f'{path} is not there, or no file (launch/models.sh fetches the pair of '
+      'configs/smollm2.py)'
+    )
   found = SPLIT.search(path)
   if found is None:
     return [path]

@@ -24,16 +24,21 @@ class Block(nn.Module):
   cfg: DecoderConfig
   attention: str
   cross: nn.Module | None
+  lora: nn.Module | None
 
   @nn.compact
   def __call__(self, x_BTD, cache, angles, query, key, memory):
     c = self.cfg
     D, N, M, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
-    dense = layers.Projection
+
+    def dense(name, x, shape, num_in=1, bias=False):
+      y = layers.Projection(shape, num_in, bias, name=name)(x)
+      return y if self.lora is None else self.lora(name, x, y)
+
     h_BTD = layers.RMSNorm(c.norm_eps, name='input_layernorm')(x_BTD)
-    q_BTNH = dense((D, N, H), 1, c.qkv_bias, name='q_proj')(h_BTD)
-    k_BTMH = dense((D, M, H), 1, c.qkv_bias, name='k_proj')(h_BTD)
-    v_BTMH = dense((D, M, H), 1, c.qkv_bias, name='v_proj')(h_BTD)
+    q_BTNH = dense('q_proj', h_BTD, (D, N, H), bias=c.qkv_bias)
+    k_BTMH = dense('k_proj', h_BTD, (D, M, H), bias=c.qkv_bias)
+    v_BTMH = dense('v_proj', h_BTD, (D, M, H), bias=c.qkv_bias)
     if c.qk_norm:
       q_BTNH = layers.RMSNorm(c.norm_eps, name='q_norm')(q_BTNH)
       k_BTMH = layers.RMSNorm(c.norm_eps, name='k_norm')(k_BTMH)
@@ -53,15 +58,15 @@ class Block(nn.Module):
     out_BTNH = attention.attend(
       self.attention, q_BTNH, k_BTMH, v_BTMH, query, key, c.sliding_window
     )
-    x_BTD += dense((N, H, D), 2, False, name='o_proj')(out_BTNH)
+    x_BTD += dense('o_proj', out_BTNH, (N, H, D), num_in=2)
     if self.cross is not None:
       x_BTD = self.cross(x_BTD, memory)
 
     h_BTD = layers.RMSNorm(c.norm_eps, name='post_attention_layernorm')(x_BTD)
-    gate_BTF = dense((D, c.mlp_width), 1, False, name='gate_proj')(h_BTD)
-    up_BTF = dense((D, c.mlp_width), 1, False, name='up_proj')(h_BTD)
+    gate_BTF = dense('gate_proj', h_BTD, (D, c.mlp_width))
+    up_BTF = dense('up_proj', h_BTD, (D, c.mlp_width))
     h_BTF = constrain(nn.silu(gate_BTF) * up_BTF, 'batch', 'sequence', 'mlp')
-    x_BTD += dense((c.mlp_width, D), 1, False, name='down_proj')(h_BTF)
+    x_BTD += dense('down_proj', h_BTF, (c.mlp_width, D))
     return constrain(x_BTD, 'batch', 'sequence', None), cache
 
 
@@ -76,6 +81,8 @@ class Decoder(nn.Module):
   # A layer between attention and MLP of every block, with parameters in a
   # group of its own: the baseline CEPE alone has one (models/cepe.py).
   cross: nn.Module | None = None
+  # Likewise what is added to its projections (models/lora.py).
+  lora: nn.Module | None = None
 
   def setup(self):
     c = self.cfg
@@ -94,7 +101,7 @@ class Decoder(nn.Module):
       self.scan_layers,
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
     )
-    self.layers = blocks(c, self.attention, self.cross)
+    self.layers = blocks(c, self.attention, self.cross, self.lora)
     self.norm = layers.RMSNorm(c.norm_eps)
 
   def embed(self, ids_BT: jax.Array) -> jax.Array:

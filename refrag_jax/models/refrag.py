@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from refrag_jax.config.schema import ModelConfig
-from refrag_jax.models import cepe, splice
+from refrag_jax.models import cepe, lora, splice
 from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoders import ENCODERS
 from refrag_jax.models.policy import Policy
@@ -33,7 +33,8 @@ class Refrag(SplicedDecoder):
     run = (dtype, c.remat, c.scan_layers)
     self.encoder = ENCODERS[c.encoder.kind](c.encoder, *run)
     self.projection = ChunkProjection(c.decoder.width)
-    self.decoder = Decoder(c.decoder, *run, c.attention)
+    self.lora = lora.Adapters(c.decoder, c.lora) if c.lora.rank else None
+    self.decoder = Decoder(c.decoder, *run, c.attention, lora=self.lora)
     self.policy = Policy(c.policy)
 
   def encode(self, encoder_BCM, encoder_len_BC) -> jax.Array:
@@ -142,7 +143,9 @@ class Refrag(SplicedDecoder):
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
-  """Fresh float32 parameters of the four groups, of `cross` if asked for."""
+  """Fresh float32 parameters of the four groups, of `lora` and `cross` if asked
+  for.
+  """
 
   def touch_all(model):
     zeros = lambda *shape: jnp.zeros(shape, jnp.int32)

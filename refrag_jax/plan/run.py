@@ -173,7 +173,7 @@ def plan_stage(
   devices = len(there.devices)
   batch = compilation.abstract_batch(session, name, key[0])
   trainable, frozen = STAGES[name].partition(
-    state.params, session.config.stage[name]
+    state.params, session.config.stage[name].freeze
   )
   sent = collectives.read(
     text, session.mesh.axis_names, session.mesh.devices.shape

@@ -45,7 +45,7 @@ def cepe_nll(model, params, batch, variant):
 CPT_TRAINED = Stage(
   name='cpt_trained',
   predecessor='lm',
-  trainable=r'^decoder/',
+  trainable=r'^(decoder|lora)/',
   task=Continue(),
   nll=plain_nll,
   context=Tokens(),

@@ -25,7 +25,7 @@ from refrag_jax.stages.context import SomeExpanded
 from refrag_jax.stages.mlm import MLM
 from refrag_jax.stages.stage import Stage
 
-ALL_BUT_POLICY = r'^(encoder|projection|decoder)/'
+ALL_BUT_POLICY = r'^(encoder|projection|decoder|lora)/'
 
 
 def nll(model, params, batch, variant):

@@ -63,9 +63,16 @@ class Stage:
     batch = self.prepare(model, params, batch, keys_B, variant, cfg)
     return losses.masked_mean(*self.nll(model, params, batch, variant))
 
-  def partition(self, params: dict, cfg: StageConfig) -> tuple[dict, dict]:
-    """(trainable, frozen) parameters; absent leaves are None."""
-    return partition(params, self.trainable, cfg.freeze)
+  def partition(self, params: dict, freeze: str = '') -> tuple[dict, dict]:
+    """(trainable, frozen) parameters; absent leaves are None.
+
+    `freeze`, of the stage's config, is a regex of paths that stay as they are.
+
+    Where there are adapters, they are trained in the decoder's place.
+    """
+    if 'lora' in params and re.search(self.trainable, 'lora/'):
+      freeze = f'{freeze}|^decoder/' if freeze else '^decoder/'
+    return partition(params, self.trainable, freeze)
 
   def seed(self, config: Config) -> int:
     """The seed of its stream of samples, that of the stage it mirrors."""

@@ -17,9 +17,11 @@ import numpy as np
 
 from configs import common
 from refrag_jax import optimizer
+from refrag_jax.config.check import LORA_TARGETS
 from refrag_jax.config.schema import (
   DecoderConfig,
   EncoderConfig,
+  LoraConfig,
   ModelConfig,
   PolicyConfig,
   StageConfig,
@@ -66,6 +68,7 @@ MODEL = ModelConfig(
     rope_theta=50.0,
     norm_eps=1e-3,
   ),
+  lora=LoraConfig(rank=0, alpha=8.0, targets=LORA_TARGETS),
   chunk_size=K,
   piece_length=0,
   compute_dtype='float32',
@@ -77,6 +80,7 @@ MODEL = ModelConfig(
 
 # With the fifth parameter group; the other four are drawn as without it.
 CEPE = dataclasses.replace(MODEL, piece_length=4)
+LORA = dataclasses.replace(MODEL, lora=dataclasses.replace(MODEL.lora, rank=2))
 
 
 def jit(f, **kwargs):
