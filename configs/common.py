@@ -431,6 +431,11 @@ def stage(**fields) -> ml_collections.ConfigDict:
   # A regular expression of parameter paths that stay as they are, on top of
   # what the stage freezes: '^decoder/embed_tokens', '^decoder/'.
   c.freeze = ''
+  # Distillation: the weight, beside the NLL's 1, of the KL divergence from what
+  # the same decoder says with the context as tokens; and the temperature of
+  # both distributions.
+  c.distill_weight = 0.0
+  c.distill_temperature = 1.0
   # How a fresh encoder starts where this stage is the first to need it: '' at
   # random, 'decoder_embeddings' with the decoder's as its word embeddings
   # (for equal widths and tokenizers).

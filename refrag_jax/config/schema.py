@@ -135,6 +135,9 @@ class StageConfig:
   periodic_fraction: float  # share of `lm` windows that repeat a span
   init_from: str  # '' = the stage's predecessor in this workdir
   freeze: str  # regex of parameter paths that stay as they are, besides
+  # Weight of the KL from the decoder with the context as tokens; 0: none.
+  distill_weight: float
+  distill_temperature: float
   encoder_init: str  # of a fresh encoder: '' = random, or 'decoder_embeddings'
 
 

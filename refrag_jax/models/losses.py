@@ -18,20 +18,63 @@ def token_nll(hidden_BOD, head_DV, target_BO, block: int) -> jax.Array:
     hidden_BOD: the states that predict each target.
     head_DV: the output matrix.
     target_BO: ids in [0, V); checked on the host, JAX would clamp.
+    block: as in `by_pieces`.
+  """
+
+  def piece(hidden_BOD, target_BO):
+    logits_BOV = _logits(hidden_BOD, head_DV)
+    picked_BO = jnp.take_along_axis(logits_BOV, target_BO[..., None], 2)[..., 0]
+    return jax.nn.logsumexp(logits_BOV, axis=-1) - picked_BO
+
+  return by_pieces(piece, (hidden_BOD, target_BO), block)
+
+
+def token_kl(
+  hidden_BOD, teacher_BOD, head_DV, temperature: float, block: int
+) -> jax.Array:
+  """KL of each target's distribution from a teacher's, float32 (B, O), nats.
+
+  Times the temperature squared, so that its gradient is of the size of the
+  NLL's at any temperature (Hinton et al. 2015, section 2). The teacher has no
+  gradient.
+
+  Args:
+    teacher_BOD: the states that predict the same targets there.
+    block: as in `by_pieces`.
+  """
+  teacher_DV = jax.lax.stop_gradient(head_DV)
+
+  def piece(hidden_BOD, teacher_BOD):
+    ours, theirs = (
+      jax.nn.log_softmax(_logits(hidden_BOD, head_DV) / temperature)
+      for hidden_BOD, head_DV in (
+        (hidden_BOD, head_DV),
+        (jax.lax.stop_gradient(teacher_BOD), teacher_DV),
+      )
+    )
+    return (jnp.exp(theirs) * (theirs - ours)).sum(-1)
+
+  kl_BO = by_pieces(piece, (hidden_BOD, teacher_BOD), block)
+  return kl_BO * temperature**2
+
+
+def _logits(hidden_BOD, head_DV) -> jax.Array:
+  return einsum32('BOD,DV->BOV', hidden_BOD, head_DV.astype(hidden_BOD.dtype))
+
+
+def by_pieces(piece, arrays: tuple, block: int) -> jax.Array:
+  """piece(*arrays), (B, O), without ever holding the logits of all targets.
+
+  Args:
+    piece: of arrays (B, X, ...), X targets of each row, to (B, X).
+    arrays: each (B, O, ...).
     block: targets of each row whose logits exist at once, recomputed in the
       backward; 0 takes all at once and keeps them. Each piece holds some of
       what each device has: some of every row, of every part of it.
   """
-
-  def piece(hidden_BOD, target_BO):
-    head = head_DV.astype(hidden_BOD.dtype)
-    logits_BOV = einsum32('BOD,DV->BOV', hidden_BOD, head)
-    picked_BO = jnp.take_along_axis(logits_BOV, target_BO[..., None], 2)[..., 0]
-    return jax.nn.logsumexp(logits_BOV, axis=-1) - picked_BO
-
-  B, O = target_BO.shape
+  B, O = arrays[0].shape[:2]
   if not block or block >= O:
-    return piece(hidden_BOD, target_BO)
+    return piece(*arrays)
   ways = axis_size('sequence')
   block += -block % ways
 
@@ -41,11 +84,10 @@ def token_nll(hidden_BOD, head_DV, target_BO, block: int) -> jax.Array:
     parts = jnp.pad(x, pad).reshape(B, ways, -1, block // ways, *x.shape[2:])
     return jnp.moveaxis(parts, 2, 0).reshape(-1, B, block, *x.shape[2:])
 
-  nll_PBX = jax.lax.map(
-    jax.checkpoint(lambda args: piece(*args)),
-    (split(hidden_BOD), split(target_BO)),
+  found_PBX = jax.lax.map(
+    jax.checkpoint(lambda args: piece(*args)), tuple(map(split, arrays))
   )
-  parts = nll_PBX.reshape(-1, B, ways, block // ways)
+  parts = found_PBX.reshape(-1, B, ways, block // ways)
   return jnp.moveaxis(parts, 0, 2).reshape(B, -1)[:, :O]
 
 

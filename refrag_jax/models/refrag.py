@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from refrag_jax.config.schema import ModelConfig
-from refrag_jax.models import cepe, lora, splice
+from refrag_jax.models import cepe, lora, losses, splice
 from refrag_jax.models.decoder import Decoder
 from refrag_jax.models.encoders import ENCODERS
 from refrag_jax.models.policy import Policy
@@ -96,11 +96,39 @@ class Refrag(SplicedDecoder):
     c_BCE = self.chunk_embeddings(batch)
     return self.output_nll(batch, c_BCE, batch['expand_BC'], num_expanded)
 
-  def plain_nll(self, batch, context: str) -> jax.Array:
-    """The decoder alone, (B, O): 'none', 'last_k' or 'full' context as tokens.
+  def distilled(
+    self, batch, num_expanded: int, temperature: float
+  ) -> tuple[jax.Array, jax.Array]:
+    """NLL of every output token and its KL from a teacher's, each (B, O).
 
-    'last_k' keeps as many last context tokens as REFRAG has chunk positions
-    (LLaMA_K of the paper's Table 1); contexts without ragged chunks only.
+    Args:
+      batch: with teacher_BOD, the states that predict the same outputs there.
+      num_expanded: chunks of `expand_BC` that are tokens; 0: none.
+    """
+    c_BCE = self.chunk_embeddings(batch)
+    none_BC = jnp.zeros(c_BCE.shape[:2], bool)
+    expand_BC = batch['expand_BC'] if num_expanded else none_BC
+    hidden_BOD = self.output_states(batch, c_BCE, expand_BC, num_expanded)
+    kl_BO = losses.token_kl(
+      hidden_BOD,
+      batch['teacher_BOD'],
+      self.head(),
+      temperature,
+      self.cfg.loss_block,
+    )
+    return self.nll(hidden_BOD, batch['output_BO']), kl_BO
+
+  def plain_nll(self, batch, context: str) -> jax.Array:
+    """NLL by the decoder alone, (B, O); context as in `plain_states`."""
+    hidden_BOD = self.plain_states(batch, context)
+    return self.nll(hidden_BOD, batch['output_BO'])
+
+  def plain_states(self, batch, context: str) -> jax.Array:
+    """The decoder alone: the states that predict the outputs, (B, O, D).
+
+    Its context is 'none', 'last_k' or 'full', as tokens. 'last_k' keeps as many
+    last context tokens as REFRAG has chunk positions (LLaMA_K of the paper's
+    Table 1); contexts without ragged chunks only.
     """
     chunks_BCK, len_BC = batch['chunks_BCK'], batch['chunk_len_BC']
     B, C, K = chunks_BCK.shape
@@ -113,7 +141,7 @@ class Refrag(SplicedDecoder):
       raise ValueError(f'no context {context!r}')
     batch = batch | {'chunks_BCK': chunks_BCK, 'chunk_len_BC': len_BC}
     all_BC = jnp.ones(len_BC.shape, bool)
-    return self.output_nll(batch, None, all_BC, len_BC.shape[1])
+    return self.output_states(batch, None, all_BC, len_BC.shape[1])
 
   def next_token_nll(self, batch) -> tuple[jax.Array, jax.Array]:
     """NLL of each next token of packed rows, (B, T - 1), and its mask.

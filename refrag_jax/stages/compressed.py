@@ -8,22 +8,26 @@ tokens:
   mixed        as cpt, floor(pL) random chunks left as tokens
   sft          answer after a question and retrieved passages
 
-Dimension key: B batch, C chunks, O output slots.
+All but the first may learn beside their targets from what the same decoder says
+of them with the context as tokens: distillation, which the paper has not.
+
+Dimension key: B batch, C chunks, O output slots, D decoder width.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 
-from refrag_jax.config.schema import Config
+from refrag_jax.config import check
+from refrag_jax.config.schema import Config, StageConfig
 from refrag_jax.data.tasks.questions import Questions
 from refrag_jax.data.tasks.windows import Continue, Regenerate
 from refrag_jax.errors import UserError
-from refrag_jax.models import policy
+from refrag_jax.models import losses, policy
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.stages.context import SomeExpanded
 from refrag_jax.stages.mlm import MLM
-from refrag_jax.stages.stage import Stage
+from refrag_jax.stages.stage import Stage, as_is
 
 ALL_BUT_POLICY = r'^(encoder|projection|decoder|lora)/'
 
@@ -50,6 +54,71 @@ def mixed_nll(model, params, batch, variant):
     {'params': params}, batch, variant, method=Refrag.mixed_nll
   )
   return nll_BO, batch['loss_mask_BO']
+
+
+def with_teacher(prepare):
+  """A `prepare` that adds the teacher's states, (B, O, D), where there is one.
+
+  It is outside of the gradient. The teacher reads all of the context as tokens,
+  without adapters, so that it stays what it was.
+  """
+
+  def prepared(model, params, batch, keys_B, variant, cfg):
+    batch = prepare(model, params, batch, keys_B, variant, cfg)
+    if not cfg.distill_weight:
+      return batch
+    return batch | {'teacher_BOD': _teacher(model, params, batch)}
+
+  return prepared
+
+
+def _teacher(model, params, batch):
+  cfg = dataclasses.replace(
+    model.cfg, lora=dataclasses.replace(model.cfg.lora, rank=0)
+  )
+  plain = {group: x for group, x in params.items() if group != 'lora'}
+  return Refrag(cfg).apply(
+    {'params': plain}, batch, 'full', method=Refrag.plain_states
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distilled(Stage):
+  """A stage whose loss may have a teacher's part; `prepare` has to bring it."""
+
+  def loss(self, model, params, batch, variant, cfg: StageConfig):
+    """NLL, plus the weighted KL from the teacher where there is one."""
+    if not cfg.distill_weight:
+      return super().loss(model, params, batch, variant, cfg)
+    nll_BO, kl_BO = model.apply(
+      {'params': params},
+      batch,
+      variant or 0,
+      cfg.distill_temperature,
+      method=Refrag.distilled,
+    )
+    mask_BO = batch['loss_mask_BO']
+    nll, targets = losses.masked_sum(nll_BO, mask_BO)
+    kl, _ = losses.masked_sum(kl_BO, mask_BO)
+    total = nll + cfg.distill_weight * kl
+    return total, targets, {'distill_kl': kl / jnp.maximum(targets, 1.0)}
+
+  def longest(self, config: Config) -> int:
+    """Positions of the longest sequence, the teacher's included."""
+    cfg, k = config.stage[self.name], config.model.chunk_size
+    longest, chunks = (
+      super().longest(config),
+      self.task.num_chunks(config, self.name),
+    )
+    if cfg.distill_weight:
+      longest += chunks * k - self.context.positions(cfg, chunks, k)
+    return longest
+
+  def check_distillation(self, cfg: StageConfig, prefix: str) -> None:
+    """Refuses a weight below 0, and a temperature that is not above it."""
+    check.not_negative(cfg, prefix, 'distill_weight')
+    if cfg.distill_weight:
+      check.positive(cfg, prefix, 'distill_temperature')
 
 
 class Reconstruct(Stage):
@@ -81,30 +150,32 @@ RECONSTRUCT_UNFROZEN = dataclasses.replace(
   trainable=ALL_BUT_POLICY,
   mirrors='reconstruct',
 )
-CPT = Stage(
+CPT = Distilled(
   name='cpt',
   predecessor='reconstruct',
   trainable=ALL_BUT_POLICY,
   task=Continue(),
   nll=nll,
+  prepare=with_teacher(as_is),
 )
 # What an encoder alone can do for a decoder that stays as it is.
 CPT_FROZEN = dataclasses.replace(
   CPT, name='cpt_frozen', trainable=RECONSTRUCT.trainable, mirrors='cpt'
 )
-MIXED = Stage(
+MIXED = Distilled(
   name='mixed',
   predecessor='cpt',
   trainable=ALL_BUT_POLICY,
   task=Continue(),
   nll=mixed_nll,
   context=SomeExpanded(),
-  prepare=expand_random,
+  prepare=with_teacher(expand_random),
 )
-SFT = Stage(
+SFT = Distilled(
   name='sft',
   predecessor='mixed',
   trainable=ALL_BUT_POLICY,
   task=Questions(),
   nll=nll,
+  prepare=with_teacher(as_is),
 )

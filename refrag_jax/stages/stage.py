@@ -113,6 +113,7 @@ class Stage:
     self.context.check(config, self.name)
     _check_encoder_init(cfg, prefix, config)
     self.check_updates(cfg, prefix)
+    self.check_distillation(cfg, prefix)
     self.check_positions(config)
 
   def check_updates(self, cfg: StageConfig, prefix: str) -> None:
@@ -122,6 +123,14 @@ class Stage:
         f'config.{prefix}updates_per_rollout is {cfg.updates_per_rollout}: '
         f'rollouts are of grpo alone, and {self.name} makes one update a step; '
         'use 0'
+      )
+
+  def check_distillation(self, cfg: StageConfig, prefix: str) -> None:
+    """Refuses distillation where it is of no use; a control arm ignores it."""
+    if cfg.distill_weight and not self.mirrors:
+      raise UserError(
+        f'config.{prefix}distill_weight is {cfg.distill_weight:g}: of cpt, '
+        f'mixed and sft there is a teacher, and {self.name} has none; use 0'
       )
 
   def check_positions(self, config: Config) -> None:
