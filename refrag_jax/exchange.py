@@ -21,6 +21,8 @@ from refrag_jax.runtime import files as files_lib
 from refrag_jax.runtime.progress import say
 from refrag_jax.state import TrainState
 
+ADAPTER = 'adapter'  # the directory of an export that has them by themselves
+
 
 def run_import(config: Config, workdir: str, source: str, target: str) -> int:
   """Hugging Face models to a checkpoint that a stage can start from.
@@ -71,8 +73,9 @@ def run_export(config: Config, workdir: str, source: str, target: str) -> int:
   Args:
     source: the checkpoint's directory.
     target: `decoder/` and `encoder/` as ordinary models, projection and policy
-      as safetensors, refrag.json, and README.md, which explains them. It
-      appears whole.
+      as safetensors, refrag.json, and README.md, which explains them. Of a
+      decoder with adapters both the merged one and `adapter/`, as PEFT loads
+      them. It appears whole.
 
   Raises:
     UserError: there is no such checkpoint, or the target cannot be written.
@@ -91,8 +94,6 @@ def run_export(config: Config, workdir: str, source: str, target: str) -> int:
     with jax.set_mesh(opened.mesh):
       params, groups = session.load_params(opened, source, f'--from={source}')
     params = {group: params[group] for group in groups}
-    if 'lora' in params:  # an ordinary model has no place for it
-      params = lora.merge(params, opened.config.model.lora)
     stage = (checkpoint.read_meta(source) or {}).get('stage', '')
     _write(opened, params, session.base_models(source), stage, directory)
   say(f'done: {target} ({", ".join(sorted(groups))})')
@@ -202,6 +203,14 @@ def _dtypes(values: dict, base: dict) -> dict[str, str]:
 def _write(opened, params, bases: dict, stage: str, target: str) -> None:
   config, files = opened.config, []
   model = config.model
+  if 'lora' in params:  # an ordinary model has no place for it
+    name = bases.get('decoder', {}).get('name', '')
+    os.mkdir(os.path.join(target, ADAPTER))
+    written = convert.write_adapters(
+      os.path.join(target, ADAPTER), params['lora'], model.lora, name
+    )
+    files += [f'{ADAPTER}/{file}' for file in written]
+    params = lora.merge(params, model.lora)
   names = {
     'decoder': config.data.tokenizer,
     'encoder': config.data.encoder_tokenizer,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import toy_config
 import toy_run
+from safetensors.numpy import load_file
 from toy_run import one_device  # noqa: F401
 
 from refrag_jax import checkpoint, exchange, session
@@ -117,6 +118,11 @@ def test_an_export_is_an_ordinary_model(cfg, run, tmp_path):
   )  # fmt: skip
   again, groups = loaded(plain, target)
   assert sources.is_source(target) and 'lora' not in groups
+  card = (tmp_path / 'out' / 'README.md').read_text()
+  assert '`adapter/`' in card
+  assert len(load_file(f'{target}/adapter/adapter_model.safetensors')) == (
+    2 * len(cfg.model.lora.targets) * cfg.model.decoder.num_layers
+  )
   equal(again['decoder'], lora.merge(params, cfg.model.lora)['decoder'])
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from refrag_jax.config.schema import LoraConfig
 from refrag_jax.errors import UserError
 from refrag_jax.hf import families, gguf, hub
 from refrag_jax.hf.families import FAMILIES, Family, Tensor
@@ -577,6 +578,50 @@ def _fetch(tensor: Tensor, array: jax.Array, y: int | None) -> np.ndarray:
   if tensor.num_in:
     return ours.reshape(shape[::-1]).T
   return ours.reshape(shape)
+
+
+def write_adapters(
+  directory: str, params: Any, cfg: LoraConfig, base: str
+) -> list[str]:
+  """Writes the group `lora` as a directory that PEFT loads.
+
+  Args:
+    directory: exists.
+    base: the name of the decoder that they were trained for.
+
+  Returns:
+    The names of the files.
+  """
+  tensors, theirs = {}, {tensor.ours: tensor for tensor in families.DECODER}
+  for name, adapter in params.items():
+    tensor = theirs[f'layers/{name}/kernel']
+    stem = f'base_model.model.model.{tensor.theirs.removesuffix(".weight")}'
+    a_YR = np.asarray(adapter['a']['kernel'])
+    b_YR = np.asarray(adapter['b']['kernel'])
+    for y, (a, b) in enumerate(zip(a_YR, b_YR)):
+      of_layer = stem.format(y)
+      tensors[f'{of_layer}.lora_A.weight'] = a.reshape(-1, cfg.rank).T
+      tensors[f'{of_layer}.lora_B.weight'] = b.reshape(cfg.rank, -1).T
+  file, config = families.ADAPTERS[1], families.ADAPTERS[0]
+  _save(
+    {name: np.ascontiguousarray(x) for name, x in tensors.items()},
+    os.path.join(directory, file),
+  )
+  files_lib.write_json(
+    os.path.join(directory, config),
+    {
+      'peft_type': 'LORA',
+      'task_type': 'CAUSAL_LM',
+      'base_model_name_or_path': base,
+      'r': cfg.rank,
+      'lora_alpha': cfg.alpha,
+      'target_modules': sorted(params),
+      'lora_dropout': 0.0,
+      'bias': 'none',
+      'inference_mode': True,
+    },
+  )
+  return [file, config]
 
 
 def save_arrays(path: str, params: Any) -> None:

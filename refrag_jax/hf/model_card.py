@@ -33,6 +33,11 @@ _FILES = {
     'encoder of chunks, as `transformers.AutoModel` and '
     '`sentence_transformers` load it',
   ),
+  'adapter': (
+    '`adapter/`',
+    'what was trained of the language model (LoRA), as PEFT loads it onto the '
+    'one that it was trained for; it is merged into `decoder/` already',
+  ),
   'projection': (
     '`projection.safetensors`',
     'from chunk vectors to input embeddings of the decoder, below',
@@ -122,6 +127,8 @@ def text(exported: Mapping[str, Any]) -> str:
     exported: what refrag.json holds.
   """
   groups, base = exported['groups'], exported['base']
+  if any(file.startswith('adapter/') for file in exported['sha256']):
+    groups = [*groups, 'adapter']
   model = exported['model']
   whole = 'projection' in groups
   values = dict(
