@@ -15,6 +15,7 @@ Dimension key: Y layers.
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -26,6 +27,7 @@ import gguf
 import numpy as np
 
 from refrag_jax.errors import UserError
+from refrag_jax.runtime import environment
 from refrag_jax.runtime.paths import refuse_pointer
 
 SUFFIX = '.gguf'
@@ -105,11 +107,13 @@ def unpack(path: str) -> str:
     [os.path.realpath(part) for part in [*parts, *beside]],
     [(info.st_size, info.st_mtime_ns) for info in told],
     FORMAT,
+    importlib.metadata.version('transformers'),  # which makes the tokenizer
   ]
   mark = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-  home = os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
   stem = os.path.basename(path).removesuffix(SUFFIX)
-  target = os.path.join(home, 'refrag_jax', 'gguf', f'{stem}-{mark}')
+  target = os.path.join(
+    environment.cache_dir(os.environ, 'gguf'), f'{stem}-{mark}'
+  )
   if os.path.isdir(target):
     return target
   os.makedirs(os.path.dirname(target), exist_ok=True)

@@ -148,6 +148,12 @@ def jax_build(hardware: str, installed: Mapping[str, str]) -> str:
   return f'jax[{needed[0]}]=={installed.get("jax", "0.10.2")}'
 
 
+def cache_dir(environ: Mapping[str, str], kind: str) -> str:
+  """Where this project keeps what it can make anew, of one kind."""
+  home = os.path.expanduser(environ.get('XDG_CACHE_HOME') or '~/.cache')
+  return os.path.join(home, 'refrag_jax', kind)
+
+
 def set_compilation_cache(environ: dict[str, str]) -> str:
   """Makes JAX keep its compiled programs, so that a second start is quick.
 
@@ -160,10 +166,7 @@ def set_compilation_cache(environ: dict[str, str]) -> str:
   Returns:
     The cache's directory.
   """
-  home = os.path.expanduser(environ.get('XDG_CACHE_HOME') or '~/.cache')
-  environ.setdefault(
-    'JAX_COMPILATION_CACHE_DIR', os.path.join(home, 'refrag_jax', 'xla')
-  )
+  environ.setdefault('JAX_COMPILATION_CACHE_DIR', cache_dir(environ, 'xla'))
   # JAX's defaults leave out what compiled in under a second, most of a run of
   # a small model.
   environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
