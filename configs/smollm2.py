@@ -9,8 +9,6 @@ adapters of rank 16 (LoRA), and so do the control arms. Name your own text in
 --config.data.text; without it, it is the interpreter's documentation.
 """
 
-import os
-
 from configs import common
 
 PRESETS = {
@@ -20,11 +18,8 @@ DURATIONS = {
   '': 'a night on two CPU cores',
   'laptop': '40 minutes on two idle CPU cores',
 }
-MODELS = os.path.join(
-  os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'models'
-)
-DECODER = os.path.join(MODELS, 'SmolLM2-135M-Instruct.Q4_1.gguf')
-ENCODER = os.path.join(MODELS, 'all-MiniLM-L6-v2')
+DECODER = 'models/SmolLM2-135M-Instruct.Q4_1.gguf'
+ENCODER = 'models/all-MiniLM-L6-v2'
 # stage: (steps, batch) of a night, and of the laptop's 40 minutes.
 BUDGETS = {
   'reconstruct': ((1000, 32), (80, 32)),

@@ -45,6 +45,7 @@ HOMES = {
   'sentencepiece': ('data.vocabularies',),
   'safetensors': ('hf.convert',),
   'huggingface_hub': ('hf.hub',),
+  'gguf': ('hf.gguf',),
   'tensorboardX': ('runtime.metrics',),
   'wandb': ('runtime.wandb',),
   'ml_collections': (),  # config files alone

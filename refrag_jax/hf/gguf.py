@@ -15,7 +15,6 @@ Dimension key: Y layers.
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -60,9 +59,6 @@ _NAMES = {
   'ffn_up': 'mlp.up_proj',
   'ffn_down': 'mlp.down_proj',
 }
-# What a vocabulary's text was cut into before its merges were learned, where
-# transformers knows no better than GPT-2's way: SmolLM's digits stand alone.
-_SINGLE_DIGITS = ('smollm',)
 _TOKENIZER = ('tokenizer.json', 'tokenizer.model')
 
 
@@ -107,7 +103,6 @@ def unpack(path: str) -> str:
     [os.path.realpath(part) for part in [*parts, *beside]],
     [(info.st_size, info.st_mtime_ns) for info in told],
     FORMAT,
-    importlib.metadata.version('transformers'),  # which makes the tokenizer
   ]
   mark = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
   stem = os.path.basename(path).removesuffix(SUFFIX)
@@ -306,44 +301,156 @@ def llama3_factors(
 
 # --- Tokenizer ----------------------------------------------------------------
 
+# How text is cut before BPE's merges, by the name that llama.cpp gives it.
+_WORDS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}|"
+  r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+_BYTES = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False}
+_GPT2 = [_BYTES | {'use_regex': True}]
+
+
+def _split(digits: int) -> list[dict[str, Any]]:
+  pattern = {'Regex': _WORDS % digits}
+  return [
+    {
+      'type': 'Split',
+      'pattern': pattern,
+      'behavior': 'Isolated',
+      'invert': False,
+    },
+    _BYTES | {'use_regex': False},
+  ]
+
+
+_CUT = {
+  **dict.fromkeys(('default', 'gpt-2'), _GPT2),
+  'smollm': [{'type': 'Digits', 'individual_digits': True}, *_GPT2],
+  **dict.fromkeys(('llama-bpe', 'llama3', 'llama-v3'), _split(3)),
+  **dict.fromkeys(('qwen2', 'deepseek-r1-qwen'), _split(1)),
+}
+_NORMAL, _CONTROL, _USER = 1, 3, 4  # types of tokens, as sentencepiece has them
+_BPE, _NO_NORMALIZER = 2, 'identity'
+
 
 def _write_tokenizer(
   directory: str, reader: gguf.GGUFReader, path: str
 ) -> None:
-  """tokenizer.json and what goes with it, from the metadata."""
-  if reader.get_field('tokenizer.ggml.tokens') is None:
-    return  # a config may name one from elsewhere
-  os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-  import transformers
-  from tokenizers import pre_tokenizers
+  """What the metadata says of the tokenizer, in the files of the other kind.
 
-  try:
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
-      os.path.dirname(path) or '.', gguf_file=os.path.basename(path)
-    )
-  except Exception as e:  # whatever it trips over, the file is at fault
-    reason = str(e).strip().split('\n')[0][:200]
+  tokenizer.json for byte-level BPE, tokenizer.model for sentencepiece.
+
+  Raises:
+    UserError: it is of another kind, or cuts text in a way unknown here.
+  """
+  read = lambda key, default=None: _metadata(
+    reader, f'tokenizer.ggml.{key}', default
+  )
+  tokens = read('tokens')
+  if not tokens:
+    return  # a config may name one from elsewhere
+  kind, cut = read('model', '?'), read('pre', 'default')
+  types = read('token_type') or [_NORMAL] * len(tokens)
+  if kind == 'gpt2' and cut in _CUT:
+    with open(os.path.join(directory, 'tokenizer.json'), 'w') as f:
+      json.dump(_byte_level(tokens, types, read('merges'), cut), f)
+  elif kind == 'llama' and read('scores'):
+    prefix = read('add_space_prefix', True)
+    with open(os.path.join(directory, 'tokenizer.model'), 'wb') as f:
+      f.write(_sentencepiece(tokens, read('scores'), types, prefix))
+  else:
     raise UserError(
-      f'no tokenizer could be made from the metadata of {path} ({reason}): put '
-      'the tokenizer.json of the model beside it'
-    ) from None
-  if _metadata(reader, 'tokenizer.ggml.pre') in _SINGLE_DIGITS:
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-      [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-      ]
+      f'{path} has a tokenizer of kind {kind!r}, text cut as {cut!r}, which is '
+      'not known here: put the tokenizer.json of the model beside it'
     )
-  tokenizer.save_pretrained(directory)
-  # GPT-2's own end of text, which transformers adds where there is none: an id
-  # that the model has no row for.
-  file = os.path.join(directory, 'tokenizer.json')
-  with open(file, encoding='utf-8') as f:
-    saved = json.load(f)
-  ids = len(reader.get_field('tokenizer.ggml.tokens').data)
-  saved['added_tokens'] = [t for t in saved['added_tokens'] if t['id'] < ids]
-  with open(file, 'w', encoding='utf-8') as f:
-    json.dump(saved, f, ensure_ascii=False)
+  config = {'tokenizer_class': 'PreTrainedTokenizerFast'}
+  for name, key in (
+    ('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding')
+  ):  # fmt: skip
+    number = read(f'{key}_token_id')
+    if number is not None and 0 <= number < len(tokens):
+      config[f'{name}_token'] = tokens[number]
+  with open(os.path.join(directory, 'tokenizer_config.json'), 'w') as f:
+    json.dump(config, f, indent=1)
+  template = _metadata(reader, 'tokenizer.chat_template')
+  if template:
+    with open(
+      os.path.join(directory, 'chat_template.jinja'), 'w', encoding='utf-8'
+    ) as f:
+      f.write(template)
+
+
+def _byte_level(
+  tokens: list[str], types: list[int], merges: list[str], cut: str
+) -> dict[str, Any]:
+  """tokenizer.json of byte-level BPE."""
+  return {
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': [
+      {
+        'id': i,
+        'content': token,
+        'single_word': False,
+        'lstrip': False,
+        'rstrip': False,
+        'normalized': False,
+        'special': kind == _CONTROL,
+      }
+      for i, (token, kind) in enumerate(zip(tokens, types))
+      if kind in (_CONTROL, _USER)
+    ],
+    'normalizer': {'type': 'NFC'} if 'qwen' in cut else None,
+    'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': _CUT[cut]},
+    'post_processor': None,
+    'decoder': _BYTES | {'use_regex': True},
+    'model': {
+      'type': 'BPE',
+      'dropout': None,
+      'unk_token': None,
+      'continuing_subword_prefix': None,
+      'end_of_word_suffix': None,
+      'fuse_unk': False,
+      'byte_fallback': False,
+      # Llama 3's: a word of the vocabulary is taken whole.
+      'ignore_merges': _CUT[cut] == _split(3),
+      'vocab': {token: i for i, token in enumerate(tokens)},
+      'merges': merges,
+    },
+  }
+
+
+def _sentencepiece(
+  tokens: list[str], scores: list[float], types: list[int], prefix: bool
+) -> bytes:
+  """ModelProto of a sentencepiece BPE, in the wire format of protobuf."""
+
+  def varint(n: int) -> bytes:
+    out = b''
+    while n > 127:
+      out, n = out + bytes([n & 127 | 128]), n >> 7
+    return out + bytes([n])
+
+  def field(number: int, value: int | float | bytes) -> bytes:
+    if isinstance(value, float):
+      return varint(number << 3 | 5) + np.float32(value).tobytes()
+    if isinstance(value, int):
+      return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+  pieces = b''.join(
+    field(
+      1,
+      field(1, token.encode()) + field(2, float(score)) + field(3, int(kind)),
+    )
+    for token, score, kind in zip(tokens, scores, types)
+  )
+  trainer = field(3, _BPE) + field(35, 1)  # model_type, byte_fallback
+  # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+  normalizer = field(1, _NO_NORMALIZER.encode()) + field(3, int(prefix))
+  normalizer += field(4, 0) + field(5, 1)
+  return pieces + field(2, trainer) + field(3, normalizer)
 
 
 # --- Tensors ------------------------------------------------------------------

@@ -23,6 +23,8 @@ CONFIGS = (
   'repro.py',
   'repro.py:cpu',
   'repro.py:smoke',
+  'smollm2.py',
+  'smollm2.py:laptop',
   'llama2_7b.py',
   'llama2_7b.py:k8',
   'llama2_7b.py:k16',

@@ -43,7 +43,10 @@ def name_of(theirs: str) -> str:
   return f'{layer}{NAMES[stem]}.{kind}'
 
 
-def write(path, directory, kind='F32', drop=(), metadata=None, more=None):
+def write(
+  path, directory, kind='F32', drop=(), metadata=None, more=None, cut='smollm',
+  pieces=None,
+):  # fmt: skip
   """A Hugging Face directory's decoder as one file.
 
   Args:
@@ -51,6 +54,8 @@ def write(path, directory, kind='F32', drop=(), metadata=None, more=None):
     drop: names of tensors, as in the file, that are left out.
     metadata: more, or others, by their keys; None leaves one out.
     more: further tensors.
+    cut: how the tokenizer cuts text, by llama.cpp's name.
+    pieces: of a sentencepiece BPE in its place: (token, score, type) each.
   """
   with open(os.path.join(directory, 'config.json')) as f:
     config = json.load(f)
@@ -79,15 +84,25 @@ def write(path, directory, kind='F32', drop=(), metadata=None, more=None):
       writer.add_float32(key, value)
     elif value is not None:
       writer.add_uint32(key, value)
-  writer.add_tokenizer_model('gpt2')
-  writer.add_tokenizer_pre('smollm')
-  writer.add_token_list(WORDS)
-  normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
-  writer.add_token_types(
-    [control if word.startswith('<') else normal for word in WORDS]
-  )
-  writer.add_token_merges(MERGES)
-  writer.add_eos_token_id(WORDS.index('<|end|>'))
+  if pieces:
+    tokens, scores, types = zip(*pieces)
+    writer.add_tokenizer_model('llama')
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+  else:
+    writer.add_tokenizer_model('gpt2')
+    writer.add_tokenizer_pre(cut)
+    writer.add_token_list(WORDS)
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_token_types(
+      [control if word.startswith('<') else normal for word in WORDS]
+    )
+    writer.add_token_merges(MERGES)
+    writer.add_eos_token_id(WORDS.index('<|end|>'))
   writer.add_chat_template('{{ messages[0].content }}')
   kind = gguf.GGMLQuantizationType[kind]
   for name, array in load_file(f'{directory}/model.safetensors').items():

@@ -12,6 +12,8 @@ import hf_directories as hf
 import jax
 import numpy as np
 import pytest
+import real_models
+import sentencepiece
 import toy
 
 from refrag_jax import sharding
@@ -121,6 +123,57 @@ def test_its_tokenizer_is_in_there(made):
   assert words('a  12') == ['a', 'ĠĠ', '1', '2']
   assert found.eos_id == gguf_files.WORDS.index('<|end|>')
   assert 'chat_template.jinja' in os.listdir(hub.resolve(path))
+
+
+@pytest.mark.parametrize(
+  ('cut', 'text', 'expected'),
+  [
+    ('gpt-2', 'a  12', ['a', 'Ġ', 'Ġ', '1', '2']),
+    ('smollm', 'a  12', ['a', 'ĠĠ', '1', '2']),
+    ('llama-bpe', 'ab  a', ['ab', 'Ġ', 'Ġa']),
+    ('qwen2', 'ab  a', ['ab', 'Ġ', 'Ġa']),
+  ],
+)
+def test_text_is_cut_as_the_file_says(cut, text, expected, made):
+  found = tokenizers.load(made(cut=cut))
+  assert [gguf_files.WORDS[i] for i in found.encode(text)[0]] == expected
+  assert found.decode(found.encode(text)[0]) == text
+
+
+def test_an_unknown_way_of_cutting_is_refused(made):
+  with pytest.raises(UserError, match="text cut as 'other'.*tokenizer.json"):
+    hub.resolve(made(cut='other'))
+
+
+def test_sentencepiece_is_what_it_was(made):
+  """Llama 2's, taken apart and put together again."""
+  source = real_models.shared('tokenizers')
+  if source is None:
+    pytest.skip('needs the real tokenizers')
+  model = sentencepiece.SentencePieceProcessor(
+    model_file=str(source / 'llama2' / 'tokenizer.model')
+  )
+  kinds = (
+    (model.is_unknown, 2), (model.is_control, 3), (model.is_unused, 5),
+    (model.is_byte, 6),
+  )  # fmt: skip
+  pieces = [
+    (
+      model.id_to_piece(i),
+      model.get_score(i),
+      next((kind for test, kind in kinds if test(i)), 1),
+    )
+    for i in range(model.vocab_size())
+  ]
+  found = tokenizers.load(made(pieces=pieces))
+  assert (found.bos_id, found.eos_id) == (1, 2)
+  texts = [
+    'A report of 2024 says:  naïve models, 3.14 times.\n\n\tIndented.',
+    ' starts with a space', 'ends with two  ', '日本語 and <s> and 😀', '',
+    *(real_models.lines(400) or []),
+  ]  # fmt: skip
+  for text in texts:
+    assert list(found.encode(text)[0]) == model.encode(text), text
 
 
 def test_a_tokenizer_beside_it_goes_first(made, tmp_path):
