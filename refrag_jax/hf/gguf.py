@@ -12,7 +12,6 @@ and key are put back.
 Dimension key: Y layers.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -116,8 +115,11 @@ def unpack(path: str) -> str:
     inner = os.path.join(made, 'model')
     os.mkdir(inner)
     _write(inner, path, parts, beside)
-    with contextlib.suppress(OSError):  # another process was first
+    try:
       os.rename(inner, target)
+    except OSError:
+      if not os.path.isdir(target):  # else another process was first
+        raise
   return target
 
 
