@@ -12,7 +12,7 @@ adapters of rank 16 (LoRA), and so do the control arms. Name your own text in
 from configs import common
 
 PRESETS = {
-  'laptop': 'each stage learns, on two CPU cores',
+  'laptop': 'a first look, on two CPU cores',
 }
 DURATIONS = {
   '': 'a night on two CPU cores',
