@@ -15,16 +15,13 @@ PRESETS = {
   'laptop': 'a first look, on two CPU cores',
 }
 DURATIONS = {
-  '': 'a night on two CPU cores',
-  'laptop': '40 minutes on two idle CPU cores',
+  '': 'a night on two CPU cores, by estimate',
+  'laptop': 'an hour on two CPU cores, by estimate',
 }
 DECODER = 'models/SmolLM2-135M-Instruct.Q4_1.gguf'
 ENCODER = 'models/all-MiniLM-L6-v2'
-# stage: (steps, batch) of a night, and of the laptop's 40 minutes.
-BUDGETS = {
-  'reconstruct': ((1000, 32), (80, 32)),
-  'cpt': ((500, 32), (30, 32)),
-}
+# stage: steps of a night, and of the laptop's hour.
+STEPS = {'reconstruct': (1000, 80), 'cpt': (500, 30)}
 
 
 def get_config(preset: str = ''):
@@ -44,9 +41,13 @@ def get_config(preset: str = ''):
   c.model.policy.update(num_heads=c.model.encoder.num_heads, mlp_width=1024)
   factors = (1, 2, 4, 8)
   c.stage.reconstruct = common.stage(
-    peak_learning_rate=5e-4, context_length=64, factors=factors
+    batch_size=32,
+    peak_learning_rate=5e-4,
+    context_length=64,
+    factors=factors,
   )
   c.stage.cpt = common.stage(
+    batch_size=32,
     peak_learning_rate=5e-4,
     context_length=64,
     output_length=16,
@@ -58,10 +59,8 @@ def get_config(preset: str = ''):
     factors=(),
     init_from=c.init_from,
   )
-  for name, budgets in BUDGETS.items():
-    steps, batch_size = budgets[preset == 'laptop']
-    c.stage[name].num_train_steps = steps
-    c.stage[name].batch_size = batch_size
+  for name, steps in STEPS.items():
+    c.stage[name].num_train_steps = steps[preset == 'laptop']
   c.log_every_steps = 5
   c.eval.batch_size = 32
   c.eval.num_windows = 128 if preset == 'laptop' else 512

@@ -80,6 +80,7 @@ def start_state(
       meta['frozen'] = None
     say(f'{name}  resumes at step {start}')
     return start, state, meta
+  source = init_from(session, name, check=False)
   params = initial_params(session, name)
   watchdog.phase(f'{name}, held-out loss before its first step')
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -97,10 +98,9 @@ def start_state(
     'frozen': frozen_checksums(params, stage, cfg),
     'wall_s': 0.0,
     'compile_s': 0.0,
-    'base': base_models(init_from(session, name, check=False)),
+    'base': base_models(source),
     **session.identity,
   }
-  source = init_from(session, name, check=False)
   trained, _ = stage.partition(params, cfg.freeze)
   if 'lora' in params and source and not jax.tree.leaves(trained['decoder']):
     meta['base_decoder'] = base_decoder(session, source, state.params)

@@ -3,10 +3,8 @@
     y = x W + (alpha / rank) (x A) B
 
 W stays as it was; A is random and B zero at first, so that an untrained adapter
-changes nothing. Written here and not taken from qwix: its provider puts A and B
-among the decoder's own parameters, where ours are a group by themselves, which
-a stage trains, a checkpoint keeps and another decoder refuses as it does every
-group; and it intercepts calls by the module's path, where ours are named.
+changes nothing. They are a group of parameters by themselves, which a stage
+trains and a checkpoint keeps as it does every group.
 
 Dimension key: R rank; the rest as in models/decoder.py.
 """
