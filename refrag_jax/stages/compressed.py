@@ -106,11 +106,9 @@ class Distilled(Stage):
   def longest(self, config: Config) -> int:
     """Positions of the longest sequence, the teacher's included."""
     cfg, k = config.stage[self.name], config.model.chunk_size
-    longest, chunks = (
-      super().longest(config),
-      self.task.num_chunks(config, self.name),
-    )
+    longest = super().longest(config)
     if cfg.distill_weight:
+      chunks = self.task.num_chunks(config, self.name)
       longest += chunks * k - self.context.positions(cfg, chunks, k)
     return longest
 
