@@ -216,9 +216,11 @@ def require(
       f'{why}, but {directory} has checkpoint format {meta.get("format")}, '
       f'this version reads {" and ".join(map(str, READABLE))}'
     )
+  # From before there were adapters.
+  there = meta | {'model': {'lora': {'rank': 0}} | meta.get('model', {})}
   differences = [
     f'{name} is {old!r} there and {new!r} here'
-    for name, old, new in _differences(meta, expected)
+    for name, old, new in _differences(there, expected)
   ]
   if differences:
     shown = '; '.join(differences[:4])

@@ -174,8 +174,8 @@ def open_model(config: Config, workdir: str = '') -> Session:
       key: files.plain(value)  # as checkpoints give it back
       for key, value in dataclasses.asdict(config.model).items()
       if key in ('decoder', 'encoder', 'policy', 'chunk_size', 'piece_length')
-      or (key == 'lora' and config.model.lora.rank)
-    },
+    }
+    | {'lora': files.plain(_adapters(config.model))},
     'tokenizers': {
       'decoder': tokenizer.fingerprint,
       'encoder': encoder_tokenizer.fingerprint,
@@ -184,6 +184,11 @@ def open_model(config: Config, workdir: str = '') -> Session:
   return Session(
     config, workdir, mesh, Refrag(config.model), tokenizer, None, identity
   )
+
+
+def _adapters(model: ModelConfig) -> dict[str, Any]:
+  """What tells adapters apart; without any, the rest means nothing."""
+  return dataclasses.asdict(model.lora) if model.lora.rank else {'rank': 0}
 
 
 def checkpoint_beside(workdir: str, source: str) -> str:
@@ -307,7 +312,7 @@ def trained_groups(session: Session, directory: str, why: str) -> list[str]:
   if 'cross' not in groups:
     del identity['model']['piece_length']
   if 'lora' not in groups:
-    identity['model'].pop('lora', None)
+    del identity['model']['lora']
   checkpoint.require(directory, identity, why)
   return groups
 

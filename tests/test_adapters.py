@@ -11,7 +11,7 @@ import toy_run
 from safetensors.numpy import load_file
 from toy_run import one_device  # noqa: F401
 
-from refrag_jax import checkpoint, exchange, session
+from refrag_jax import checkpoint, exchange, lineage, session
 from refrag_jax import run as training
 from refrag_jax.errors import Stopped, UserError
 from refrag_jax.hf import convert, families, sources
@@ -149,3 +149,15 @@ def test_of_a_rank_of_its_own(cfg, run):
   loaded(config, f'{run}/checkpoints/reconstruct')  # none of them is trained
   with pytest.raises(UserError, match='lora.rank is 2 there and 4 here'):
     loaded(config, f'{run}/checkpoints/cpt')
+
+
+def test_a_config_without_any_refuses_them_and_goes_on_without(cfg, run):
+  none = toy_run.replaced(cfg.model.lora, rank=0)
+  config = toy_run.replaced(cfg, model=toy_run.replaced(cfg.model, lora=none))
+  with pytest.raises(UserError, match='lora.rank is 2 there and 0 here'):
+    loaded(config, f'{run}/checkpoints/cpt')
+  opened = toy_run.open_session(with_arm(config), run, toy_run.mesh())
+  with pytest.raises(UserError, match='lora.rank is 2 there and 0 here'):
+    lineage.start_state(opened, 'cpt', {}, None)
+  params, groups = loaded(config, f'{run}/checkpoints/reconstruct')
+  assert 'lora' not in {*params, *groups}
