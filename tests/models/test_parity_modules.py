@@ -117,7 +117,7 @@ def test_modules_of_a_decoder(name, tmp_path):
     # Theirs is written twice, once for each half of a head.
     theirs = theirs.numpy()[..., : cfg.head_dim // 2]
     np.testing.assert_allclose(ours[:, :, 0], theirs, atol=1e-5)
-  block = Block(cfg, 'dense', None)
+  block = Block(cfg, 'dense', None, None)
   for layer in range(cfg.num_layers):
     assert_modules(block, params, layer, args[layer], wanted[layer])
 
@@ -160,4 +160,4 @@ def test_another_module_would_be_seen(tmp_path):
   norm = params['layers']['post_attention_layernorm']
   norm['scale'] += 1e-3
   with pytest.raises(AssertionError, match='post_attention_layernorm'):
-    assert_modules(Block(cfg, 'dense', None), params, 0, args[0], wanted[0])
+    assert_modules(Block(cfg, 'dense', None, None), params, 0, args[0], wanted[0])
