@@ -283,7 +283,9 @@ def base() -> ml_collections.ConfigDict:
   c.data.max_encoder_tokens = 16
   c.data.heldout_fraction = 0.1
   c.data.cache_dir = ''
-  c.data.questions = 'stdlib'
+  c.data.questions = ('stdlib',)
+  c.data.question_weights = ()
+  c.data.chat = False
   # Question first, then the passages, then the answer (paper Figure 1). The
   # paper prints no template; this is RA-DIT's in the paper's order.
   c.data.question_template = 'Q: {question}\n'
@@ -294,6 +296,7 @@ def base() -> ml_collections.ConfigDict:
   # the longest passage, 9 of 10 answers with prompt and EOS within 27.
   c.data.question_length = 88
   c.data.passage_chunks = 16
+  c.data.history_chunks = 0
   c.data.answer_length = 40
 
   c.stage = ml_collections.ConfigDict()
@@ -307,7 +310,10 @@ def base() -> ml_collections.ConfigDict:
   c.eval.expand_fractions = (0.25,)
   c.eval.selectors = ('rl', 'ppl_desc', 'ppl_asc', 'random', 'last', 'oracle')
   c.eval.tail_chunks = 0
+  c.eval.questions = ()
   c.eval.num_questions = 256
+  c.eval.question_passages = ()
+  c.eval.question_fractions = ()
   c.eval.copy_lengths = (16, 32)
   c.eval.context_lengths = ()
   c.eval.context_windows = 128  # they are long

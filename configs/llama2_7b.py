@@ -103,7 +103,7 @@ def get_config(preset: str = 'k16'):
   c.data.max_encoder_tokens = 2 * k
   c.data.heldout_fraction = 0.01
   # p. 7-8: RAG examples, passages of less than 200 words; lengths are ours.
-  c.data.questions = 'data/rag_train.jsonl'
+  c.data.questions = ('data/rag_train.jsonl',)
   c.data.num_passages = 8
   c.data.question_length = 128
   c.data.passage_chunks = 320 // k

@@ -316,7 +316,7 @@ def run_checks(
   from refrag_jax.data import tokenizers
   from refrag_jax.data.questions import records as questions
   from refrag_jax.data.text import sources as text
-  from refrag_jax.evals import asks_questions
+  from refrag_jax.evals import question_files
   from refrag_jax.hf import hub
   from refrag_jax.run import check_extras
   from refrag_jax.session import (
@@ -328,9 +328,9 @@ def run_checks(
 
   data, session = config.data, functools.cache(lambda: open_model(config))
 
-  def question():
-    if next(questions.read(config, questions.Skipped()), None) is None:
-      raise UserError(f'data.questions: {data.questions} has no usable record')
+  def question(path: str):
+    if next(questions.read(config, path, questions.Skipped()), None) is None:
+      raise UserError(f'data.questions: {path} has no usable record')
 
   def start(name: str):
     opened = session()._replace(workdir=workdir)
@@ -352,8 +352,8 @@ def run_checks(
   measured = [name for name in config.eval.data if name != evaluate.HELDOUT]
   for source in (*data.text, *(measured if config.evals else ())):
     yield f'text {source} is there', functools.partial(text.stat, source)
-  if asks_questions(config):
-    yield f'questions {data.questions} can be read', question
+  for path in question_files(config):
+    yield f'questions {path} can be read', functools.partial(question, path)
   for name in dict.fromkeys((data.tokenizer, data.encoder_tokenizer)):
     yield f'tokenizer {name} is there', functools.partial(tokenizers.load, name)
   yield (

@@ -25,7 +25,7 @@ from refrag_jax.data.questions import records as questions_lib
 from refrag_jax.data.text import corpus as corpus_lib
 from refrag_jax.data.text import sources as text_lib
 from refrag_jax.errors import UserError
-from refrag_jax.evals import EVALS, asks_questions, selection
+from refrag_jax.evals import EVALS, qa, question_files, selection
 from refrag_jax.evals.common import ROLES, Context
 from refrag_jax.hf import sources
 from refrag_jax.report import run as report
@@ -252,8 +252,7 @@ def check_sources(config: Config) -> None:
     if source in config.data.text:
       say(f'eval.data: {source} is among data.text, so it was trained on; '
           f'{HELDOUT} measures what was not')  # fmt: skip
-  if asks_questions(config):
-    questions_lib.check_there(config)
+  questions_lib.check_there(question_files(config))
 
 
 def check_windows(session: Session) -> None:
@@ -450,7 +449,7 @@ def contents(session: Session) -> dict[str, Any]:
     datasets = _datasets(session).items()
     out['datasets'] = {name: corpus.hash for name, corpus in datasets}
   if 'questions' in reads:
-    out['questions'] = questions_lib.fingerprint(config)
+    out['questions'] = questions_lib.fingerprint(qa.files(config))
   return out
 
 

@@ -69,10 +69,10 @@ def _about_data(config: Config, corpus) -> list[str]:
       'files, split long ones, or raise data.heldout_fraction'
     )
   own = 'stdlib' not in config.data.text
-  if own and asks_questions(config) and config.data.questions == 'stdlib':
+  if own and asks_questions(config) and 'stdlib' in config.data.questions:
     notes.append(
-      "data.questions is 'stdlib': these questions are about Python's standard "
-      'library, not about your text'
+      "data.questions has 'stdlib': these questions are about Python's "
+      'standard library, not about your text'
     )
   return notes
 

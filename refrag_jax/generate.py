@@ -20,10 +20,13 @@ def continuation(
   """What a batch's outputs are written as, int32 (B, O - prompt).
 
   Args:
-    batch: its first `prompt` outputs are given, the others are not looked at.
+    batch: what a row has outside of its loss is given, the rest is not looked
+      at.
+    prompt: the most outputs that are given in a row, static.
     expand_BC, num_expanded: as in `Refrag.output_nll`.
   """
   given = batch_lib.cut_outputs(batch, prompt)
+  given['output_len_B'] = batch['loss_mask_BO'].argmax(1).astype(jnp.int32)
   C, O = expand_BC.shape[1], batch['output_BO'].shape[1]
   e_BCD = None
   if num_expanded < C:

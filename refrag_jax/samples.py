@@ -32,7 +32,7 @@ def rows(
     return []
   batch = batch_lib.take(batch, slice(NUM_ROWS))
   # Tokens that are given before the loss begins: an answer's prompt.
-  prompt = int(np.argmax(batch['loss_mask_BO'][0]))
+  prompt_B = batch['loss_mask_BO'].argmax(1)
   eos_id, decode = session.tokenizer.eos_id, session.tokenizer.decode
   reads = stage.context.reads(num_expanded)
   ids_BT, expand_BC = _write(
@@ -42,7 +42,7 @@ def rows(
     stage.score,
     reads,
     num_expanded,
-    prompt,
+    int(prompt_B.max()),
     eos_id,
   )
   ids_BT, expand_BC = sharding.fetch(ids_BT), sharding.fetch(expand_BC)
@@ -64,7 +64,7 @@ def rows(
     )
     row['written'] = decode(_until(ids_BT[b], eos_id))
     row['reference'] = decode(
-      _until(batch['output_BO'][b, prompt:length], eos_id)
+      _until(batch['output_BO'][b, prompt_B[b] : length], eos_id)
     )
     out.append(row)
   return out

@@ -469,8 +469,9 @@ def test_other_questions_under_the_same_name_are_other_settings(
 ):
   """Changed answers resumed without a word."""
   path = tmp_path / 'q.jsonl'
-  shutil.copyfile(session.config.data.questions, path)
-  data = dataclasses.replace(session.config.data, questions=str(path))
+  (own,) = session.config.data.questions
+  shutil.copyfile(own, path)
+  data = dataclasses.replace(session.config.data, questions=(str(path),))
   cfg = toy_run.replaced(session.config, data=data)
   mine = session._replace(config=cfg, workdir=str(tmp_path))
   old = lineage.stage_settings(mine, 'sft')
@@ -482,7 +483,7 @@ def test_other_questions_under_the_same_name_are_other_settings(
   asked = mine._replace(config=toy_run.replaced(cfg, evals=('qa',)))
   assert not evaluate.is_of_contents(done, asked)
   # A file that has only moved is the same.
-  moved = dataclasses.replace(data, questions=session.config.data.questions)
+  moved = dataclasses.replace(data, questions=(own,))
   moved = mine._replace(config=toy_run.replaced(cfg, data=moved))
   lineage.check_settings(old, lineage.stage_settings(moved, 'sft'), 'sft')
 

@@ -58,7 +58,7 @@ def _with_local_paths(config: Config) -> Config:
       config.data, 'data.', 'text', 'tokenizer', 'encoder_tokenizer',
       'cache_dir', 'questions',
     ),
-    eval=local(config.eval, 'eval.', 'data'),
+    eval=local(config.eval, 'eval.', 'data', 'questions'),
     repro=local(config.repro, 'repro.', 'claims'),
     stage={
       name: local(stage, f'stage.{name}.', 'init_from')

@@ -106,14 +106,19 @@ class DataConfig:
   max_encoder_tokens: int  # a chunk's encoder tokens, special tokens included
   heldout_fraction: float  # of documents, by content hash
   cache_dir: str  # '' means <workdir>/data
-  questions: str  # 'stdlib', or a JSONL of {"question", "answers", "ctxs"}
-  question_template: str  # '{question}' is replaced
+  questions: tuple[str, ...]  # 'stdlib', or files; data/questions/forms.py
+  question_weights: tuple[float, ...]  # one a file; (): equal shares
+  chat: bool  # in the model's own chat template: what a user says
+  # Before the passages, and between them and the answer; either may hold
+  # '{question}'.
+  question_template: str
   passage_template: str  # '{title}' and '{text}'
-  answer_template: str  # what stands between the context and the answer
+  answer_template: str
   num_passages: int  # passages a question brings
   question_length: int  # decoder tokens, caps for the static shapes
   passage_chunks: int
-  answer_length: int
+  history_chunks: int  # of a conversation; 0: it is tokens of the question
+  answer_length: int  # with what the template gives before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +168,10 @@ class EvalConfig:
   expand_fractions: tuple[float, ...]
   selectors: tuple[str, ...]
   tail_chunks: int  # tail chunks expanded in every row of selection's 2nd table
-  num_questions: int
+  questions: tuple[str, ...]  # files; () or 'heldout': of data.questions
+  num_questions: int  # of each file
+  question_passages: tuple[int, ...]  # other numbers of them to try; (): none
+  question_fractions: tuple[float, ...]  # p of answers with chunks expanded
   copy_lengths: tuple[int, ...]  # tokens of the spans of `copying`
   context_lengths: tuple[int, ...]  # the s of `context_length`; (): skip it
   context_windows: int  # held-out windows of `context_length`

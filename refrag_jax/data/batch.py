@@ -131,6 +131,26 @@ def without_pieces(batch: Batch) -> Batch:
   return {field: batch[field] for field in batch if field not in PIECES}
 
 
+def last_tokens(batch: Batch) -> Batch:
+  """The batch with the last context tokens alone, as many as it has chunks.
+
+  On the host. Chunks may be ragged or absent; there are no encoder's fields.
+  """
+  len_BC = batch['chunk_len_BC']
+  B, C, K = batch['chunks_BCK'].shape
+  chunks_B1C = np.zeros((B, 1, C), INTEGER)
+  kept_B1 = np.zeros((B, 1), INTEGER)
+  there_BCK = np.arange(K) < len_BC[:, :, None]
+  for row, there_CK in enumerate(there_BCK):
+    ids = batch['chunks_BCK'][row][there_CK]
+    ids = ids[max(0, len(ids) - np.count_nonzero(len_BC[row])) :]
+    chunks_B1C[row, 0, : len(ids)] = ids
+    kept_B1[row] = len(ids)
+  own = context(batch).keys()
+  plain = {field: batch[field] for field in batch if field not in own}
+  return plain | {'chunks_BCK': chunks_B1C, 'chunk_len_BC': kept_B1}
+
+
 def cut_outputs(batch: Batch, number: int) -> Batch:
   """The batch with the first outputs alone, all of which are there."""
   cut = {

@@ -42,6 +42,7 @@ BESIDE = (
   'config_sentence_transformers.json',
 )  # fmt: skip
 MARK = b'\xef\xbb\xbf'  # of UTF-8, which some editors put before a text
+_SAID = 'WHATTHEUSERSAYS'  # a place in a chat template
 # ids and starts, both int32[n].
 Encoded = tuple[np.ndarray, np.ndarray]
 
@@ -66,6 +67,10 @@ class Tokenizer:
   encode_batch: Callable[[Sequence[str]], list[Encoded]]
   ids_batch: Callable[[Sequence[str]], list[Sequence[int]]]  # those ids alone
   decode: Callable[[Sequence[int]], str]
+  # What a user's words stand between in the model's own chat template, up to
+  # where the assistant's begin: ids before and behind. Raises UserError where
+  # there is no template.
+  chat_frame: Callable[[], tuple[Sequence[int], Sequence[int]]]
 
   def encode(self, text: str) -> Encoded:
     """Returns the text's ids and the character where each span begins."""
@@ -182,6 +187,14 @@ def _bytes() -> Tokenizer:
     encode_batch=lambda texts: [_encode_bytes(text) for text in texts],
     ids_batch=lambda texts: [_encode_bytes(text)[0] for text in texts],
     decode=_decode_bytes,
+    chat_frame=lambda: _no_chat('bytes'),
+  )
+
+
+def _no_chat(name: str):
+  raise UserError(
+    f'config.data.chat is on, but tokenizer {name!r} has no chat template: '
+    'take that of a model trained to converse, or --config.data.chat=false'
   )
 
 
@@ -310,6 +323,30 @@ def _hugging_face(path: str, files: str) -> Tokenizer:
   def decode(ids: Sequence[int]) -> str:
     return hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
+  def chat_frame() -> tuple[Sequence[int], Sequence[int]]:
+    if not hf.chat_template:
+      _no_chat(path)
+    said = [{'role': 'user', 'content': _SAID}]
+    try:
+      text = hf.apply_chat_template(
+        said, tokenize=False, add_generation_prompt=True
+      )
+    except Exception as e:  # a program of somebody else's
+      reason = str(e).strip().split('\n')[0][:200]
+      raise UserError(f'the chat template in {path} fails: {reason}') from e
+    parts = text.split(_SAID)
+    if len(parts) != 2:
+      raise UserError(
+        f'the chat template in {path} repeats what a user says, or leaves it '
+        'out, so that passages cannot stand in it: --config.data.chat=false'
+      )
+    # Here the names of special tokens are meant.
+    backend.encode_special_tokens = False
+    frame = [backend.encode(part, add_special_tokens=False).ids
+             for part in parts]  # fmt: skip
+    backend.encode_special_tokens = True
+    return frame[0], frame[1]
+
   return Tokenizer(
     name=path,
     vocab_size=1 + max(hf.get_vocab().values()),  # there may be gaps
@@ -319,6 +356,7 @@ def _hugging_face(path: str, files: str) -> Tokenizer:
     encode_batch=encode_batch,
     ids_batch=ids_batch,
     decode=decode,
+    chat_frame=chat_frame,
     **special,
   )
 
@@ -346,4 +384,5 @@ def _sentencepiece(path, ids, encode, ids_of, decode, data) -> Tokenizer:
     encode_batch=encode_batch,
     ids_batch=lambda texts: ids_of(_without_surrogates(texts)),
     decode=lambda ids: decode([int(i) for i in ids]),
+    chat_frame=lambda: _no_chat(path),
   )

@@ -42,7 +42,16 @@ def check(config: Config) -> None:
 
 
 def asks_questions(config: Config) -> bool:
-  """Whether a stage or an eval reads data.questions."""
-  readers = [STAGES[name].task for name in config.stages]
-  readers += [EVALS[name] for name in config.evals]
-  return any(reader.reads == 'questions' for reader in readers)
+  """Whether a stage or an eval asks questions."""
+  return bool(question_files(config))
+
+
+def question_files(config: Config) -> tuple[str, ...]:
+  """The files of questions that a stage or an eval reads."""
+  reads = lambda readers: any(x.reads == 'questions' for x in readers)
+  files = ()
+  if reads([STAGES[name].task for name in config.stages]):
+    files += config.data.questions
+  if reads([EVALS[name] for name in config.evals]):
+    files += qa.files(config)
+  return tuple(dict.fromkeys(files))

@@ -1,13 +1,22 @@
-"""Questions over passages: NLL of the gold answer, exact match and F1.
+"""Questions over passages: what is answered, and from what.
 
-Dimension key: W questions, B batch of them, C chunks, O output slots.
+Dimension key: W questions, B batch of them, C chunks, K chunk size, O output
+slots, X options of all questions.
 
 Rows: REFRAG fine-tuned with compressed passages (no passage, the gold one,
 gold among distractors, BM25's, another question's; the record's own where none
-is marked gold), beside its twins fine-tuned
-alike on full text and on no passage. Where full text does not help its twin,
-the questions cannot tell compression from ignorance, and the table says so.
+is marked gold), the same with some chunks as tokens; its twins fine-tuned alike
+on full text and on no passage; and the decoder before REFRAG, untouched. Where
+full text does not help its twin, the questions cannot tell compression from
+ignorance, and the table says so.
+
+Columns: NLL of the gold answer, and what the answers are judged by: exact match
+and F1, of summaries ROUGE, of multiple choice the share whose right option is
+the likeliest one.
 """
+
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,110 +24,262 @@ import numpy as np
 from refrag_jax import generate, results
 from refrag_jax.config import check
 from refrag_jax.config.schema import Config
+from refrag_jax.data import batch as batch_lib
 from refrag_jax.data.tasks import questions
-from refrag_jax.evals import common, text_metrics
+from refrag_jax.evals import common, replug, selection, text_metrics
 from refrag_jax.evals.eval import Eval
-from refrag_jax.models import losses
+from refrag_jax.models import losses, policy
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.report import tables
 
-# row: (role, passages, as tokens)
+
+class Row(NamedTuple):
+  """Whose answers, and what they are answered from."""
+
+  role: str
+  passages: str  # of examples.KINDS; GIVEN: as the record brings them
+  given_as: str  # 'chunks', 'tokens', 'last' tokens, or 'replug'
+  needs_gold: bool = False
+
+
+# The gold passage among distractors; where none is marked, the record's own.
+GIVEN = 'gold_distractors'
 ROWS = {
-  'no_passage': ('sft', 'none', False),
-  'gold': ('sft', 'gold', False),
-  'gold_distractors': ('sft', 'gold_distractors', False),
-  'bm25': ('sft', 'bm25', False),
-  'shuffled': ('sft', 'shuffled', False),
-  'full_context_twin': ('sft_full', 'gold_distractors', True),
-  'full_context_twin_gold': ('sft_full', 'gold', True),
-  'no_context_twin': ('sft_none', 'none', True),
+  'no_passage': Row('sft', 'none', 'chunks'),
+  'gold': Row('sft', 'gold', 'chunks', needs_gold=True),
+  'gold_distractors': Row('sft', GIVEN, 'chunks'),
+  'bm25': Row('sft', 'bm25', 'chunks'),
+  'shuffled': Row('sft', 'shuffled', 'chunks'),
+  'full_context_twin': Row('sft_full', GIVEN, 'tokens'),
+  'full_context_twin_gold': Row('sft_full', 'gold', 'tokens', needs_gold=True),
+  # As many tokens, from the end, as REFRAG has chunks.
+  'last_tokens_twin': Row('sft_full', GIVEN, 'last'),
+  'no_context_twin': Row('sft_none', 'none', 'tokens'),
+  'full_context': Row('before', GIVEN, 'tokens'),
+  'last_tokens': Row('before', GIVEN, 'last'),
+  'replug': Row('before', GIVEN, 'replug'),
+  'no_context': Row('before', 'none', 'tokens'),
 }
-# Where no passage is marked as the useful one: the record's own.
-UNMARKED_ROWS = {
-  'no_passage': ('sft', 'none', False),
-  'given': ('sft', 'given', False),
-  'bm25': ('sft', 'bm25', False),
-  'shuffled': ('sft', 'shuffled', False),
-  'full_context_twin': ('sft_full', 'given', True),
-  'no_context_twin': ('sft_none', 'none', True),
-}
-REFERENCES = ('no_passage', 'shuffled', 'full_context_twin', 'no_context_twin')
+# These with other numbers of passages as well.
+BY_NUMBER = (GIVEN, 'full_context_twin', 'full_context')
+REFERENCES = (
+  'no_passage', 'shuffled', 'full_context_twin', 'no_context_twin',
+  'full_context', 'no_context',
+)  # fmt: skip
+HELDOUT = 'heldout'  # in eval.questions: the held-out side of data.questions
+
+
+def files(config: Config) -> tuple[str, ...]:
+  """The files of questions that are asked."""
+  named = config.eval.questions or (HELDOUT,)
+  out = ()
+  for name in named:
+    out += config.data.questions if name == HELDOUT else (name,)
+  return out
 
 
 def run(context: common.Context) -> dict:
   """The `qa` table of results.json."""
   config = context.session.config
-  if not config.eval.num_questions or not context.available('sft'):
+  roles = dict.fromkeys(row.role for row in ROWS.values())
+  if not config.eval.num_questions or not any(map(context.available, roles)):
     return {}
-  source = questions.build(config, 'heldout')
-  rows, docs = {}, None
-  wanted = ROWS if 'gold' in source.kinds else UNMARKED_ROWS
-  for row, (role, kind, as_tokens) in wanted.items():
-    if not context.available(role):
-      context.leave_out(f'row {row} of qa', common.missing(role))
+  return {path: of_file(context, path) for path in files(config)}
+
+
+def of_file(context: common.Context, path: str) -> dict[str, Any]:
+  """Rows of one file of questions."""
+  config = context.session.config
+  split = 'heldout' if path in config.data.questions else 'all'
+  source = questions.build(config, split, (path,))
+  marked = 'gold' in source.kinds
+  rows = {}
+  for name, row in ROWS.items():
+    kind = row.passages if marked or row.passages != GIVEN else 'given'
+    name = name if marked or name != GIVEN else 'given'
+    if row.needs_gold and not marked:
       continue
-    batch = source.examples(kind, config.eval.num_questions)
-    docs = batch['doc_B']
-    nll_W, texts = answer(context, role, batch, as_tokens, source.answer_prompt)
-    answers = [source.questions[i].answers for i in batch['id_B']]
-    pairs = list(zip(texts, answers, strict=True))
-    rows[row] = {
-      'gold_nll': nll_W,
-      'em': np.array([text_metrics.exact_match(*p) for p in pairs], float),
-      'f1': np.array([text_metrics.f1(*p) for p in pairs], float),
-    }
-  documents = context.documents_of('qa', config.data.questions)
+    if not context.available(row.role):
+      context.leave_out(f'row {name} of qa', common.missing(row.role))
+      continue
+    asked = source.examples(kind, config.eval.num_questions)
+    rows[name] = measure(context, source, asked, row)
+    if ROWS.get(name, row) is ROWS[GIVEN] or name == 'given':
+      rows |= expanded(context, source, asked, row, name)
+    if name in BY_NUMBER or name == 'given':
+      rows |= by_number(context, source, kind, row, name)
+  docs = source.examples('none', config.eval.num_questions)['doc_B']
+  documents = context.documents_of('qa', path)
   out = common.table(rows, docs, REFERENCES, documents)
-  if {'full_context_twin', 'no_context_twin'} <= out.keys():
-    gain = out['full_context_twin']['vs']['no_context_twin']['gold_nll']
-    if not (results.significant(gain) and gain['mean'] < 0):
-      out['note'] = (
-        'uninformative: full context does not beat no context for its own '
-        'twin, so these questions cannot show what compression keeps'
+  for full, none in (
+    ('full_context_twin', 'no_context_twin'),
+    ('full_context', 'no_context'),
+  ):
+    if {full, none} <= out.keys():
+      gain = out[full]['vs'][none]['gold_nll']
+      if not (results.significant(gain) and gain['mean'] < 0):
+        out['note'] = (
+          'uninformative: full context does not beat no context for its own '
+          'twin, so these questions cannot show what compression keeps'
+        )
+      break
+  return out
+
+
+def by_number(context, source, kind: str, row: Row, name: str) -> dict:
+  """The row with other numbers of passages (the paper's Figure 4)."""
+  config, out = context.session.config, {}
+  for number in config.eval.question_passages:
+    data = dataclasses.replace(source.config, num_passages=number)
+    other = dataclasses.replace(source, config=data)
+    asked = other.examples(kind, config.eval.num_questions)
+    out[f'{name}_of_{number}'] = measure(context, other, asked, row)
+  return out
+
+
+def expanded(context, source, asked, row: Row, name: str) -> dict:
+  """The row with the best chunks of each passage as tokens, by selector."""
+  config = context.session.config
+  fractions, out = config.eval.question_fractions, {}
+  if not fractions:
+    return out
+  for selector, score_WC in selection.ragged_scores(
+    context, asked, row.role
+  ).items():
+    scored = asked | {'score_BC': np.asarray(score_WC, np.float32)}
+    for p in fractions:
+      out[f'{name}_{selector}_p{p:g}'] = measure(
+        context, source, scored, row, p
       )
-  return {config.data.questions: out}
+  return out
 
 
-def answer(context, role, batch, as_tokens: bool, prompt: int):
-  """(mean NLL of the gold answer (W,), greedy answers as text)."""
+def measure(
+  context, source, asked: dict, row: Row, expand: float = 0.0
+) -> dict[str, np.ndarray]:
+  """Column -> value of each question, (W,).
+
+  Args:
+    asked: the questions as a batch; with score_BC, where chunks are expanded.
+    expand: p, the share of a question's chunks that are tokens.
+  """
+  given_as = row.given_as
+  if given_as == 'last':
+    asked, given_as = batch_lib.last_tokens(asked), 'tokens'
+  if given_as == 'replug':
+    return replug_column(context, source, asked, row)
+  nll = lambda batch: common.apply(
+    context, row.role, answer_nll, batch, given_as=given_as, expand=expand
+  )
+  columns = {'gold_nll': nll(asked)}
+  chosen = [source.questions[i] for i in asked['id_B']]
+  if all(question.choices for question in chosen):
+    row_X, options = source.options(asked)
+    nll_X = nll(options)
+    columns['accuracy'] = np.array(
+      [
+        question.choices[int(np.argmin(nll_X[row_X == i]))]
+        == question.answers[0]
+        for i, question in enumerate(chosen)
+      ],
+      float,
+    )
+    return columns
+  texts = written_texts(
+    context, row.role, asked, given_as, source.prompt_slots, expand
+  )
+  whole = all(question.whole for question in chosen)
+  metrics = text_metrics.SUMMARIES if whole else text_metrics.ANSWERS
+  for name, metric in metrics.items():
+    columns[name] = np.array(
+      [
+        metric(text, question.answers)
+        for text, question in zip(texts, chosen, strict=True)
+      ],
+      float,
+    )
+  return columns
+
+
+def replug_column(context, source, asked: dict, row: Row) -> dict:
+  """NLL of the gold answers alone: nothing is written by the ensemble."""
+  history = source.config.history_chunks
+  passages = batch_lib.cut_chunks(asked, slice(history, None))
+  nll_W = common.apply(
+    context, row.role, replug_nll, passages,
+    passages=source.config.num_passages,
+  )  # fmt: skip
+  return {'gold_nll': nll_W}
+
+
+def written_texts(
+  context, role: str, batch, given_as: str, prompt: int, expand: float
+) -> list[str]:
+  """Greedy answers as text."""
   tokenizer = context.session.tokenizer
+  ids_WN = written(context, role, batch, given_as, prompt, expand)
   texts = []
-  for ids in written(context, role, batch, as_tokens, prompt).tolist():
+  for ids in ids_WN.tolist():
     eos_id = tokenizer.eos_id
     end = ids.index(eos_id) if eos_id in ids else len(ids)
     texts.append(tokenizer.decode(ids[:end]).strip())
-  nll_W = common.apply(context, role, answer_nll, batch, as_tokens=as_tokens)
-  return nll_W, texts
+  return texts
 
 
-def written(context, role, batch, as_tokens: bool, prompt: int):
-  """Greedy ids after `prompt` forced ones, (W, O - prompt)."""
+def written(
+  context, role, batch, given_as: str, prompt: int, expand: float = 0.0
+) -> np.ndarray:
+  """Greedy ids behind what is given, (W, O - prompt)."""
   return common.apply(
-    context, role, greedy, batch,
-    as_tokens=as_tokens, prompt=prompt, eos_id=context.session.tokenizer.eos_id,
+    context, role, greedy, batch, given_as=given_as, prompt=prompt,
+    eos_id=context.session.tokenizer.eos_id, expand=expand,
   )  # fmt: skip
 
 
-def answer_nll(model, params, batch, as_tokens: bool):
+def answer_nll(model, params, batch, given_as: str, expand: float):
   """Mean NLL of each gold answer, (B,)."""
-  if as_tokens:
+  variables = {'params': params}
+  if given_as == 'tokens':
+    nll_BO = model.apply(variables, batch, 'full', method=Refrag.plain_nll)
+  elif expand:
+    expand_BC, most = expand_share(batch, expand)
     nll_BO = model.apply(
-      {'params': params}, batch, 'full', method=Refrag.plain_nll
+      variables, batch | {'expand_BC': expand_BC}, most, method=Refrag.mixed_nll
     )
   else:
-    nll_BO = model.apply(
-      {'params': params}, batch, method=Refrag.compressed_nll
-    )
+    nll_BO = model.apply(variables, batch, method=Refrag.compressed_nll)
   return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
 
 
-def greedy(model, params, batch, as_tokens: bool, prompt: int, eos_id: int):
-  """The most probable ids after the first `prompt` outputs, (B, O - prompt)."""
+def replug_nll(model, params, batch, passages: int):
+  """Mean NLL of each gold answer by the ensemble over passages, (B,)."""
+  nll_BO = replug.over_passages(model, params, batch, passages)
+  return losses.masked_mean(nll_BO, batch['loss_mask_BO'])
+
+
+def greedy(
+  model, params, batch, given_as: str, prompt: int, eos_id: int, expand: float
+):
+  """The most probable ids after what is given, (B, O - prompt)."""
   B, C, _ = batch['chunks_BCK'].shape
+  as_tokens = given_as == 'tokens'
+  expand_BC, most = jnp.full((B, C), as_tokens), C if as_tokens else 0
+  if expand:
+    expand_BC, most = expand_share(batch, expand)
   return generate.continuation(
-      model, params, batch, jnp.full((B, C), as_tokens), C if as_tokens else 0,
-      prompt, eos_id,
-  )  # fmt: skip
+    model, params, batch, expand_BC, most, prompt, eos_id
+  )
+
+
+def expand_share(batch, p: float):
+  """The best floor(p L) chunks of each row's own L: a mask, and the most."""
+  valid_BC = batch['chunk_len_BC'] > 0
+  C = valid_BC.shape[1]
+  score_BC = jnp.where(valid_BC, batch['score_BC'], policy.NEG)
+  rank_BC = jnp.argsort(jnp.argsort(-score_BC, axis=1), axis=1)
+  # As `expanded_chunks` rounds.
+  number_B = jnp.floor(p * valid_BC.sum(1) + 1e-4).astype(jnp.int32)
+  return (rank_BC < number_B[:, None]) & valid_BC, int(p * C + 1e-4)
 
 
 def check_questions(config: Config) -> None:

@@ -42,9 +42,9 @@ def run(context: common.Context) -> dict:
     for role in roles:
       own = f'refrag_k{config.model.chunk_size}{reconstruction.REFRAG[role]}'
       ids = {
-        own: qa.written(context, role, windows, False, 0),
+        own: qa.written(context, role, windows, 'chunks', 0),
         f'{own}_shuffled': qa.written(
-          context, role, common.shuffled(windows), False, 0
+          context, role, common.shuffled(windows), 'chunks', 0
         ),
       }
       out[name] |= common.table(

@@ -48,11 +48,35 @@ def nll(model: Refrag, params, batch) -> jax.Array:
   return mixture(nll_XO.reshape(B, P, -1))[0]
 
 
-def mixture(nll_BPO: jax.Array) -> tuple[jax.Array, jax.Array]:
+def over_passages(model: Refrag, params, batch, passages: int) -> jax.Array:
+  """As `nll`, each passage a piece, (B, O).
+
+  Args:
+    passages: P; each has a P-th of the chunks, and may be absent.
+  """
+  B, _, K = batch['chunks_BCK'].shape
+  pieces = {
+    key: jnp.repeat(batch[key], passages, axis=0)
+    for key in ('prefix_BQ', 'prefix_len_B', 'output_BO', 'output_len_B')
+  } | {
+    'chunks_BCK': batch['chunks_BCK'].reshape(B * passages, -1, K),
+    'chunk_len_BC': batch['chunk_len_BC'].reshape(B * passages, -1),
+  }
+  nll_XO = model.apply(
+    {'params': params}, pieces, 'full', method=Refrag.plain_nll
+  )
+  there_BP = batch['chunk_len_BC'].reshape(B, passages, -1).any(-1)
+  return mixture(nll_XO.reshape(B, passages, -1), there_BP)[0]
+
+
+def mixture(
+  nll_BPO: jax.Array, there_BP: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
   """The ensemble of pieces, from what each one makes of the output.
 
   Args:
     nll_BPO: -log p(y_t | piece_i, y_<t), float32.
+    there_BP: which pieces there are; None: all. At least one in a row.
 
   Returns:
     -log p(y_t | y_<t), (B, O), and the logarithm of the weights w_i(y_<t),
@@ -64,5 +88,7 @@ def mixture(nll_BPO: jax.Array) -> tuple[jax.Array, jax.Array]:
   before_BPO = jnp.pad(
     jnp.cumsum(apart_BPO, axis=2)[:, :, :-1], ((0, 0), (0, 0), (1, 0))
   )
+  if there_BP is not None:
+    before_BPO = jnp.where(there_BP[:, :, None], before_BPO, jnp.inf)
   log_weight_BPO = jax.nn.log_softmax(-before_BPO, axis=1)
   return -jax.nn.logsumexp(log_weight_BPO - nll_BPO, axis=1), log_weight_BPO

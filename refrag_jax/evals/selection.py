@@ -103,6 +103,50 @@ def chunk_nll(model, params, batch) -> jax.Array:
   return nll_BO.reshape(B, C, K).mean(-1)
 
 
+def ragged_scores(
+  context: common.Context, asked: dict, role: str
+) -> dict[str, np.ndarray]:
+  """As `scores`, of questions, whose chunks may be ragged or absent."""
+  config = context.session.config
+  wanted, shape = config.eval.selectors, asked['chunk_len_BC'].shape
+  out = {}
+  if 'rl' in wanted and context.available('policy'):
+    out['rl'] = common.apply(context, 'policy', Refrag.chunk_scores, asked)
+  if {'ppl_desc', 'ppl_asc'} & set(wanted) and context.available('before'):
+    nll_WC = ragged_nll(context, asked)
+    out['ppl_desc'], out['ppl_asc'] = nll_WC, -nll_WC
+  out['random'] = np.random.default_rng(config.seed).random(shape)
+  out['last'] = np.broadcast_to(np.arange(shape[1], dtype=np.float64), shape)
+  if 'oracle' in wanted:
+    out['oracle'] = common.apply(context, role, single_gains, asked, tail=0)
+  return {name: out[name] for name in wanted if name in out}
+
+
+def ragged_nll(context: common.Context, asked: dict) -> np.ndarray:
+  """As `chunk_nll` of questions, (W, C), where a chunk may have fewer tokens.
+
+  All passages after each other, by the decoder before REFRAG.
+  """
+  len_WC = asked['chunk_len_BC']
+  W, C, K = asked['chunks_BCK'].shape
+  there_WCK = np.arange(K) < len_WC[:, :, None]
+  ids_WT = np.zeros((W, C * K), np.int32)
+  total_W = len_WC.sum(1)
+  placed_WT = np.arange(C * K) < total_W[:, None]
+  ids_WT[placed_WT] = asked['chunks_BCK'][there_WCK]
+  as_output = asked | {
+    'output_BO': ids_WT,
+    'output_len_B': total_W.astype(np.int32),
+    'loss_mask_BO': placed_WT,
+  }
+  nll_WT = common.apply(
+    context, 'before', Refrag.plain_nll, as_output, context='none'
+  )
+  of_WCK = np.zeros((W, C, K))
+  of_WCK[there_WCK] = nll_WT[placed_WT]
+  return of_WCK.sum(2) / np.maximum(len_WC, 1)
+
+
 def with_tail(expand_BC, tail: int):
   """Adds the last `tail` chunks to an expansion mask."""
   C = expand_BC.shape[-1]

@@ -265,10 +265,19 @@ def _selection_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
 
 
 def questions(datasets: Mapping[str, Any]) -> str:
-  names = {'gold_nll': 'gold answer NLL', 'em': 'exact match', 'f1': 'F1'}
+  names = {
+    'gold_nll': 'gold answer NLL',
+    'em': 'exact match',
+    'f1': 'F1',
+    'accuracy': 'accuracy',
+    'rouge1': 'ROUGE-1',
+    'rouge2': 'ROUGE-2',
+    'rougeL': 'ROUGE-L',
+  }
   note = (
-    'Gold-answer NLL in nats per token (lower is better); exact match and '
-    'F1 (higher is better). ± standard error.'
+    'Gold-answer NLL in nats per token (lower is better); of what is written '
+    'exact match, F1 or ROUGE, of multiple choice the share whose likeliest '
+    'option is the right one (higher is better). ± standard error.'
   )
   return _by_dataset(datasets, names, note)
 

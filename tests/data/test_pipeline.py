@@ -326,7 +326,7 @@ def test_questions_are_drawn_by_seed_and_step(config, corpus, monkeypatch):
     def examples(self, kind, num):
       return {'id_B': np.arange(num), 'kind': kind}
 
-  def build(config, tokenizer, encoder_tokenizer, split):
+  def build(config, tokenizer, encoder_tokenizer, split, files):
     calls.append((tokenizer.name, encoder_tokenizer.name, split))
     return Source()
 

@@ -2,43 +2,17 @@
 
 import gzip
 import json
-import types
 
 import numpy as np
 import pytest
 import zstandard
+from questions import TOKENIZER, build, context_text
 
-from refrag_jax.data import chunking, tokenizers
+from refrag_jax.data import chunking
 from refrag_jax.data.questions import examples as rag
 from refrag_jax.data.text import corpus
 from refrag_jax.data.text import sources as text_lib
 from refrag_jax.errors import UserError
-
-TOKENIZER = tokenizers.load('bytes')
-
-
-def make_config(**data):
-  """What `rag` reads of a Config, with k = 4."""
-  defaults = dict(
-    questions='stdlib',
-    question_template='Q: {question}\n',
-    passage_template='{title}.{text}\n',
-    answer_template='A: ',
-    num_passages=3,
-    question_length=88,
-    passage_chunks=32,
-    answer_length=32,
-    heldout_fraction=0.2,
-    max_encoder_tokens=8,
-  )
-  return types.SimpleNamespace(
-    data=types.SimpleNamespace(**(defaults | data)),
-    model=types.SimpleNamespace(chunk_size=4),
-  )
-
-
-def build(split='train', **data):
-  return rag.build(make_config(**data), TOKENIZER, TOKENIZER, split)
 
 
 def record(number, **fields):
@@ -61,20 +35,6 @@ def sources():
   return {split: build(split) for split in ('train', 'heldout')}
 
 
-def context_text(batch, row):
-  """The passages of a row, decoded from their chunks."""
-  slots = batch['chunk_len_BC'].shape[1] // 3
-  passages = []
-  for p in range(3):
-    ids = []
-    for c in range(p * slots, (p + 1) * slots):
-      ids += batch['chunks_BCK'][
-        row, c, : batch['chunk_len_BC'][row, c]
-      ].tolist()
-    passages.append(TOKENIZER.decode(ids))
-  return [text for text in passages if text]
-
-
 def test_rows_read_as_the_templates_say(sources):
   source = sources['heldout']
   batch = source.examples('gold', 5)
@@ -90,7 +50,7 @@ def test_rows_read_as_the_templates_say(sources):
     learned = output[batch['loss_mask_BO'][row]]
     assert TOKENIZER.decode(learned[:-1]) == question.answers[0]
     assert learned[-1] == TOKENIZER.eos_id
-    title, text = source.passages[question.gold]
+    title, text = source.passages[question.gold[0]]
     assert context_text(batch, row) == [f'{title}.{text}\n']
 
 
@@ -150,7 +110,7 @@ def test_kinds_show_the_same_questions_and_the_passages_they_name(sources):
     )
   places = []
   for row, number in enumerate(ids):
-    gold = source.passage(source.questions[number].gold)
+    gold = source.passage(source.questions[number].gold[0])
     texts = {kind: context_text(batches[kind], row) for kind in rag.KINDS}
     assert texts['none'] == []
     assert texts['gold'] == [gold]
@@ -162,7 +122,8 @@ def test_kinds_show_the_same_questions_and_the_passages_they_name(sources):
     assert len(texts['shuffled']) == 3
   assert set(places) == {0, 1, 2}  # the gold passage's place is random
   found = [
-    source.passage(source.questions[n].gold) in context_text(batches['bm25'], r)
+    source.passage(source.questions[n].gold[0])
+    in context_text(batches['bm25'], r)
     for r, n in enumerate(ids)
   ]
   assert np.mean(found) > 0.7
@@ -352,7 +313,7 @@ def test_the_same_question_or_gold_text_is_on_one_side(tmp_path):
   }
   seen = {
     split: {(' '.join(q.question.lower().split()).strip('?'),
-             source.passages[q.gold][1]) for q in source.questions}
+             source.passages[q.gold[0]][1]) for q in source.questions}
     for split, source in sides.items()
   }  # fmt: skip
   assert all(seen.values())

@@ -53,7 +53,7 @@ def get_config(preset: str = ''):
   c.data.heldout_fraction = 0.25
   if preset:
     c.data.text = (os.path.join(preset, 'text.jsonl'),)
-    c.data.questions = os.path.join(preset, 'questions.jsonl')
+    c.data.questions = (os.path.join(preset, 'questions.jsonl'),)
     c.data.cache_dir = os.path.join(preset, 'cache')
   c.data.num_passages = 2
   c.data.passage_chunks = 4

@@ -160,4 +160,6 @@ def test_another_module_would_be_seen(tmp_path):
   norm = params['layers']['post_attention_layernorm']
   norm['scale'] += 1e-3
   with pytest.raises(AssertionError, match='post_attention_layernorm'):
-    assert_modules(Block(cfg, 'dense', None, None), params, 0, args[0], wanted[0])
+    assert_modules(
+      Block(cfg, 'dense', None, None), params, 0, args[0], wanted[0]
+    )

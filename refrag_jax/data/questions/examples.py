@@ -7,8 +7,12 @@ the config:
   context   passage_template of each passage, chunked on its own
   output    answer_template (given, no loss), the answer and EOS (loss)
 
+Either template may hold the question. With `chat` all of it is what the user
+says in the model's own chat template, and the answer what the assistant says.
 Passage p owns the chunks from p * passage_chunks to (p + 1) * passage_chunks;
-what it does not fill has length 0. No chunk ever straddles two passages.
+what it does not fill has length 0. No chunk ever straddles two passages. With
+`history_chunks` a conversation but for its last turn is compressed as well, its
+end in so many chunks before those of the passages.
 
 Dimension key:
   B: batch   C: chunks (num_passages * passage_chunks)   K: chunk size
@@ -20,10 +24,11 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from refrag_jax.data import batch as batch_lib
 from refrag_jax.data import chunking
 from refrag_jax.data.questions import records as questions_lib
 from refrag_jax.data.questions import retrieval
@@ -46,6 +51,8 @@ KINDS = ('none', 'given', 'gold', 'gold_distractors', 'bm25', 'shuffled')
 # and single passages keep the answer from being always a matter of choosing.
 TRAINING_MIX = {'gold_distractors': 0.7, 'bm25': 0.2, 'gold': 0.1}
 
+COUNTED = 4096  # passages that are looked at to say how many are cut
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -56,9 +63,14 @@ class Question:
   kind: str  # what is asked, '' where the record does not say
   document: int  # the unit of standard errors
   prefix: np.ndarray  # int32[<= Q]
-  output: np.ndarray  # int32[<= O]
+  prompt: np.ndarray  # int32, of the output what is given
+  answer: np.ndarray  # int32, of the output what is to be predicted
   given: tuple[int, ...]  # numbers of passages, the record's order
-  gold: int | None  # the first gold one
+  gold: tuple[int, ...]  # those that the answer needs; (): not known
+  source: int  # of the files
+  choices: tuple[str, ...]  # what the answer is one of; (): it is free
+  history: str  # what is compressed of a conversation
+  whole: bool  # the passages are one text, to be read in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +81,16 @@ class Source:
   passages: tuple[tuple[str, str], ...]  # (title, text)
   skipped: tuple[str, ...]  # what was left out or cut, and why, with counts
   config: Any  # DataConfig
+  weights: tuple[float, ...]  # of the files, in training
   chunk_size: int
-  answer_prompt: int  # the first so many output tokens are given
+  prompt_slots: int  # the most tokens that are given before an answer
   tokenizer: Any
   encoder_tokenizer: Any
 
   @property
   def kinds(self) -> tuple[str, ...]:
     """The `KINDS` that these records allow."""
-    known = any(question.gold is not None for question in self.questions)
+    known = any(question.gold for question in self.questions)
     return tuple(k for k in KINDS if known or not k.startswith('gold'))
 
   def batch(
@@ -123,14 +136,40 @@ class Source:
       for number, rng in zip(chosen, rngs)
     )
 
+  def options(
+    self, batch: dict[str, np.ndarray]
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Multiple choice: a batch's questions with each of their options.
+
+    Returns:
+      row_X, of which row of the batch each option is; and the rows, whose
+      outputs are the options in the order of `Question.choices`, each with EOS.
+    """
+    row_X, rows = [], []
+    for row, number in enumerate(batch['id_B']):
+      question = self.questions[number]
+      for choice in question.choices:
+        row_X.append(row)
+        rows.append((question.prompt, self._answer(choice)))
+    row_X = np.array(row_X)
+    return row_X, batch_lib.take(batch, row_X) | self._outputs(rows)
+
+  def _answer(self, text: str) -> np.ndarray:
+    ids = self.tokenizer.encode(text)[0]
+    return np.concatenate([ids, [self.tokenizer.eos_id]]).astype(np.int32)
+
   def _draw(self, seed, step, row) -> tuple[int, list[int]]:
     rng = np.random.default_rng((seed, step, row))
+    pools = self._by_kind[0]
+    if len(self._by_kind) > 1:
+      shares = np.array(self.weights) / sum(self.weights)
+      pools = self._by_kind[rng.choice(len(shares), p=shares)]
     # What is asked is drawn first, so that no kind of question drowns another.
-    asked = sorted(self._by_kind)
-    pool = self._by_kind[asked[rng.integers(len(asked))]]
+    asked = sorted(pools)
+    pool = pools[asked[rng.integers(len(asked))]]
     number = pool[rng.integers(len(pool))]
     kind = 'given'
-    if self.questions[number].gold is not None:
+    if self.questions[number].gold:
       kind = rng.choice(list(TRAINING_MIX), p=list(TRAINING_MIX.values()))
     return number, self._choose(number, kind, rng)
 
@@ -141,8 +180,9 @@ class Source:
       return []
     if kind == 'given':
       return list(question.given[:most])
-    if kind == 'gold':
-      return [question.gold]
+    # One text in order: there is nothing to find, and nothing to put between.
+    if kind == 'gold' or (question.whole and kind != 'shuffled'):
+      return list(question.gold[:most])
     if kind == 'bm25':
       return retrieval.top_k(self._index, question.question, most).tolist()
     if kind == 'shuffled':
@@ -151,26 +191,46 @@ class Source:
         other = self._evaluated[rng.integers(len(self._evaluated))]
         if self.questions[other].document != question.document:
           break
-      known = self.questions[other].gold is not None
+      known = bool(self.questions[other].gold)
       return self._choose(other, 'gold_distractors' if known else 'given', rng)
-    distractors = [p for p in question.given if p != question.gold]
-    chosen = rng.permutation(distractors)[: most - 1].astype(int).tolist()
-    chosen.insert(rng.integers(len(chosen) + 1), question.gold)
+    gold = question.gold[:most]
+    distractors = [p for p in question.given if p not in question.gold]
+    if not distractors:  # it brings none
+      distractors = self._like(question, most)
+    chosen = rng.permutation(distractors)[: most - len(gold)]
+    chosen, first = chosen.astype(int).tolist(), 0
+    for number in gold:
+      place = int(rng.integers(first, len(chosen) + 1))
+      chosen.insert(place, number)
+      first = place + 1
     return chosen
+
+  def _like(self, question: Question, most: int) -> list[int]:
+    """The best passages by BM25 that are not gold and hold no right answer."""
+    answers = [answer.lower() for answer in question.answers]
+    near = retrieval.top_k(
+      self._index, question.question, 2 * most + len(question.gold)
+    ).tolist()
+    wrong = [
+      p
+      for p in near
+      if p not in question.gold
+      and not any(a in self.passages[p][1].lower() for a in answers)
+    ]
+    return wrong[:most]
 
   def _stack(self, rows) -> dict[str, np.ndarray]:
     data, pad = self.config, self.tokenizer.pad_id
     numbers, contexts = zip(*rows)
     questions = [self.questions[number] for number in numbers]
-    context = [self._context(tuple(passages)) for passages in contexts]
+    context = [
+      self._context(question.history, tuple(passages))
+      for question, passages in zip(questions, contexts, strict=True)
+    ]
     prefix_BQ, prefix_len_B = _pad(
       [question.prefix for question in questions], data.question_length, pad
     )
-    output_BO, output_len_B = _pad(
-      [question.output for question in questions], data.answer_length, pad
-    )
-    place_O = np.arange(data.answer_length)
-    return {
+    return self._outputs([(q.prompt, q.answer) for q in questions]) | {
       'prefix_BQ': prefix_BQ,
       'prefix_len_B': prefix_len_B,
       'chunks_BCK': np.stack([row[0] for row in context]),
@@ -178,43 +238,65 @@ class Source:
       'encoder_BCM': np.stack([row[2] for row in context]),
       'encoder_len_BC': np.stack([row[3] for row in context]),
       'encoder_cut_B': np.array([row[4].sum() for row in context], np.int32),
-      'output_BO': output_BO,
-      'output_len_B': output_len_B,
-      'loss_mask_BO': (place_O >= self.answer_prompt)
-      & (place_O < output_len_B[:, None]),
       'doc_B': np.array([q.document for q in questions], np.int32),
       'id_B': np.array(numbers, np.int32),
     }
 
-  def _context(self, passages: tuple[int, ...]) -> list[np.ndarray]:
+  def _outputs(
+    self, rows: Sequence[tuple[np.ndarray, np.ndarray]]
+  ) -> dict[str, np.ndarray]:
+    """The fields of outputs, each given first and to be predicted then."""
+    slots = output_slots(self.config)
+    output_BO, output_len_B = _pad(
+      [np.concatenate(row) for row in rows], slots, self.tokenizer.pad_id
+    )
+    given_B = np.array([len(prompt) for prompt, _ in rows])
+    place_O = np.arange(slots)
+    return {
+      'output_BO': output_BO,
+      'output_len_B': output_len_B,
+      'loss_mask_BO': (place_O >= given_B[:, None])
+      & (place_O < output_len_B[:, None]),
+    }
+
+  def _context(
+    self, history: str, passages: tuple[int, ...]
+  ) -> list[np.ndarray]:
     """The chunk arrays of one row: its passages', then absent ones."""
     absent = [None] * (self.config.num_passages - len(passages))
     parts = [self._chunks(number) for number in (*passages, *absent)]
+    if self.config.history_chunks:
+      # The end of what was said is what the question goes on from.
+      parts.insert(0, self._cut(history, self.config.history_chunks, last=True))
     return [np.concatenate(arrays) for arrays in zip(*parts)]
 
   @functools.cached_property
   def _chunks(self):
     """Passage number (None: no passage) -> its chunk arrays, remembered."""
-
-    @functools.lru_cache(maxsize=1 << 16)
-    def chunks(number):
-      found = chunking.chunk_passage(
+    return functools.lru_cache(maxsize=1 << 16)(
+      lambda number: self._cut(
         '' if number is None else self.passage(number),
-        self.tokenizer,
-        self.encoder_tokenizer,
-        self.chunk_size,
-        self.config.max_encoder_tokens,
+        self.config.passage_chunks,
       )
-      slots = self.config.passage_chunks
-      return (
-        _slots(found.chunks_CK, slots, self.tokenizer.pad_id),
-        _slots(found.chunk_len_C, slots, 0),
-        _slots(found.encoder_CM, slots, self.encoder_tokenizer.pad_id),
-        _slots(found.encoder_len_C, slots, 0),
-        _slots(found.truncated_C, slots, 0),
-      )
+    )
 
-    return chunks
+  def _cut(self, text: str, slots: int, last: bool = False):
+    """A text's chunk arrays; the first chunks, or the last, if too long."""
+    found = chunking.chunk_passage(
+      text,
+      self.tokenizer,
+      self.encoder_tokenizer,
+      self.chunk_size,
+      self.config.max_encoder_tokens,
+    )
+    kept = slice(-slots, None) if last else slice(slots)
+    return (
+      _slots(found.chunks_CK[kept], slots, self.tokenizer.pad_id),
+      _slots(found.chunk_len_C[kept], slots, 0),
+      _slots(found.encoder_CM[kept], slots, self.encoder_tokenizer.pad_id),
+      _slots(found.encoder_len_C[kept], slots, 0),
+      _slots(found.truncated_C[kept], slots, 0),
+    )
 
   def passage(self, number: int) -> str:
     """A passage as the model is shown it."""
@@ -228,10 +310,11 @@ class Source:
     )
 
   @functools.cached_property
-  def _by_kind(self) -> dict[str, list[int]]:
-    found = {}
+  def _by_kind(self) -> list[dict[str, list[int]]]:
+    """Of each file: what is asked -> numbers of questions."""
+    found = [{} for _ in self.weights]
     for number, question in enumerate(self.questions):
-      found.setdefault(question.kind, []).append(number)
+      found[question.source].setdefault(question.kind, []).append(number)
     return found
 
   @functools.cached_property
@@ -241,7 +324,7 @@ class Source:
       (
         number
         for number, question in enumerate(self.questions)
-        if question.gold is not None or not known
+        if question.gold or not known
       ),
       key=lambda number: _digest(self.questions[number].question),
     )
@@ -254,7 +337,9 @@ class Source:
     return [number for _, _, number in sorted(keyed)]
 
 
-def build(config, tokenizer, encoder_tokenizer, split: str) -> Source:
+def build(
+  config, tokenizer, encoder_tokenizer, split: str, files: Sequence[str] = ()
+) -> Source:
   """Reads, checks and tokenises the questions of one split.
 
   Args:
@@ -262,79 +347,191 @@ def build(config, tokenizer, encoder_tokenizer, split: str) -> Source:
     tokenizer: the decoder's.
     encoder_tokenizer: the encoder's.
     split: 'train' or 'heldout'; records of one document are on the same side.
+      'all': whatever side they are on.
+    files: other ones than `config.data.questions`.
 
   Returns:
     The split's `Source`.
 
   Raises:
-    UserError: the split has no usable question, or the file is bad.
+    UserError: a file has no usable question on that side, or is bad.
   """
   data = config.data
-  skipped = questions_lib.Skipped()
-  records = list(questions_lib.read(config, skipped))
-  heldout = _heldout({r.document for r in records}, data.heldout_fraction)
-  prompt = tokenizer.encode(data.answer_template)[0]
-  questions, passages, documents = [], {}, {}
+  files = tuple(files) or data.questions
+  weights = data.question_weights if files == data.questions else ()
+  templates = _templates(data, tokenizer)
+  questions, passages, documents, lines = [], {}, {}, []
+  for place, path in enumerate(files):
+    skipped = questions_lib.Skipped()
+    records = list(questions_lib.read(config, path, skipped))
+    if split != 'all':
+      heldout = _heldout({r.document for r in records}, data.heldout_fraction)
+      records_of_split = [
+        r for r in records if (r.document in heldout) == (split == 'heldout')
+      ]
+    else:
+      records_of_split = records
+    found = _questions(
+      records_of_split, data, config.model.chunk_size, tokenizer, templates,
+      passages, documents, place, skipped,
+    )  # fmt: skip
+    unmarked = sum(not question.gold for question in found)
+    if 0 < unmarked < len(found):
+      skipped.notes.append(
+        f'{unmarked} x no passage marked gold, so trained on and not measured'
+      )
+    if not found:
+      reasons = '; '.join(skipped.lines()) or (
+        'all are on the other side' if records else 'it is empty'
+      )
+      raise UserError(
+        f'{path}: no usable question for the {split} split ({reasons})'
+      )
+    questions += found
+    where = f'{path}: ' if len(files) > 1 else ''
+    lines += [where + line for line in skipped.lines()]
+  long = _long(list(passages), data, config.model.chunk_size, tokenizer)
+  return Source(
+    questions=tuple(questions),
+    passages=tuple(passages),
+    skipped=(*lines, *long),
+    config=data,
+    weights=tuple(weights) or (1.0,) * len(files),
+    chunk_size=config.model.chunk_size,
+    prompt_slots=output_slots(data) - templates.answer_room,
+    tokenizer=tokenizer,
+    encoder_tokenizer=encoder_tokenizer,
+  )
+
+
+def output_slots(data: Any) -> int:
+  """O: the answer, what is given before it, and the question if it is."""
+  asks = '{question}' in data.answer_template
+  return data.answer_length + asks * data.question_length
+
+
+class _Templates(NamedTuple):
+  """What stands around a question, in ids, and what room it leaves."""
+
+  begin: Sequence[int]  # before everything
+  end: Sequence[int]  # between everything and the answer
+  answer_room: int  # for an answer and EOS
+
+
+def _templates(data, tokenizer) -> _Templates:
+  """Raises UserError where they leave no room for a question or an answer."""
+  begin, end = [tokenizer.bos_id], []
+  if data.chat:
+    begin, end = tokenizer.chat_frame()
+  room = data.answer_length - len(end)
+  if '{question}' not in data.answer_template:
+    room -= len(tokenizer.encode(data.answer_template)[0])
+  asked = fill(data.question_template, question='')
+  if len(begin) + len(tokenizer.encode(asked)[0]) >= data.question_length:
+    raise UserError(
+      f'config.data.question_length is {data.question_length}, which is filled '
+      'by what stands before a question: raise it'
+    )
+  if room < 2:
+    raise UserError(
+      f'config.data.answer_length is {data.answer_length}, which is filled by '
+      'what stands before an answer: raise it'
+    )
+  return _Templates(begin, end, room)
+
+
+def _questions(
+  records, data, chunk_size, tokenizer, templates, passages, documents, source,
+  skipped,
+) -> list[Question]:  # fmt: skip
+  """The records of one file and side as questions.
+
+  Args:
+    passages, documents: text and name -> number, of all files; they grow.
+  """
+  found = []
   for record in records:
-    if (record.document in heldout) != (split == 'heldout'):
-      continue
     answer = tokenizer.encode(record.answers[0])[0]
-    output = np.concatenate([prompt, answer, [tokenizer.eos_id]])
-    if not len(answer) or len(output) > data.answer_length:
+    if not len(answer) or len(answer) + 1 > templates.answer_room:
       skipped.add('answer longer than data.answer_length', record.line)
       continue
-    prefix, cut = _prefix(record.question, data, tokenizer)
-    if cut:
+    compressed = data.history_chunks and record.history
+    asked = record.last_turn if compressed else record.question
+    prefix, cut = _fill(
+      data.question_template, asked, templates.begin, (), data, tokenizer
+    )
+    prompt, cut_behind = _fill(
+      data.answer_template, asked, (), templates.end, data, tokenizer
+    )
+    if cut or cut_behind:
       skipped.add('question cut to data.question_length', record.line)
-    given = [
-      passages.setdefault(passage, len(passages)) for passage in record.passages
-    ]
-    questions.append(
+    own = record.passages
+    gold = record.gold
+    if record.whole:
+      own = _pages(own[0], data, chunk_size, tokenizer)
+      gold = range(len(own))
+      if len(own) > data.num_passages:
+        skipped.add('text cut to data.num_passages', record.line)
+    given = [passages.setdefault(p, len(passages)) for p in own]
+    found.append(
       Question(
         question=record.question,
         answers=record.answers,
         kind=record.kind,
         document=documents.setdefault(record.document, len(documents)),
         prefix=prefix,
-        output=output.astype(np.int32),
+        prompt=prompt,
+        answer=np.append(answer, tokenizer.eos_id).astype(np.int32),
         given=tuple(dict.fromkeys(given)),
-        gold=None if record.gold is None else given[record.gold],
+        gold=tuple(dict.fromkeys(given[g] for g in gold)),
+        source=source,
+        choices=record.choices,
+        history=record.history if compressed else '',
+        whole=record.whole,
       )
     )
-  if not questions:
-    reasons = '; '.join(skipped.lines()) or (
-      'all are on the other side' if records else 'it is empty'
-    )
-    raise UserError(
-      f'{data.questions}: no usable question for the {split} split ({reasons})'
-    )
-  unmarked = sum(question.gold is None for question in questions)
-  if 0 < unmarked < len(questions):
-    skipped.notes.append(
-      f'{unmarked} x no passage marked gold, so trained on and not measured'
-    )
-  return Source(
-    questions=tuple(questions),
-    passages=tuple(passages),
-    skipped=tuple(skipped.lines()),
-    config=data,
-    chunk_size=config.model.chunk_size,
-    answer_prompt=len(prompt),
-    tokenizer=tokenizer,
-    encoder_tokenizer=encoder_tokenizer,
-  )
+  return found
 
 
-def _prefix(question: str, data, tokenizer) -> tuple[np.ndarray, bool]:
-  """BOS and the question; too long, its beginning goes (turns end it)."""
-  ids = tokenizer.encode(fill(data.question_template, question=question))[0]
-  room = data.question_length - 1
-  cut = len(ids) > room
+def _fill(
+  template: str, question: str, begin, end, data, tokenizer
+) -> tuple[np.ndarray, bool]:
+  """A filled template between ids; a question too long loses its beginning.
+
+  (A conversation ends in what is asked.)
+  """
+  ids = tokenizer.encode(fill(template, question=question))[0]
+  room = data.question_length - len(begin)
+  cut = '{question}' in template and len(ids) > room
   if cut:
-    head = data.question_template.partition('{question}')[0]
+    head = template.partition('{question}')[0]
     head = tokenizer.encode(head)[0][: room - 1]
     ids = np.concatenate([head, ids[len(ids) - room + len(head) :]])
-  return np.concatenate([[tokenizer.bos_id], ids]).astype(np.int32), cut
+  return np.concatenate([begin, ids, end]).astype(np.int32), cut
+
+
+def _pages(
+  passage: tuple[str, str], data, chunk_size: int, tokenizer
+) -> list[tuple[str, str]]:
+  """A text in passages that each fill their chunks."""
+  title, text = passage
+  around = fill(data.passage_template, title=title, text='')
+  room = data.passage_chunks * chunk_size - len(tokenizer.encode(around)[0])
+  starts_T = tokenizer.encode(text)[1]
+  # A token may become two where the text is cut.
+  cuts = starts_T[:: max(1, room - 2)].tolist()
+  pages = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+  return [(title, page) for page in pages if page.strip()]
+
+
+def _long(passages, data, chunk_size: int, tokenizer) -> list[str]:
+  """Says how many passages are cut, as the first of them tell."""
+  first = passages[:COUNTED]
+  texts = [fill(data.passage_template, title=a, text=b) for a, b in first]
+  room = data.passage_chunks * chunk_size
+  cut = sum(len(ids) > room for ids in tokenizer.ids_batch(texts))
+  of = f'the first {len(first)}' if len(first) < len(passages) else len(first)
+  return [f'{cut} of {of} passages cut to data.passage_chunks'] if cut else []
 
 
 def _heldout(documents: set[str], fraction: float) -> set[str]:

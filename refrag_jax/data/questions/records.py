@@ -3,9 +3,10 @@
 A record has the DPR form {"question", "answers", "ctxs": [{"title", "text"}]};
 "turns", a list of {"speaker", "text"}, may stand for the question. A passage
 that carries "gold": true (or "has_answer" or "hasanswer", as DPR and Contriever
-write it) holds the answer. A field that is null is one that is not there. The
-file has a record a line, or is one JSON array; it may be packed (.gz, .zst).
-What cannot be used is skipped and counted, with the first line that had it.
+write it) holds the answer. A field that is null is one that is not there. Other
+published forms are made into this one (forms.py). The file has a record a line,
+or is one JSON array; it may be packed (.gz, .zst). What cannot be used is
+skipped and counted, with the first line that had it.
 """
 
 import hashlib
@@ -14,10 +15,11 @@ import platform
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from refrag_jax.config.schema import Config
+from refrag_jax.data.questions import forms
 from refrag_jax.data.text import sources as text_lib
 from refrag_jax.data.text import stdlib
 from refrag_jax.errors import UserError
@@ -28,6 +30,7 @@ FLAGS = ('gold', 'has_answer', 'hasanswer')
 # What else may be meant to be one.
 LIKE_FLAGS = re.compile('gold|answer|positive|relevan|support')
 TURN_TEMPLATE = '{speaker}: {text}'
+STDLIB = 'stdlib'  # in a file's place: the embedded questions
 
 
 class Record(NamedTuple):
@@ -35,9 +38,13 @@ class Record(NamedTuple):
   question: str
   answers: tuple[str, ...]  # all right; the first is the reference
   passages: tuple[tuple[str, str], ...]  # (title, text), in the record's order
-  gold: int | None  # the first gold one of `passages`
+  gold: tuple[int, ...]  # those of `passages` that the answer needs
   kind: str  # what is asked, '' where the record does not say
   document: str  # whatever is equal is on the same side of the split
+  choices: tuple[str, ...]  # what the answer is one of; (): it is free
+  history: str  # of a conversation, what came before its last turn
+  last_turn: str  # and that; '' where the question is no conversation
+  whole: bool  # the passages are one text, to be read in order
 
 
 class Skipped:
@@ -68,43 +75,46 @@ def fill(template: str, **values: str) -> str:
   return re.sub(rf'{{({fields})}}', lambda match: values[match[1]], template)
 
 
-def check_there(config: Config) -> None:
-  """Refuses a questions file that cannot be opened."""
-  path = config.data.questions
-  if path != 'stdlib':
-    try:
-      refuse_pointer(path)
-    except OSError as error:
-      raise UserError(
-        f'data.questions: {path} cannot be read ({error.strerror}); give'
-        " 'stdlib' or a JSONL file"
-      ) from None
+def check_there(paths: Iterable[str]) -> None:
+  """Refuses question files that cannot be opened."""
+  for path in paths:
+    if path != STDLIB:
+      try:
+        refuse_pointer(path)
+      except OSError as error:
+        raise UserError(
+          f'data.questions: {path} cannot be read ({error.strerror}); give'
+          f" '{STDLIB}' or a JSONL file"
+        ) from None
 
 
-def fingerprint(config: Config) -> str:
+def fingerprint(paths: Iterable[str]) -> str:
   """Changes with what the questions say, wherever they lie."""
-  path = config.data.questions
-  if path == 'stdlib':
-    return f'stdlib of Python {platform.python_version()}'
-  check_there(config)
-  with open(path, 'rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
+  paths = tuple(paths)
+  check_there(paths)
+  digests = []
+  for path in paths:
+    if path == STDLIB:
+      digests.append(f'stdlib of Python {platform.python_version()}')
+    else:
+      with open(path, 'rb') as f:
+        digests.append(hashlib.file_digest(f, 'sha256').hexdigest())
+  return ' '.join(digests)
 
 
-def read(config: Config, skipped: Skipped) -> Iterator[Record]:
-  """The usable records of `config.data.questions`; counts the others.
+def read(config: Config, path: str, skipped: Skipped) -> Iterator[Record]:
+  """The usable records of one questions file; counts the others.
 
   Those that share a question or a gold passage are of one document: else the
   same question would be trained on and held out. (The embedded ones are taken
   by the module that they ask about, so that their text is on its side.)
   """
   records, likely, flagged = [], Counter(), False
-  for line, value in _values(config, skipped):
-    value = _without_nulls(value)
+  for line, value in _in_one_form(_values(config, path, skipped), skipped):
     record = _record(value, line, skipped)
     if record is not None:
       records.append(record)
-      flagged |= record.gold is not None
+      flagged |= bool(record.gold)
       for ctx in value['ctxs']:
         likely.update(
           key
@@ -116,7 +126,37 @@ def read(config: Config, skipped: Skipped) -> Iterator[Record]:
       f'no passage is marked gold; {", ".join(sorted(likely))} is not read: '
       f'call it {FLAGS[0]}'
     )
-  yield from _joined(records) if config.data.questions != 'stdlib' else records
+  yield from _joined(records) if path != STDLIB else records
+
+
+def _in_one_form(
+  values: Iterable[tuple[int, Any]], skipped: Skipped
+) -> Iterator[tuple[int, Any]]:
+  """The records in the DPR form; counts what is not in the file's own form."""
+  form, ids = None, set()
+  for line, value in values:
+    value = _without_nulls(value)
+    if not isinstance(value, dict):
+      skipped.add('not an object', line)
+      continue
+    own = forms.form_of(value)
+    form = form or own
+    if own is not form:
+      skipped.add(f'a record of the form {own.name} among {form.name}', line)
+      continue
+    try:
+      found = [_without_nulls(record) for record in form.read(value)]
+    # Whatever a field holds instead of what it should.
+    except (TypeError, ValueError, LookupError, AttributeError):
+      skipped.add(f'not in the form {form.name}', line)
+      continue
+    for record in found:
+      name = record.get('id')
+      if isinstance(name, str | int) and name in ids:
+        skipped.add('id that another record has', line)
+      else:
+        ids |= {name} if isinstance(name, str | int) else set()
+        yield line, record
 
 
 def _without_nulls(value: Any) -> Any:
@@ -161,8 +201,7 @@ def _components(
   first: dict[tuple[str, str], str] = {}
   for record in records:
     shared = [('question', key) for key in asked(record)]
-    if record.gold is not None:
-      shared.append(('gold', _normal(record.passages[record.gold][1])))
+    shared += [('gold', _normal(record.passages[g][1])) for g in record.gold]
     for key in shared:
       a, b = root(first.setdefault(key, record.document)), root(record.document)
       parent[max(a, b)] = min(a, b)
@@ -176,9 +215,10 @@ def _normal(text: str) -> str:
   return ' '.join(kept.split()) or text
 
 
-def _values(config: Config, skipped: Skipped) -> Iterator[tuple[int, Any]]:
-  path = config.data.questions
-  if path == 'stdlib':
+def _values(
+  config: Config, path: str, skipped: Skipped
+) -> Iterator[tuple[int, Any]]:
+  if path == STDLIB:
     # A token is at least a byte: no tokenizer will have to cut a passage. (In
     # caps too small to ask anything, the chunk cap cuts them after all.)
     room = config.data.passage_chunks * config.model.chunk_size
@@ -186,7 +226,7 @@ def _values(config: Config, skipped: Skipped) -> Iterator[tuple[int, Any]]:
     room = max(room - len(template.encode()), stdlib.FEWEST_BYTES)
     yield from enumerate(stdlib.questions(room), 1)
     return
-  check_there(config)
+  check_there([path])
   for line, value in text_lib.json_values(path):
     try:
       # It can spell a lone surrogate, which has no UTF-8.
@@ -199,11 +239,11 @@ def _values(config: Config, skipped: Skipped) -> Iterator[tuple[int, Any]]:
     skipped.add('not JSON in UTF-8', line)
 
 
-def _record(value: Any, line: int, skipped: Skipped) -> Record | None:
-  if not isinstance(value, dict):
-    skipped.add('not an object', line)
-    return None
-  question = value.get('question', _conversation(value.get('turns')))
+def _record(
+  value: dict[str, Any], line: int, skipped: Skipped
+) -> Record | None:
+  turns = () if 'question' in value else _conversation(value.get('turns'))
+  question = value.get('question', '\n'.join(turns))
   if not isinstance(question, str) or not question.strip():
     skipped.add(f"no 'question'{_has(value, 'question')}", line)
     return None
@@ -212,31 +252,39 @@ def _record(value: Any, line: int, skipped: Skipped) -> Record | None:
     what = "no 'answers' (a list of texts)"
     skipped.add(what + _has(value, 'answers'), line)
     return None
+  choices = value.get('choices', [])
+  if not _is_list(choices, str) or (choices and answers[0] not in choices):
+    skipped.add("'choices' that are not texts with the answer among them", line)
+    return None
   if not _is_list(value.get('ctxs'), dict):
     what = "no 'ctxs' (a list of passages)"
     skipped.add(what + _has(value, 'ctxs'), line)
     return None
-  passages, gold = [], None
+  passages, gold = [], []
   for ctx in value['ctxs']:
     text = ctx.get('text')
     if not isinstance(text, str) or not text.strip():
       skipped.add('empty passage', line)
       continue
-    if _flag(ctx, line) and gold is None:
-      gold = len(passages)
+    if _flag(ctx, line) and (value.get('all_gold') or not gold):
+      gold.append(len(passages))
     passages.append((str(ctx.get('title') or ''), text))
   if not passages:
     skipped.add('no passage with text', line)
     return None
-  about = question if gold is None else passages[gold][1]
+  about = passages[gold[0]][1] if gold else question
   return Record(
     line=line,
     question=question,
     answers=tuple(answers),
     passages=tuple(passages),
-    gold=gold,
+    gold=tuple(gold),
     kind=str(value.get('kind', '')),
     document=str(value.get('document', about)),
+    choices=tuple(choices),
+    history='\n'.join(turns[:-1]),
+    last_turn=turns[-1] if turns else '',
+    whole=bool(value.get('whole')),
   )
 
 
@@ -263,14 +311,14 @@ def _flag(ctx: dict[str, Any], line: int) -> bool:
   return bool(next(iter(marks.values()), False))
 
 
-def _conversation(turns: Any) -> str:
-  """The turns, one a line; '' if there are none."""
+def _conversation(turns: Any) -> tuple[str, ...]:
+  """The turns as they are shown, each a line; () if there are none."""
   if not _is_list(turns, dict):
-    return ''
+    return ()
   said = [(turn.get('speaker'), turn.get('text')) for turn in turns]
   if not all(_is_list(list(pair), str) for pair in said):
-    return ''
-  return '\n'.join(fill(TURN_TEMPLATE, speaker=s, text=t) for s, t in said)
+    return ()
+  return tuple(fill(TURN_TEMPLATE, speaker=s, text=t) for s, t in said)
 
 
 def _is_list(value: Any, of: type) -> bool:

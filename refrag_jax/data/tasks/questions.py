@@ -1,6 +1,7 @@
 """Questions over retrieved passages, with their gold answers (stage `sft`)."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from refrag_jax.config import check
@@ -15,12 +16,15 @@ from refrag_jax.errors import UserError
 
 # What of config.data the batches depend on, beside the questions themselves.
 SETTINGS = (
+  'question_weights',
+  'chat',
   'question_template',
   'passage_template',
   'answer_template',
   'num_passages',
   'question_length',
   'passage_chunks',
+  'history_chunks',
   'answer_length',
   'heldout_fraction',
 )
@@ -37,21 +41,24 @@ class Questions(Task):
 
   def settings(self, config: Config) -> dict[str, Any]:
     own = {key: getattr(config.data, key) for key in SETTINGS}
-    own['questions_content'] = records.fingerprint(config)
+    own['questions_content'] = records.fingerprint(config.data.questions)
     return super().settings(config) | own
 
   def num_chunks(self, config: Config, name: str) -> int:
     del name
-    return config.data.num_passages * config.data.passage_chunks
+    data = config.data
+    return data.num_passages * data.passage_chunks + data.history_chunks
 
   def row_shapes(self, config: Config, name: str, num_chunks: int) -> Shapes:
+    from refrag_jax.data.questions import examples  # loads BM25
+
     data = config.data
     return context_shapes(
       Q=data.question_length,
       C=num_chunks,
       K=config.model.chunk_size,
       M=data.max_encoder_tokens,
-      O=data.answer_length,
+      O=examples.output_slots(data),
     )
 
   def sampler(
@@ -84,6 +91,19 @@ def check_questions(config: Config) -> None:
       "config.data.questions is empty: name 'stdlib' or a JSONL file, or take "
       "the sft stages and the eval 'qa' out"
     )
+  weights = data.question_weights
+  if weights and len(weights) != len(data.questions):
+    raise UserError(
+      f'config.data.question_weights has {len(weights)} entries for '
+      f'{len(data.questions)} entries of config.data.questions: give one '
+      'weight a file, or none at all for equal shares'
+    )
+  if any(weight <= 0 for weight in weights):
+    raise UserError(
+      f'config.data.question_weights {weights}: weights must be greater than '
+      '0; leave a file out of config.data.questions instead'
+    )
+  check.not_negative(data, 'data.', 'history_chunks')
   check.positive(
     data,
     'data.',
@@ -92,19 +112,20 @@ def check_questions(config: Config) -> None:
     'passage_chunks',
     'answer_length',
   )
-  for template, field in (
-    ('question_template', '{question}'),
-    ('passage_template', '{text}'),
+  for field, *templates in (
+    ('{question}', 'question_template', 'answer_template'),
+    ('{text}', 'passage_template'),
   ):
-    if field not in getattr(data, template):
+    if not any(field in getattr(data, template) for template in templates):
       raise UserError(
-        f'config.data.{template} {getattr(data, template)!r} does not contain '
-        f'{field}: put it where the text belongs'
+        f'config.data.{templates[0]} {getattr(data, templates[0])!r} does not '
+        f'contain {field}: put it where the text belongs'
+        + ''.join(f', or into {other}' for other in templates[1:])
       )
 
 
-def build(config: Config, split: str):
-  """The questions of one side, as examples.Examples."""
+def build(config: Config, split: str, files: Sequence[str] = ()):
+  """The questions of one side, as examples.Source; see examples.build."""
   from refrag_jax.data.questions import examples  # loads BM25
 
   return examples.build(
@@ -112,4 +133,5 @@ def build(config: Config, split: str):
     tokenizers.load(config.data.tokenizer),
     tokenizers.load(config.data.encoder_tokenizer),
     split,
+    files,
   )
