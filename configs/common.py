@@ -261,6 +261,7 @@ def base() -> ml_collections.ConfigDict:
     dict(
       rank=0,
       alpha=32.0,
+      dropout=0.0,
       targets=(
         'q_proj', 'k_proj', 'v_proj', 'o_proj',
         'gate_proj', 'up_proj', 'down_proj',

@@ -50,6 +50,17 @@ VOCAB = {
   'minilm_l6': 30_522,
 }
 
+# p. 7-8: the data sets of fine-tuning that the paper names, of four of its "5
+# domains": dialogue, open-domain questions, reading comprehension, chains of
+# thought. A file each, in the DPR form with passages of a retriever.
+QUESTIONS = (
+  'oasst',
+  'commonsense_qa', 'math_qa', 'web_questions', 'wiki_qa', 'yahoo_answers',
+  'freebase_qa', 'ms_marco',
+  'drop', 'pubmed_qa', 'quarel', 'squad_v2',
+  'aqua_rat', 'ecqa', 'gsm8k', 'strategy_qa',
+)  # fmt: skip
+
 # p. 5: T = 4096 = s 2048 + o 2048. 20B tokens in windows of 4096 are 5M
 # windows, the kinks in Figures 10-12 at 20k, 40k and 59k steps agree, and
 # 4 epochs (p. 19) of 5M at batch 256 are 78,125 steps.
@@ -102,8 +113,9 @@ def get_config(preset: str = 'k16'):
   # formula, and two special tokens.
   c.data.max_encoder_tokens = 2 * k
   c.data.heldout_fraction = 0.01
-  # p. 7-8: RAG examples, passages of less than 200 words; lengths are ours.
-  c.data.questions = ('data/rag_train.jsonl',)
+  # p. 7-8: passages of less than 200 words; lengths are ours, and so are the
+  # equal shares (1.1 million examples in all, nothing is said of each).
+  c.data.questions = tuple(f'data/rag/{name}.jsonl' for name in QUESTIONS)
   c.data.num_passages = 8
   c.data.question_length = 128
   c.data.passage_chunks = 320 // k

@@ -2,68 +2,124 @@
 
   launch/models.sh                                 # once: both, into models/
   launch/run.sh --config=configs/smollm2.py:laptop --workdir=runs/smollm2
+  launch/smollm2_gpu.sh                            # on a card, in pieces
 
 The decoder comes from llama.cpp's file of it, 4 bits a weight, and stays as it
 is: `reconstruct` trains encoder and projection, every later stage those and
 adapters of rank 16 (LoRA), and so do the control arms. Name your own text in
---config.data.text; without it, it is the interpreter's documentation.
+--config.data.text and questions in --config.data.questions; without them, they
+are the interpreter's documentation and about it.
 """
 
 from configs import common
 
 PRESETS = {
   'laptop': 'a first look, on two CPU cores',
+  'cpu': 'contexts of 64 tokens, on two CPU cores',
+  'k4': 'as without a preset, 4 tokens a chunk',
+  'k16': 'as without a preset, 16 tokens a chunk',
 }
 DURATIONS = {
-  '': 'a night on two CPU cores, by estimate',
-  'laptop': 'an hour on two CPU cores, by estimate',
+  '': 'some hours on one card of 80 GB, by estimate',
+  'laptop': '40 minutes on two idle CPU cores, by estimate',
+  'cpu': 'a night on two CPU cores, by estimate',
+  'k4': 'some hours on one card of 80 GB, by estimate',
+  'k16': 'some hours on one card of 80 GB, by estimate',
 }
 DECODER = 'models/SmolLM2-135M-Instruct.Q4_1.gguf'
 ENCODER = 'models/all-MiniLM-L6-v2'
-# stage: steps of a night, and of the laptop's hour.
-STEPS = {'reconstruct': (1000, 80), 'cpt': (500, 30)}
+# stage: (steps, batch) on a card, of a night, of the laptop's look; a control
+# arm follows the stage that it mirrors.
+BUDGETS = {
+  'reconstruct': ((4000, 256), (1500, 32), (150, 32)),
+  'cpt': ((4000, 256), (700, 32), (60, 32)),
+  'mixed': ((1000, 256), (150, 32), (40, 32)),
+  'grpo': ((500, 64), (60, 16), (10, 16)),
+  'sft': ((2000, 128), (200, 16), (30, 8)),
+}
+# Tokens of contexts and of outputs.
+LENGTHS = {'': (512, 128), 'cpu': (64, 16), 'laptop': (16, 16)}
 
 
 def get_config(preset: str = ''):
   c = common.base()
   c.name = 'smollm2'
-  c.stages = ('reconstruct', 'cpt', 'cpt_trained')
+  on_card = preset not in ('cpu', 'laptop')
+  size = {'cpu': 1, 'laptop': 2}.get(preset, 0)
+  c.stages = ('reconstruct', 'cpt', 'mixed', 'sft', 'cpt_trained')
   c.evals = ('log_perplexity', 'reconstruction', 'regeneration')
+  if on_card:
+    c.stages = (
+      'reconstruct', 'cpt', 'mixed', 'grpo', 'sft',
+      'cpt_trained', 'mixed_trained', 'sft_full', 'sft_none',
+    )  # fmt: skip
+    c.evals = (*c.evals, 'selection', 'passages', 'qa')
   # Numbers that are known need no file, so that --mode=config lists them.
   c.model.decoder = common.decoder('smollm2_135m', 49_152)
   c.model.encoder = common.encoder('minilm_l6', 30_522)
   c.init_from = f'{DECODER},{ENCODER}'
   c.data.tokenizer, c.data.encoder_tokenizer = DECODER, ENCODER
-
   c.model.lora.rank = 16
-  c.model.chunk_size = 8
-  c.data.max_encoder_tokens = 24
   c.model.policy.update(num_heads=c.model.encoder.num_heads, mlp_width=1024)
-  factors = (1, 2, 4, 8)
+  if on_card:
+    c.model.update(
+      compute_dtype='bfloat16', attention='fused', remat='dots', loss_block=64
+    )
+  k = {'k4': 4, 'k16': 16}.get(preset, 8)
+  c.model.chunk_size = k
+  c.data.max_encoder_tokens = 2 * k + 8
+
+  # What an instruct model expects: a user who shows texts, then asks.
+  c.data.chat = True
+  c.data.question_template = 'Answer a question from these texts.\n\n'
+  c.data.passage_template = '{title}\n{text}\n\n'
+  c.data.answer_template = 'Question: {question}\nAnswer in a few words.'
+  c.data.num_passages = 5 if on_card else 3
+  c.data.passage_chunks = 192 // k  # 100 words and a title fit
+  c.data.question_length = 64
+  c.data.answer_length = 32
+
+  context_length, output_length = LENGTHS['' if on_card else preset]
+  factors = tuple(2**i for i in range(10) if 2**i <= context_length // k)
+  window = dict(context_length=context_length, output_length=output_length)
   c.stage.reconstruct = common.stage(
-    batch_size=32,
-    peak_learning_rate=5e-4,
-    context_length=64,
-    factors=factors,
+    peak_learning_rate=5e-4, context_length=context_length, factors=factors
   )
-  c.stage.cpt = common.stage(
-    batch_size=32,
-    peak_learning_rate=5e-4,
-    context_length=64,
-    output_length=16,
-    factors=factors,
+  c.stage.cpt = common.stage(peak_learning_rate=5e-4, factors=factors, **window)
+  # 0.1, the paper's share, of the few chunks of a CPU's contexts is none.
+  fractions = (0.1, 0.25) if on_card else (0.5,)
+  c.stage.mixed = common.stage(
+    peak_learning_rate=2e-4,
+    expand_fractions=fractions,
+    **window,
   )
+  c.stage.grpo = common.stage(
+    peak_learning_rate=3e-4,
+    expand_fractions=fractions,
+    num_generations=8,
+    clip_eps=0.2,
+    updates_per_rollout=2,
+    **window,
+  )
+  c.stage.sft = common.stage(peak_learning_rate=2e-4)
+  contexts = ('none', 'last_k', 'full')
   c.stage.cpt_trained = common.control(
-    c.stage.cpt,
-    contexts=('none', 'last_k', 'full'),
-    factors=(),
-    init_from=c.init_from,
+    c.stage.cpt, contexts=contexts, factors=(), init_from=c.init_from
   )
-  for name, steps in STEPS.items():
-    c.stage[name].num_train_steps = steps[preset == 'laptop']
+  c.stage.mixed_trained = common.control(c.stage.mixed, contexts=contexts)
+  c.stage.sft_full = common.control(c.stage.sft, contexts=('full',))
+  c.stage.sft_none = common.control(c.stage.sft, contexts=('none',))
+  for name, budgets in BUDGETS.items():
+    steps, batch_size = budgets[size]
+    c.stage[name].num_train_steps = steps
+    c.stage[name].batch_size = batch_size
+
   c.log_every_steps = 5
   c.eval.batch_size = 32
-  c.eval.num_windows = 128 if preset == 'laptop' else 512
-  c.eval.output_lengths = (4, 16)
-  c.eval.reconstruct_lengths = (8, 64)
+  c.eval.num_windows = {'laptop': 128}.get(preset, 512)
+  c.eval.output_lengths = (4, output_length)
+  c.eval.reconstruct_lengths = (k, context_length)
+  c.eval.expand_fractions = fractions
+  c.eval.question_fractions = (0.1, 0.25) if on_card else ()
+  c.eval.selectors = ('rl', 'ppl_desc', 'random', 'oracle')
   return c

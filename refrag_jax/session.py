@@ -188,7 +188,11 @@ def open_model(config: Config, workdir: str = '') -> Session:
 
 def _adapters(model: ModelConfig) -> dict[str, Any]:
   """What tells adapters apart; without any, the rest means nothing."""
-  return dataclasses.asdict(model.lora) if model.lora.rank else {'rank': 0}
+  if not model.lora.rank:
+    return {'rank': 0}
+  values = dataclasses.asdict(model.lora)
+  del values['dropout']  # how they are trained
+  return values
 
 
 def checkpoint_beside(workdir: str, source: str) -> str:

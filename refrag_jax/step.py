@@ -11,6 +11,7 @@ import optax
 
 from refrag_jax import optimizer
 from refrag_jax.config.schema import OptimizerConfig, StageConfig
+from refrag_jax.models import lora
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.stages.stage import Stage
 from refrag_jax.state import TrainState, merge
@@ -48,7 +49,7 @@ def train_step(
     state: donated by the caller.
     batch: leaves (B, ...); with accumulation split into A pieces whose
       gradients are added before the one division by the number of targets, so
-      that A changes memory and not the result.
+      that A changes memory and not the result (but for what dropout draws).
     key: a pure function of (seed, stage, step).
     learning_rate: of this step; an argument, so that schedules compile nothing.
     variant: static; see stages/context.py.
@@ -68,10 +69,17 @@ def train_step(
     )
   )
 
+  # Behind those of the rows.
+  dropout_keys = jax.random.split(jax.random.fold_in(key, B), A)
+
   def piece_grad(trainable, piece):
+    piece, dropout_key = piece
+    drops = model.cfg.lora.rank and model.cfg.lora.dropout
+    dropping = lora.Dropping(model, dropout_key) if drops else model
+
     def total(trainable):
       total, weight, metrics = stage.loss(
-        model, merge(trainable, frozen), piece, variant, cfg
+        dropping, merge(trainable, frozen), piece, variant, cfg
       )
       return total, (weight, metrics)
 
@@ -82,7 +90,9 @@ def train_step(
 
   finite = jnp.bool_(True)
   for _ in range(max(1, cfg.updates_per_rollout)):
-    total, weight, metrics, grads = _accumulate(piece_grad, trainable, prepared)
+    total, weight, metrics, grads = _accumulate(
+      piece_grad, trainable, (prepared, dropout_keys)
+    )
     loss = total / weight
     grads = jax.tree.map(lambda g, w=weight: g / w, grads)
     grad_norm = optax.tree.norm(grads)

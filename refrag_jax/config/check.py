@@ -38,7 +38,7 @@ MAY_BE_ZERO = {
     'local_rope_theta',
   ),
   'model.policy.': (),
-  'model.lora.': ('rank',),
+  'model.lora.': ('rank', 'dropout'),
 }
 
 
@@ -208,6 +208,11 @@ def _check_model(model: ModelConfig) -> None:
     raise UserError(
       f'config.model.lora.rank is {model.lora.rank} and targets is empty: name '
       'the projections that get an adapter, or set rank to 0'
+    )
+  if not 0 <= model.lora.dropout < 1:
+    raise UserError(
+      f'config.model.lora.dropout is {model.lora.dropout}: use a share from 0 '
+      'to less than 1'
     )
   if model.lora.rank and model.piece_length:
     raise UserError(

@@ -79,6 +79,7 @@ class LoraConfig:
 
   rank: int  # 0: none, the decoder itself is trained
   alpha: float  # their sum is scaled by alpha / rank
+  dropout: float  # share of their inputs that is 0 in a training step
   targets: tuple[str, ...]  # of LORA_TARGETS in check.py
 
 

@@ -25,7 +25,9 @@ from refrag_jax import generate, results
 from refrag_jax.config import check
 from refrag_jax.config.schema import Config
 from refrag_jax.data import batch as batch_lib
+from refrag_jax.data.questions import records
 from refrag_jax.data.tasks import questions
+from refrag_jax.errors import UserError
 from refrag_jax.evals import common, replug, selection, text_metrics
 from refrag_jax.evals.eval import Eval
 from refrag_jax.models import losses, policy
@@ -103,6 +105,8 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
       context.leave_out(f'row {name} of qa', common.missing(row.role))
       continue
     asked = source.examples(kind, config.eval.num_questions)
+    if (kind, row.given_as) == ('none', 'tokens'):  # no slots for them either
+      asked = batch_lib.cut_chunks(asked, slice(0))
     rows[name] = measure(context, source, asked, row)
     if ROWS.get(name, row) is ROWS[GIVEN] or name == 'given':
       rows |= expanded(context, source, asked, row, name)
@@ -283,8 +287,34 @@ def expand_share(batch, p: float):
 
 
 def check_questions(config: Config) -> None:
+  """Refuses numbers of passages that the decoder has no positions for."""
   check.positive(config.eval, 'eval.', 'num_questions')
   questions.check_questions(config)
+  numbers = config.eval.question_passages
+  if any(number < 1 for number in numbers):
+    raise UserError(
+      f'config.eval.question_passages is {numbers}: each must be 1 or more'
+    )
+  bad = [p for p in config.eval.question_fractions if not 0 < p < 1]
+  if bad:
+    raise UserError(
+      f'config.eval.question_fractions holds {bad[0]}: use shares between 0 '
+      'and 1'
+    )
+  if config.eval.question_fractions:
+    check.known(config.eval.selectors, check.SELECTORS, 'eval.selectors')
+  data, limit = config.data, config.model.decoder.max_length
+  slots = records.output_slots(data)
+  for number in (data.num_passages, *numbers):
+    chunks = data.history_chunks + number * data.passage_chunks
+    longest = data.question_length + chunks * config.model.chunk_size + slots
+    if 0 < limit < longest:
+      raise UserError(
+        f'the eval qa reads {number} passages as tokens, up to {longest} '
+        f'positions, and the decoder has {limit} '
+        '(config.model.decoder.max_length): lower config.data.passage_chunks, '
+        'or the number'
+      )
 
 
 EVAL = Eval(

@@ -616,7 +616,7 @@ def write_adapters(
       'r': cfg.rank,
       'lora_alpha': cfg.alpha,
       'target_modules': sorted(params),
-      'lora_dropout': 0.0,
+      'lora_dropout': cfg.dropout,
       'bias': 'none',
       'inference_mode': True,
     },

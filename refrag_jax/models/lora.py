@@ -4,7 +4,8 @@
 
 W stays as it was; A is random and B zero at first, so that an untrained adapter
 changes nothing. They are a group of parameters by themselves, which a stage
-trains and a checkpoint keeps as it does every group.
+trains and a checkpoint keeps as it does every group. In a training step (see
+`Dropping`) each adapter's x has some of its numbers set to 0.
 
 Dimension key: R rank; the rest as in models/decoder.py.
 """
@@ -41,6 +42,8 @@ class Adapter(nn.Module):
   @nn.compact
   def __call__(self, x):
     R, n = self.cfg.rank, self.num_in
+    if self.cfg.dropout and self.has_rng('dropout'):
+      x = nn.Dropout(self.cfg.dropout, deterministic=False)(x)
     h_BTR = layers.Projection((*self.shape[:n], R), n, False, name='a')(x)
     y = layers.Projection(
       (R, *self.shape[n:]), 1, False, nn.initializers.zeros, name='b'
@@ -62,6 +65,20 @@ class Adapters(nn.Module):
   def __call__(self, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """y, the projection `name` of x, with its change."""
     return y + getattr(self, name)(x) if name in self.cfg.targets else y
+
+
+class Dropping:
+  """A model whose adapters drop some of what they read, drawn with `key`.
+
+  It is applied as the model itself is.
+  """
+
+  def __init__(self, model: nn.Module, key: jax.Array):
+    self.model, self.key, self.cfg = model, key, model.cfg
+
+  def apply(self, variables: dict, *args, **kwargs):
+    rngs = {'dropout': self.key}
+    return self.model.apply(variables, *args, rngs=rngs, **kwargs)
 
 
 def merge(params: dict, cfg: LoraConfig) -> dict:

@@ -61,7 +61,7 @@ def stack(
   return nn.scan(
     block,
     variable_axes={'params': 0},
-    split_rngs={'params': True},
+    split_rngs={'params': True, 'dropout': True},
     in_axes=in_axes,
     length=length,
     unroll=1 if scan_layers else length,

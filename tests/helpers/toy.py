@@ -68,7 +68,7 @@ MODEL = ModelConfig(
     rope_theta=50.0,
     norm_eps=1e-3,
   ),
-  lora=LoraConfig(rank=0, alpha=8.0, targets=LORA_TARGETS),
+  lora=LoraConfig(rank=0, alpha=8.0, dropout=0.0, targets=LORA_TARGETS),
   chunk_size=K,
   piece_length=0,
   compute_dtype='float32',

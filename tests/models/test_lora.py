@@ -75,6 +75,69 @@ def test_a_step_trains_them_and_not_the_decoder(name):
   assert jax.tree.leaves(trained['decoder']) == []
 
 
+def dropping(rate):
+  of_lora = dataclasses.replace(toy.LORA.lora, dropout=rate)
+  return dataclasses.replace(toy.LORA, lora=of_lora)
+
+
+def test_what_dropout_keeps_is_as_much_in_the_mean():
+  """Some numbers of each input are 0, the others larger by as much."""
+  cfg = dropping(0.25).lora
+  adapter = lora.Adapter((6, 5), 1, cfg)
+  x = jax.random.normal(jax.random.key(0), (2, 3, 6))
+  params = adapter.init(jax.random.key(1), x)
+  params = jax.tree.map(lambda p: p + 0.5, params)
+  apply = lambda key: adapter.apply(params, x, rngs={'dropout': key})
+  drawn = jax.jit(jax.vmap(apply))(jax.random.split(jax.random.key(2), 4096))
+  plain = adapter.apply(params, x)
+  se = drawn.std(0) / 64
+  assert np.abs((drawn.mean(0) - plain) / se).max() < 5
+  assert se.min() > 1e-3
+
+
+@pytest.mark.parametrize('scan', [True, False])
+def test_dropout_is_of_training_steps_alone(scan):
+  """And drawn by the step's key, another one in every layer."""
+  params, batch = toy.params(toy.LORA), toy.step_batch('cpt')
+  np.testing.assert_array_equal(
+    nll(dropping(0.5), params), nll(toy.LORA, params)
+  )
+
+  def step(rate, seed, pieces=1):
+    stage = STAGES['cpt']
+    model = dataclasses.replace(dropping(rate), scan_layers=scan)
+    state = TrainState(np.int32(0), params, init_opt_state(params, stage))
+    run = lambda state, key: train_step(
+      state, batch, key, 1e-2, model=Refrag(model), stage=stage,
+      cfg=toy.stage(accumulation_steps=pieces), variant=None,
+    )  # fmt: skip
+    return float(toy.jit(run)(state, jax.random.key(seed))[1]['loss'])
+
+  assert step(0.0, 0) == step(0.0, 1)
+  assert step(0.5, 0) == step(0.5, 0)
+  assert len({step(0.0, 0), step(0.5, 0), step(0.5, 1), step(0.5, 0, 2)}) == 4
+
+
+def test_every_layer_and_projection_draws_its_own(monkeypatch):
+  seen = []
+
+  def draw(self, x):
+    key = jax.random.key_data(self.make_rng('dropout'))
+    jax.debug.callback(lambda key: seen.append(tuple(key.tolist())), key)
+    return x
+
+  monkeypatch.setattr(lora.nn.Dropout, '__call__', draw)
+  model = lora.Dropping(Refrag(dropping(0.5)), jax.random.key(3))
+  params, batch = toy.params(toy.LORA), toy.batch(2)
+  run = lambda params, batch: model.apply(
+    {'params': params}, batch, method=Refrag.compressed_nll
+  )
+  jax.block_until_ready(jax.jit(run)(params, batch))
+  jax.effects_barrier()
+  number = toy.LORA.decoder.num_layers * len(toy.LORA.lora.targets)
+  assert len(seen) == len(set(seen)) == number
+
+
 def test_a_stage_from_scratch_trains_the_decoder_itself():
   trained, _ = STAGES['lm'].partition(toy.params(toy.LORA))
   assert jax.tree.leaves(trained['decoder']) and not jax.tree.leaves(

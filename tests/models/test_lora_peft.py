@@ -28,7 +28,7 @@ TARGETS = [toy.LORA_TARGETS, ('q_proj', 'v_proj')]
 def test_logits_and_gradients_are_those_of_peft(name, targets, tmp_path):
   model = hf_torch.decoder(name, 2)
   cfg, decoder = hf_torch.read(hf_torch.saved(model, tmp_path / 'base'))
-  of_lora = LoraConfig(rank=3, alpha=7.0, targets=targets)
+  of_lora = LoraConfig(rank=3, alpha=7.0, dropout=0.3, targets=targets)
   config = dataclasses.replace(hf_torch.model_config(cfg), lora=of_lora)
   rng = np.random.default_rng(0)
   adapters = jax.tree.map(

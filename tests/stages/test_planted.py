@@ -66,7 +66,7 @@ def model_config(width: int, decoder_layers: int) -> config.ModelConfig:
       rope_theta=10_000.0,
       norm_eps=1e-5,
     ),
-    lora=config.LoraConfig(0, 0.0, ()),
+    lora=config.LoraConfig(0, 0.0, 0.0, ()),
     chunk_size=K,
     compute_dtype='float32',
     attention='dense',

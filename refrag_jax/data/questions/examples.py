@@ -246,7 +246,7 @@ class Source:
     self, rows: Sequence[tuple[np.ndarray, np.ndarray]]
   ) -> dict[str, np.ndarray]:
     """The fields of outputs, each given first and to be predicted then."""
-    slots = output_slots(self.config)
+    slots = questions_lib.output_slots(self.config)
     output_BO, output_len_B = _pad(
       [np.concatenate(row) for row in rows], slots, self.tokenizer.pad_id
     )
@@ -398,16 +398,10 @@ def build(
     config=data,
     weights=tuple(weights) or (1.0,) * len(files),
     chunk_size=config.model.chunk_size,
-    prompt_slots=output_slots(data) - templates.answer_room,
+    prompt_slots=questions_lib.output_slots(data) - templates.answer_room,
     tokenizer=tokenizer,
     encoder_tokenizer=encoder_tokenizer,
   )
-
-
-def output_slots(data: Any) -> int:
-  """O: the answer, what is given before it, and the question if it is."""
-  asks = '{question}' in data.answer_template
-  return data.answer_length + asks * data.question_length
 
 
 class _Templates(NamedTuple):

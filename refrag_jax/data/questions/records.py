@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from refrag_jax.config.schema import Config
+from refrag_jax.config.schema import Config, DataConfig
 from refrag_jax.data.questions import forms
 from refrag_jax.data.text import sources as text_lib
 from refrag_jax.data.text import stdlib
@@ -73,6 +73,12 @@ def fill(template: str, **values: str) -> str:
   """
   fields = '|'.join(values)
   return re.sub(rf'{{({fields})}}', lambda match: values[match[1]], template)
+
+
+def output_slots(data: DataConfig) -> int:
+  """O: the answer, what is given before it, and the question if it is."""
+  asks = '{question}' in data.answer_template
+  return data.answer_length + asks * data.question_length
 
 
 def check_there(paths: Iterable[str]) -> None:

@@ -50,15 +50,13 @@ class Questions(Task):
     return data.num_passages * data.passage_chunks + data.history_chunks
 
   def row_shapes(self, config: Config, name: str, num_chunks: int) -> Shapes:
-    from refrag_jax.data.questions import examples  # loads BM25
-
     data = config.data
     return context_shapes(
       Q=data.question_length,
       C=num_chunks,
       K=config.model.chunk_size,
       M=data.max_encoder_tokens,
-      O=examples.output_slots(data),
+      O=records.output_slots(data),
     )
 
   def sampler(
