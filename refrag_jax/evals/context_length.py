@@ -9,6 +9,9 @@ the longest drop out of all rows, and `n` counts what is left.
 Rows for each s: REFRAG with everything compressed, with another document's
 chunks, and the decoder with the same continued training on last-k and, up to
 FULL times the trained length, on full context; and that decoder without any.
+Where the longest context is more than a decoder has positions for, there is
+also what it can read of it: as many last tokens as it holds, by the decoder
+before REFRAG and by the one with the same training.
 """
 
 import numpy as np
@@ -65,6 +68,16 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
     rows['no_context_trained'] = perplexity.plain_nll(
       context, 'trained', windows, 'none'
     )
+  longest = max(config.eval.context_lengths)
+  held = held_tokens(config)
+  if 0 < held < longest:
+    cut = batch.cut_chunks(windows, slice(-(held // k), None))
+    size = batch_rows(config, held)
+    for role, suffix in (('before', ''), ('trained', '_trained')):
+      if context.available(role):
+        rows[f'last_{held}_tokens{suffix}'] = perplexity.plain_nll(
+          context, role, cut, 'full', size
+        )
   for s in sorted(config.eval.context_lengths):
     size = batch_rows(config, s)
     cut = batch.cut_chunks(windows, slice(-(s // k), None))
@@ -83,6 +96,17 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
           context, 'trained', cut, perplexity.PLAIN[row], size
         )
   return rows
+
+
+def held_tokens(config: Config) -> int:
+  """Context tokens, in whole chunks, that the decoder has positions for."""
+  limit, k = config.model.decoder.max_length, config.model.chunk_size
+  if not limit:
+    return max(config.eval.context_lengths)
+  room = (
+    limit - 1 - max(config.eval.output_lengths)
+  )  # BOS, and what it predicts
+  return max(0, room // k * k)
 
 
 def batch_rows(config, length: int) -> int:

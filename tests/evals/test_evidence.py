@@ -286,6 +286,26 @@ def test_each_length_is_measured_in_its_own_batches(
   }
 
 
+def test_beyond_its_positions_a_decoder_reads_the_last_tokens(
+  context, session, params
+):
+  """Of 24 positions one is BOS's and 6 are the output's: 4 chunks of 4."""
+  decoder = dataclasses.replace(session.config.model.decoder, max_length=24)
+  model = dataclasses.replace(session.config.model, decoder=decoder)
+  config = dataclasses.replace(session.config, model=model)
+  few = context._replace(session=session._replace(config=config), memo={})
+  whole = windows_task.eval_windows(config, session.corpus, 32, O, W)
+  rows = context_length.measure(few, whole)
+  text_WT = whole['chunks_BCK'].reshape(W, 32)
+  tokens_WT = np.concatenate([text_WT[:, 16:], whole['output_BO']], 1)
+  for role, suffix in (('before', ''), ('trained', '_trained')):
+    nll_WO = lm_nll(session, params[role], tokens_WT)[:, 16:]
+    found = rows.pop(f'last_16_tokens{suffix}')
+    np.testing.assert_allclose(found, nll_WO, rtol=1e-4)
+  assert not any(row.endswith('tokens') for row in rows)
+  assert context_length.held_tokens(session.config) == 32
+
+
 def test_full_context_ends_at_a_multiple_of_the_trained_length(
   context, session, monkeypatch
 ):

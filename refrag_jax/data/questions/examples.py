@@ -207,7 +207,9 @@ class Source:
 
   def _like(self, question: Question, most: int) -> list[int]:
     """The best passages by BM25 that are not gold and hold no right answer."""
-    answers = [answer.lower() for answer in question.answers]
+    # An option's letter stands in every text.
+    answers = [] if question.choices else question.answers
+    spelt = lambda text: f' {" ".join(retrieval.words(text))} '
     near = retrieval.top_k(
       self._index, question.question, 2 * most + len(question.gold)
     ).tolist()
@@ -215,7 +217,7 @@ class Source:
       p
       for p in near
       if p not in question.gold
-      and not any(a in self.passages[p][1].lower() for a in answers)
+      and not any(spelt(a) in spelt(self.passages[p][1]) for a in answers)
     ]
     return wrong[:most]
 
@@ -364,15 +366,14 @@ def build(
   for place, path in enumerate(files):
     skipped = questions_lib.Skipped()
     records = list(questions_lib.read(config, path, skipped))
-    if split != 'all':
-      heldout = _heldout({r.document for r in records}, data.heldout_fraction)
-      records_of_split = [
-        r for r in records if (r.document in heldout) == (split == 'heldout')
-      ]
-    else:
-      records_of_split = records
+    heldout = _heldout({r.document for r in records}, data.heldout_fraction)
+    own_side = [
+      r
+      for r in records
+      if split == 'all' or (r.document in heldout) == (split == 'heldout')
+    ]
     found = _questions(
-      records_of_split, data, config.model.chunk_size, tokenizer, templates,
+      own_side, data, config.model.chunk_size, tokenizer, templates,
       passages, documents, place, skipped,
     )  # fmt: skip
     unmarked = sum(not question.gold for question in found)
@@ -417,14 +418,20 @@ def _templates(data, tokenizer) -> _Templates:
   begin, end = [tokenizer.bos_id], []
   if data.chat:
     begin, end = tokenizer.chat_frame()
+  length = lambda template: len(
+    tokenizer.encode(fill(template, question=''))[0]
+  )
+  before, behind = length(data.question_template), length(data.answer_template)
   room = data.answer_length - len(end)
-  if '{question}' not in data.answer_template:
-    room -= len(tokenizer.encode(data.answer_template)[0])
-  asked = fill(data.question_template, question='')
-  if len(begin) + len(tokenizer.encode(asked)[0]) >= data.question_length:
+  around = [len(begin) + before]
+  if '{question}' in data.answer_template:
+    around.append(behind)
+  else:
+    room -= behind
+  if max(around) >= data.question_length:
     raise UserError(
       f'config.data.question_length is {data.question_length}, which is filled '
-      'by what stands before a question: raise it'
+      'by what stands around a question: raise it'
     )
   if room < 2:
     raise UserError(
