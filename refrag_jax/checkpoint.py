@@ -98,7 +98,7 @@ def save(
     arrays['params'] = {
       group: x for group, x in state.params.items() if group != 'decoder'
     }
-  if opt_state := _flat(state.opt_state):  # an imported model has none
+  if opt_state := flat(state.opt_state):  # an imported model has none
     arrays['opt_state'] = opt_state
   meta = meta | {
     'format': FORMAT,
@@ -138,9 +138,10 @@ def restore(
 
   def read(step: int, meta: dict[str, Any]) -> TrainState:
     params = _read(directory, step, 'params', abstract.params, meta)
-    flat = _read(directory, step, 'opt_state', _flat(abstract.opt_state), meta)
+    moments = flat(abstract.opt_state)
+    moments = _read(directory, step, 'opt_state', moments, meta)
     leaves = [
-      flat[path_str(path)]
+      moments[path_str(path)]
       for path, _ in jax.tree_util.tree_leaves_with_path(abstract.opt_state)
     ]
     count = jax.device_put(np.int32(step), abstract.step.sharding)
@@ -275,7 +276,7 @@ def _read(
   except Exception as e:  # whatever a library makes of bytes that are not its
     raise Damaged(f'{item}: {_one_line(e)}') from e
   # What a damaged list of arrays lacks comes back as it was asked for.
-  for name, leaf in _flat(tree).items():
+  for name, leaf in flat(tree).items():
     if not isinstance(leaf, jax.Array):
       raise Damaged(f'array {name} is missing in {item}/')
   wanted = meta.get('digests')
@@ -337,7 +338,7 @@ def _put_aside(path: str) -> None:
 
 def _digests(tree: Any) -> dict[str, int]:
   """Path: digest of each array, the same on any mesh."""
-  return {path: int(x) for path, x in _flat(checksums(tree)).items()}
+  return {path: int(x) for path, x in flat(checksums(tree)).items()}
 
 
 def _digest(meta: dict[str, Any]) -> str:
@@ -353,7 +354,7 @@ def digest(tree: Any) -> str:
   return _digest(_digests(tree))
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def flat(tree: Any) -> dict[str, Any]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {path_str(path): leaf for path, leaf in leaves}
 

@@ -26,7 +26,8 @@ from refrag_jax.runtime import workdir as workdir_lib
 _FLAGS = ('--config', '--workdir', '--mode', '--help')
 # Flags of some modes only; see `Command.flags`.
 _MODE_FLAGS = ('--from', '--to', '--topology')
-_SWITCHES = ('--search', '--schema')  # likewise, and without a value
+# Likewise, and without a value.
+_SWITCHES = ('--search', '--schema', '--changes')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -491,7 +491,10 @@ def _stages_of_source(source: sources.Source) -> dict[str, str]:
   # A policy comes with the `mixed` that it was trained on; what came in from
   # elsewhere is a decoder before REFRAG.
   stages = {'grpo': ('mixed', 'grpo'), 'imported': ('lm',)}.get(stage, (stage,))
-  return {name: source.where for name in stages if name in ROLES.values()}
+  paths = {name: source.where for name in stages if name in ROLES.values()}
+  if 'changes' in source.exported:  # it says what was there before
+    paths = {'lm': source.exported['changes']['from']} | paths
+  return paths
 
 
 def _loader(session: Session, paths: dict[str, str], loaded: dict[str, Any]):

@@ -67,11 +67,14 @@ def run_import(config: Config, workdir: str, source: str, target: str) -> int:
   return 0
 
 
-def run_export(config: Config, workdir: str, source: str, target: str) -> int:
+def run_export(
+  config: Config, workdir: str, source: str, target: str, changes: bool = False
+) -> int:
   """A stage's checkpoint to directories that transformers loads.
 
   Args:
     source: the checkpoint's directory.
+    changes: only what training has changed, as in `_write_changes`.
     target: `decoder/` and `encoder/` as ordinary models, projection and policy
       as safetensors, refrag.json, and README.md, which explains them. Of a
       decoder with adapters both the merged one and `adapter/`, as PEFT loads
@@ -95,7 +98,10 @@ def run_export(config: Config, workdir: str, source: str, target: str) -> int:
       params, groups = session.load_params(opened, source, f'--from={source}')
     params = {group: params[group] for group in groups}
     stage = (checkpoint.read_meta(source) or {}).get('stage', '')
-    _write(opened, params, session.base_models(source), stage, directory)
+    if changes:
+      _write_changes(opened, params, source, stage, directory)
+    else:
+      _write(opened, params, session.base_models(source), stage, directory)
   say(f'done: {target} ({", ".join(sorted(groups))})')
   return 0
 
@@ -256,23 +262,76 @@ def _write(opened, params, bases: dict, stage: str, target: str) -> None:
     if group in params:
       files.append(f'{group}.safetensors')
       convert.save_arrays(os.path.join(target, files[-1]), params[group])
+  base = {
+    group: bases[group] | {'dtypes': kinds} for group, kinds in dtypes.items()
+  }
+  _write_record(opened, params, stage, target, files, {'base': base})
+
+
+def _write_changes(
+  opened, params, source: str, stage: str, target: str
+) -> None:
+  """One file of the arrays that are not those of the models at the start.
+
+  In bfloat16. refrag.json names those models, with digests of their arrays: it
+  takes them to read this.
+
+  Raises:
+    UserError: training did not start from models of others.
+  """
+  bases = session.base_models(source)
+  names = [of['name'] for of in bases.values()]
+  if not names:
+    raise UserError(
+      f'--changes: {source} was not trained from models of others, so that '
+      'there is nothing to leave out; export it whole'
+    )
+  found = sources.locate(','.join(names))
+  abstract = session.abstract_params(opened)
+  before = sources.read(found, {group: abstract[group] for group in bases})
+  changed = [
+    path for path, x in checkpoint.flat(params).items()
+    if path.split('/')[0] not in before
+    or not np.array_equal(x, checkpoint.flat(before)[path])
+  ]  # fmt: skip
+  convert.save_arrays(
+    os.path.join(target, sources.CHANGES), params, changed, jax.numpy.bfloat16
+  )
+  of_start = {
+    'from': found.where,
+    'digests': {group: checkpoint.digest(before[group]) for group in before},
+  }
+  _write_record(
+    opened, params, stage, target, [sources.CHANGES],
+    {'base': bases, 'changes': of_start},
+  )  # fmt: skip
+
+
+def _write_record(opened, params, stage, target, files, more: dict) -> None:
+  """refrag.json and README.md of an export; `more` says where it began."""
+  config, model = opened.config, opened.config.model
+  groups = ('decoder', 'encoder', 'policy')
+  groups += ('lora',) if 'lora' in params else ()
   exported = {
     'format': sources.FORMAT,
     'stage': stage,
     'groups': sorted(params),
-    'base': {
-      group: bases[group] | {'dtypes': kinds} for group, kinds in dtypes.items()
-    },
+    **more,
     'model': {
       group: families.shortest(dataclasses.asdict(getattr(model, group)))
-      for group in ('decoder', 'encoder', 'policy')
+      for group in groups
     },
     'chunk_size': model.chunk_size,
     'piece_length': model.piece_length,
     'max_encoder_tokens': config.data.max_encoder_tokens,
     'templates': {
       name: getattr(config.data, name)
-      for name in ('question_template', 'passage_template', 'answer_template')
+      for name in (
+        'chat',
+        'question_template',
+        'passage_template',
+        'answer_template',
+      )
     },
     'tokenizers': opened.identity['tokenizers'],
     'sha256': {

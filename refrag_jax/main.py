@@ -39,7 +39,8 @@ MODES = {
   'export': (
     'refrag_jax.exchange',
     'run_export',
-    'a checkpoint to Hugging Face directories: --from=CHECKPOINT --to=DIR',
+    'a checkpoint to Hugging Face directories: --from=CHECKPOINT --to=DIR; '
+    'with --changes only what was trained, in bfloat16',
   ),
   'plan': (
     'refrag_jax.plan.run',
@@ -69,7 +70,7 @@ OF_COMMAND = ('config',)  # no devices, no cluster, and nothing is written
 # Flags of one's own, handed over in this order.
 FLAGS = {
   'import': ('from', 'to'),
-  'export': ('from', 'to'),
+  'export': ('from', 'to', 'changes'),
   'plan': ('topology', 'search'),
   'config': ('schema',),
 }

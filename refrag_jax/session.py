@@ -217,7 +217,7 @@ def load_params(
   abstract = abstract_params(session)
   wanted = {group: abstract[group] for group in groups}
   if sources.is_source(directory):
-    read = sources.read(sources.locate(directory), wanted)
+    read = read_source(session, sources.locate(directory), wanted, why)
   else:
     base = (checkpoint.read_meta(directory) or {}).get('base_decoder')
     kept = {x: wanted[x] for x in wanted if not (base and x == 'decoder')}
@@ -226,6 +226,34 @@ def load_params(
       read['decoder'] = read_base_decoder(session, base, why)
   rest = [group for group in abstract if group not in groups]
   return fresh_params(session, rest) | read, groups
+
+
+def read_source(
+  session: Session, source: sources.Source, wanted: dict, why: str
+) -> dict:
+  """The groups of a source that are wanted, by their shapes and shardings.
+
+  Raises:
+    UserError: it holds changes of models that are not there, or are others.
+  """
+  if 'changes' not in source.exported:
+    paths = {group: source.paths[group] for group in wanted}
+    return sources.read(source._replace(paths=paths), wanted)
+  began = source.exported['changes']
+  abstract = abstract_params(session)
+  found = sources.locate(began['from'])
+  before = sources.read(
+    found, {group: abstract[group] for group in found.paths}
+  )
+  for group, digest in began['digests'].items():
+    if checkpoint.digest(before[group]) != digest:
+      raise UserError(
+        f'{why}, where there is only what training changed of the {group} in '
+        f'{began["from"]}, and what lies there now is another one'
+      )
+  whole = {group: abstract[group] for group in source.paths}
+  changed = sources.read_changes(source, whole, before)
+  return {group: changed[group] for group in wanted}
 
 
 def base_decoder(session: Session, source: str, params: dict) -> dict[str, Any]:
@@ -252,8 +280,7 @@ def read_base_decoder(session: Session, base: dict[str, Any], why: str) -> dict:
   wanted = {'decoder': abstract_params(session)['decoder']}
   if sources.is_source(source):
     found = sources.locate(source)
-    found = found._replace(paths={'decoder': found.paths['decoder']})
-    decoder = sources.read(found, wanted)['decoder']
+    decoder = read_source(session, found, wanted, why)['decoder']
   elif checkpoint.latest_step(source) is None:
     raise UserError(
       f'{why}, which has adapters alone: the decoder that they were trained '

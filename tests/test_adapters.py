@@ -126,6 +126,70 @@ def test_an_export_is_an_ordinary_model(cfg, run, tmp_path):
   equal(again['decoder'], lora.merge(params, cfg.model.lora)['decoder'])
 
 
+def test_changes_alone_are_read_over_the_models_again(cfg, run, tmp_path):
+  """In bfloat16: what was trained, and not the decoder."""
+  source, target = f'{run}/checkpoints/cpt', str(tmp_path / 'out')
+  assert exchange.run_export(cfg, run, source, target, changes=True) == 0
+  assert sorted(os.listdir(target)) == [
+    'README.md', 'changes.safetensors', 'refrag.json',
+  ]  # fmt: skip
+  params, groups = loaded(cfg, source)
+  again, read = loaded(cfg, target)
+  assert set(read) == set(groups)
+  base, _ = loaded(cfg, cfg.init_from)
+  equal(again['decoder'], base['decoder'])
+  saved = load_file(f'{target}/changes.safetensors')
+  assert {str(x.dtype) for x in saved.values()} == {'bfloat16'}
+  assert not any(name.startswith('decoder/') for name in saved)
+  for group in ('lora', 'encoder', 'projection'):
+    ours = jax.tree.map(lambda x: x.astype('bfloat16'), params[group])
+    equal(jax.tree.map(lambda x: x.astype('bfloat16'), again[group]), ours)
+    assert any(name.startswith(f'{group}/') for name in saved)
+  # Another stage starts from it; and from that its adapters' decoder is found.
+  opened = session.open_model(cfg)
+  known = session.base_decoder(opened, target, again)
+  equal(session.read_base_decoder(opened, known, 'x'), base['decoder'])
+
+
+def test_changes_of_other_models_are_refused(cfg, run, tmp_path):
+  where = tmp_path / 'models'
+  config = toy_run.replaced(cfg, init_from=write_models(where, cfg.model, 7))
+  config = toy_run.replaced(config, stages=('reconstruct',))
+  workdir, target = str(tmp_path / 'run'), str(tmp_path / 'out')
+  training.run(config, workdir)
+  source = f'{workdir}/checkpoints/reconstruct'
+  exchange.run_export(config, workdir, source, target, changes=True)
+  held = load_file(f'{target}/changes.safetensors')
+  assert not any(name.startswith('decoder/') for name in held)
+  loaded(config, target)
+  write_models(where, cfg.model, 8)
+  with pytest.raises(UserError, match='what lies there now is another one'):
+    loaded(config, target)
+  shutil.rmtree(where)
+  with pytest.raises(UserError, match='models/decoder'):
+    loaded(config, target)
+  ranks = toy_run.replaced(cfg.model.lora, rank=4)
+  other = toy_run.replaced(cfg, model=toy_run.replaced(cfg.model, lora=ranks))
+  changed = str(tmp_path / 'cpt')
+  exchange.run_export(cfg, run, f'{run}/checkpoints/cpt', changed, changes=True)
+  with pytest.raises(UserError, match='lora'):
+    loaded(other, changed)
+
+
+def test_there_are_no_changes_of_nothing(cfg, tmp_path):
+  own = toy_run.replaced(
+    cfg, init_from='', stages=('lm',),
+    model=toy_run.replaced(
+      cfg.model, lora=toy_run.replaced(cfg.model.lora, rank=0)
+    ),
+  )  # fmt: skip
+  training.run(own, str(tmp_path / 'run'))
+  source = str(tmp_path / 'run/checkpoints/lm')
+  with pytest.raises(UserError, match='not trained from models of others'):
+    exchange.run_export(own, '', source, str(tmp_path / 'out'), changes=True)
+  assert not (tmp_path / 'out').exists()
+
+
 def test_another_decoder_is_refused(cfg, run, tmp_path):
   """The one that adapters were trained for was written over, or is gone."""
   where = tmp_path / 'models'

@@ -16,7 +16,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -624,31 +624,51 @@ def write_adapters(
   return [file, config]
 
 
-def save_arrays(path: str, params: Any) -> None:
-  """A small group whole, by its own names: projection and policy."""
+def save_arrays(
+  path: str,
+  params: Any,
+  names: Collection[str] | None = None,
+  dtype: Any = np.float32,
+) -> None:
+  """A tree of arrays by its own names, or those that are named of it."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  _save({path_str(p): np.asarray(x) for p, x in leaves}, path)
+  _save(
+    {
+      path_str(p): np.asarray(x).astype(dtype)
+      for p, x in leaves
+      if names is None or path_str(p) in names
+    },
+    path,
+  )
 
 
-def load_arrays(path: str, abstract: Any) -> Any:
+def load_arrays(path: str, abstract: Any, known: Any = None) -> Any:
   """What `save_arrays` wrote, in the shardings of `abstract`.
+
+  Args:
+    known: a tree whose arrays stand for those that the file has not.
 
   Raises:
     UserError: the file is damaged or holds something else.
   """
+  known = {
+    path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(known or {})
+  }
   try:
     file = safetensors.safe_open(path, 'numpy')
   except (safetensors.SafetensorError, OSError) as e:
     raise UserError(f'{path} is damaged or cut off ({e})') from None
   leaves = jax.tree_util.tree_leaves_with_path(abstract)
   wanted, there = {path_str(p): x for p, x in leaves}, set(file.keys())
-  if wanted.keys() != there:
+  other = (wanted.keys() - known.keys() - there) | (there - wanted.keys())
+  if other:
     raise UserError(
-      f'{path} holds other arrays than this config has: '
-      f'{_some(sorted(wanted.keys() ^ there))}'
+      f'{path} holds other arrays than this config has: {_some(sorted(other))}'
     )
 
   def load(p, x):
+    if path_str(p) not in there:
+      return known[path_str(p)]
     value = file.get_tensor(path_str(p))
     if value.shape != x.shape:
       raise UserError(

@@ -51,6 +51,18 @@ _FILES = {
     'cross-attention of the baseline CEPE; run by `refrag_jax` alone',
   ),
 }
+_CHANGES = """\
+# REFRAG ({stage})
+
+{what}, written by `refrag_jax --mode=export --changes`.
+
+`changes.safetensors` has what was trained, in bfloat16, by the names that the
+parameters have in `refrag_jax`: everything that is not as it was in the models
+that training began with, `{start}`. It takes them to use this:
+`refrag.json` has their digests, and another model in their place is refused.
+With them in place it is a starting point (`--config.init_from=DIRECTORY`), and
+evaluation reads it (`--mode=eval`, the same flag).
+"""
 _PROJECTION = """\
 ## The projection
 
@@ -126,6 +138,12 @@ def text(exported: Mapping[str, Any]) -> str:
   Args:
     exported: what refrag.json holds.
   """
+  if 'changes' in exported:
+    return _CHANGES.format(
+      stage=exported['stage'],
+      what=_WHAT.format(k=exported['chunk_size']),
+      start=exported['changes']['from'],
+    )
   groups, base = exported['groups'], exported['base']
   if any(file.startswith('adapter/') for file in exported['sha256']):
     groups = [*groups, 'adapter']

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from refrag_jax.config.schema import (
   DecoderConfig,
   EncoderConfig,
+  LoraConfig,
   ModelConfig,
   PolicyConfig,
 )
@@ -21,6 +22,8 @@ from refrag_jax.hf import convert, families, gguf, hub
 EXPORT = 'refrag.json'
 FORMAT = 1
 SMALL = ('projection', 'policy', 'cross')  # groups that are one file
+# Of an export of changes: all arrays that training has changed, of all groups.
+CHANGES = 'changes.safetensors'
 
 
 class Source(NamedTuple):
@@ -92,15 +95,17 @@ def _exported(name: str, saved: dict[str, Any]) -> Source:
       raise UserError(
         f'{path} is damaged: its SHA-256 is not the one in {EXPORT}'
       )
+  file_of = lambda group: f'{group}.safetensors' if group in SMALL else group
+  if 'changes' in saved:
+    file_of = lambda group: CHANGES
   paths = {
-    group: os.path.join(name, f'{group}.safetensors' if group in SMALL else
-                        group)
-    for group in saved['groups']
-  }  # fmt: skip
+    group: os.path.join(name, file_of(group)) for group in saved['groups']
+  }
   numbers = {
     'decoder': lambda values: DecoderConfig(**values),
     'encoder': lambda values: EncoderConfig(**values),
     'policy': lambda values: PolicyConfig(**values),
+    'lora': lambda values: LoraConfig(**values),
   }
   return Source(
     name,
@@ -132,6 +137,8 @@ def check(
       theirs = dataclasses.replace(theirs, max_length=0)
     if group == 'encoder':
       theirs = dataclasses.replace(theirs, pooling=ours.pooling)
+    if group == 'lora':  # dropout is how they are trained
+      theirs = dataclasses.replace(theirs, dropout=ours.dropout)
     found = families.differences(ours, theirs)
     if found:
       raise UserError(
@@ -154,7 +161,10 @@ def check(
 
 
 def read(source: Source, abstract: dict) -> dict:
-  """The groups of a source, in the shardings and dtypes of `abstract`."""
+  """The groups of a source, in the shardings and dtypes of `abstract`.
+
+  Not of an export of changes: `read_changes`.
+  """
   return {
     group: (
       convert.load_arrays(path, abstract[group])
@@ -163,6 +173,12 @@ def read(source: Source, abstract: dict) -> dict:
     )
     for group, path in source.paths.items()
   }
+
+
+def read_changes(source: Source, abstract: dict, before: dict) -> dict:
+  """Likewise of an export of changes, over the models that it began from."""
+  path = os.path.join(source.where, CHANGES)
+  return convert.load_arrays(path, abstract, before)
 
 
 def base(source: Source) -> dict[str, dict[str, Any]]:
