@@ -3,12 +3,12 @@
 Dimension key: W questions, B batch of them, C chunks, K chunk size, O output
 slots, X options of all questions.
 
-Rows: REFRAG fine-tuned with compressed passages (no passage, the gold one,
-gold among distractors, BM25's, another question's; the record's own where none
-is marked gold), the same with some chunks as tokens; its twins fine-tuned alike
-on full text and on no passage; and the decoder before REFRAG, untouched. Where
-full text does not help its twin, the questions cannot tell compression from
-ignorance, and the table says so.
+Rows: REFRAG fine-tuned with compressed passages (no passage, the gold one, gold
+among distractors, those without it, BM25's, another question's; the record's
+own where none is marked gold), the same with some chunks as tokens; its twins
+fine-tuned alike on full text and on no passage; and the decoder before REFRAG,
+untouched. Where full text does not help its twin, the questions cannot tell
+compression from ignorance, and the table says so.
 
 Columns: NLL of the gold answer, and what the answers are judged by: exact match
 and F1, of summaries ROUGE, of multiple choice the share whose right option is
@@ -50,10 +50,14 @@ ROWS = {
   'no_passage': Row('sft', 'none', 'chunks'),
   'gold': Row('sft', 'gold', 'chunks', needs_gold=True),
   'gold_distractors': Row('sft', GIVEN, 'chunks'),
+  'gold_missing': Row('sft', 'gold_missing', 'chunks', needs_gold=True),
   'bm25': Row('sft', 'bm25', 'chunks'),
   'shuffled': Row('sft', 'shuffled', 'chunks'),
   'full_context_twin': Row('sft_full', GIVEN, 'tokens'),
   'full_context_twin_gold': Row('sft_full', 'gold', 'tokens', needs_gold=True),
+  'full_context_twin_gold_missing': Row(
+    'sft_full', 'gold_missing', 'tokens', needs_gold=True
+  ),
   # As many tokens, from the end, as REFRAG has chunks.
   'last_tokens_twin': Row('sft_full', GIVEN, 'last'),
   'no_context_twin': Row('sft_none', 'none', 'tokens'),

@@ -116,6 +116,7 @@ def test_kinds_show_the_same_questions_and_the_passages_they_name(sources):
     assert texts['gold'] == [gold]
     assert texts['given'][0] == gold
     assert len(set(texts['gold_distractors'])) == 3
+    assert gold not in texts['gold_missing'] and texts['gold_missing']
     places.append(texts['gold_distractors'].index(gold))
     assert len(texts['bm25']) == 3
     assert gold not in texts['shuffled']

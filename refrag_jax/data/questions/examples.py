@@ -41,9 +41,18 @@ from refrag_jax.errors import UserError
 #   given             the record's own, in the record's order
 #   gold              the gold passage alone
 #   gold_distractors  the gold passage and others of the record, in random order
+#   gold_missing      the others alone: what a weak retriever brings
 #   bm25              the best of all passages by BM25, best first
 #   shuffled          another question's gold_distractors (given, without gold)
-KINDS = ('none', 'given', 'gold', 'gold_distractors', 'bm25', 'shuffled')
+KINDS = (
+  'none',
+  'given',
+  'gold',
+  'gold_distractors',
+  'gold_missing',
+  'bm25',
+  'shuffled',
+)
 
 # Shares of these in training where the gold passage is known; where it is not,
 # all of it is `given`. Mostly the setting that is asked for in the end: several
@@ -181,7 +190,8 @@ class Source:
     if kind == 'given':
       return list(question.given[:most])
     # One text in order: there is nothing to find, and nothing to put between.
-    if kind == 'gold' or (question.whole and kind != 'shuffled'):
+    alone = question.whole and kind not in ('shuffled', 'gold_missing')
+    if kind == 'gold' or alone:
       return list(question.gold[:most])
     if kind == 'bm25':
       return retrieval.top_k(self._index, question.question, most).tolist()
@@ -193,7 +203,7 @@ class Source:
           break
       known = bool(self.questions[other].gold)
       return self._choose(other, 'gold_distractors' if known else 'given', rng)
-    gold = question.gold[:most]
+    gold = () if kind == 'gold_missing' else question.gold[:most]
     distractors = [p for p in question.given if p not in question.gold]
     if not distractors:  # it brings none
       distractors = self._like(question, most)
