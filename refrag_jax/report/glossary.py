@@ -18,10 +18,10 @@ NAMES = (
   (r'^refrag_k\d+', 'refrag_k and a number', 'REFRAG with chunks of so many '
    'tokens, all of them compressed'),
   (r'^last(_\d+)?_tokens', 'last_tokens', 'the decoder alone, with the last '
-   'tokens of the context: as many as REFRAG has chunk embeddings, or that many'),
+   'tokens of the context: as many as REFRAG has chunks, or that many'),
   (r'^(gold_distractors|given)', 'gold_distractors, given', 'REFRAG, with the '
-   'passage that has the answer among others; where none is marked, with those '
-   'that the question brings'),
+   'passage that has the answer among others; or, where none is marked, with '
+   'those that the question brings'),
   (r'^gold$', 'gold', 'REFRAG, with the passage that has the answer alone'),
   (r'gold_missing', 'gold_missing', 'with the other passages alone'),
   (r'^bm25', 'bm25', 'REFRAG, with the passages that share most with the '
