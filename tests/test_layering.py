@@ -26,6 +26,7 @@ evals
 resolve samples heldout forecast
 show
 evaluate lineage
+serve
 train
 run exchange
 plan repro doctor cli
@@ -40,6 +41,7 @@ HOMES = {
   'array_record': ('data',),
   'pyarrow': ('data',),
   'bm25s': ('data',),
+  'rouge_score': ('evals.text_metrics',),
   'transformers': ('data.tokenizers',),
   'tokenizers': ('data.tokenizers', 'data.vocabularies'),
   'sentencepiece': ('data.vocabularies',),
