@@ -46,7 +46,7 @@ def get_config(preset: str = ''):
   c.name = 'smollm2'
   on_card = preset not in ('cpu', 'laptop')
   size = {'cpu': 1, 'laptop': 2}.get(preset, 0)
-  c.stages = ('reconstruct', 'cpt', 'mixed', 'sft', 'cpt_trained')
+  c.stages = ('reconstruct', 'cpt', 'mixed', 'cpt_trained')
   c.evals = ('log_perplexity', 'reconstruction', 'regeneration')
   if on_card:
     c.stages = (
@@ -76,7 +76,7 @@ def get_config(preset: str = ''):
   c.data.answer_template = 'Question: {question}\nAnswer in a few words.'
   c.data.num_passages = 5 if on_card else 3
   c.data.passage_chunks = 192 // k  # 100 words and a title fit
-  c.data.question_length = 64
+  c.data.question_length = 96
   c.data.answer_length = 32
 
   context_length, output_length = LENGTHS['' if on_card else preset]

@@ -20,7 +20,12 @@ config=(--config="configs/smollm2.py${PRESET:+:$PRESET}"
   --config.data.questions="$(list data/questions/*.jsonl.gz)"
   # With the policy in it, one checkpoint is all.
   --config.stage.sft.init_from="@$name/grpo" "$@")
+out=${OUT:-runs/${name}_changes}
+if [ -e "$out" ]; then
+  echo "$out is there: all is done"
+  exit
+fi
 timeout --preserve-status -s TERM "${PIECE_SECONDS:-540}" \
   launch/run.sh "${config[@]}" --workdir="runs/$name" || exit
 launch/run.sh "${config[@]}" --mode=export --changes \
-  --from="runs/$name/checkpoints/sft" --to="${OUT:-runs/${name}_changes}"
+  --from="runs/$name/checkpoints/sft" --to="$out"

@@ -492,8 +492,9 @@ def _stages_of_source(source: sources.Source) -> dict[str, str]:
   # elsewhere is a decoder before REFRAG.
   stages = {'grpo': ('mixed', 'grpo'), 'imported': ('lm',)}.get(stage, (stage,))
   paths = {name: source.where for name in stages if name in ROLES.values()}
-  if 'changes' in source.exported:  # it says what was there before
-    paths = {'lm': source.exported['changes']['from']} | paths
+  began = source.exported.get('changes', {})
+  if 'decoder' in began.get('digests', {}):  # it says what was there before
+    paths = {'lm': began['from']} | paths
   return paths
 
 

@@ -289,11 +289,12 @@ def _write_changes(
   found = sources.locate(','.join(names))
   abstract = session.abstract_params(opened)
   before = sources.read(found, {group: abstract[group] for group in bases})
+  old = checkpoint.flat(before)
   changed = [
-    path for path, x in checkpoint.flat(params).items()
-    if path.split('/')[0] not in before
-    or not np.array_equal(x, checkpoint.flat(before)[path])
-  ]  # fmt: skip
+    path
+    for path, x in checkpoint.flat(params).items()
+    if path not in old or not np.array_equal(x, old[path])
+  ]
   convert.save_arrays(
     os.path.join(target, sources.CHANGES), params, changed, jax.numpy.bfloat16
   )
@@ -324,6 +325,7 @@ def _write_record(opened, params, stage, target, files, more: dict) -> None:
     'chunk_size': model.chunk_size,
     'piece_length': model.piece_length,
     'max_encoder_tokens': config.data.max_encoder_tokens,
+    'history_chunks': config.data.history_chunks,
     'templates': {
       name: getattr(config.data, name)
       for name in (

@@ -200,7 +200,7 @@ def stage_settings(session: Session, name: str) -> dict[str, Any]:
     'weights': config.data.weights,
     'starts_from': origin(session, name),
     'optimizer': dataclasses.asdict(config.optimizer),
-    'lora_dropout': config.model.lora.dropout,
+    'lora_dropout': STAGES[name].lora_dropout(config),
   }
   return files.plain(settings | STAGES[name].task.settings(config))
 

@@ -161,7 +161,7 @@ def test_a_config_that_can_run_has_no_problem(texts, tmp_path):
       '/nope/b.txt',
     ),
     (
-      {'stages': ('lm', 'sft'), 'data__questions': '/nope/c.jsonl'},
+      {'stages': ('lm', 'sft'), 'data__questions': ('/nope/c.jsonl',)},
       '/nope/c.jsonl',
     ),
     ({'data__tokenizer': '/nope/d'}, '/nope/d'),

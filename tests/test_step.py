@@ -137,7 +137,7 @@ def scalar_step(loss, value, updates=1):
   state = TrainState(jnp.int32(7), {'w': jnp.float32(value)}, None)
   state = state.replace(opt_state=init_opt_state(state.params, stage))
   new_state, metrics = train_step(
-    state, {'x_B': jnp.zeros(1)}, KEY, jnp.float32(0.5), model=None,
+    state, {'x_B': jnp.zeros(1)}, KEY, jnp.float32(0.5), model=toy.model(),
     stage=stage, cfg=toy.stage(updates_per_rollout=updates), variant=None,
   )  # fmt: skip
   return state, new_state, metrics

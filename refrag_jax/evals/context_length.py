@@ -73,10 +73,10 @@ def measure(context: common.Context, windows: dict) -> dict[str, np.ndarray]:
   if 0 < held < longest:
     cut = batch.cut_chunks(windows, slice(-(held // k), None))
     size = batch_rows(config, held)
-    for role, suffix in (('before', ''), ('trained', '_trained')):
-      if context.available(role):
+    for plain, suffix in (('before', ''), ('trained', '_trained')):
+      if context.available(plain):
         rows[f'last_{held}_tokens{suffix}'] = perplexity.plain_nll(
-          context, role, cut, 'full', size
+          context, plain, cut, 'full', size
         )
   for s in sorted(config.eval.context_lengths):
     size = batch_rows(config, s)

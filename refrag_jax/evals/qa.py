@@ -16,6 +16,7 @@ the likeliest one.
 """
 
 import dataclasses
+import os
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ ROWS = {
   'no_context': Row('before', 'none', 'tokens'),
 }
 # These with other numbers of passages as well.
-BY_NUMBER = (GIVEN, 'full_context_twin', 'full_context')
+BY_NUMBER = [ROWS[x] for x in (GIVEN, 'full_context_twin', 'full_context')]
 REFERENCES = (
   'no_passage', 'shuffled', 'full_context_twin', 'no_context_twin',
   'full_context', 'no_context',
@@ -90,13 +91,22 @@ def run(context: common.Context) -> dict:
   roles = dict.fromkeys(row.role for row in ROWS.values())
   if not config.eval.num_questions or not any(map(context.available, roles)):
     return {}
-  return {path: of_file(context, path) for path in files(config)}
+  out = {}
+  for path in files(config):
+    try:
+      out[path] = of_file(context, path)
+    except UserError as e:  # the others are measured all the same
+      context.leave_out(f'qa of {path}', str(e))
+  return out
 
 
 def of_file(context: common.Context, path: str) -> dict[str, Any]:
-  """Rows of one file of questions."""
+  """Rows of one file of questions; of one trained on, the held-out side."""
   config = context.session.config
-  split = 'heldout' if path in config.data.questions else 'all'
+  real = lambda path: os.path.realpath(path)
+  trained = {real(name): name for name in config.data.questions}
+  path = trained.get(real(path), path)
+  split = 'heldout' if path in trained.values() else 'all'
   source = questions.build(config, split, (path,))
   marked = 'gold' in source.kinds
   rows = {}
@@ -112,9 +122,9 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
     if (kind, row.given_as) == ('none', 'tokens'):  # no slots for them either
       asked = batch_lib.cut_chunks(asked, slice(0))
     rows[name] = measure(context, source, asked, row)
-    if ROWS.get(name, row) is ROWS[GIVEN] or name == 'given':
+    if row is ROWS[GIVEN]:
       rows |= expanded(context, source, asked, row, name)
-    if name in BY_NUMBER or name == 'given':
+    if row in BY_NUMBER:
       rows |= by_number(context, source, kind, row, name)
   docs = source.examples('none', config.eval.num_questions)['doc_B']
   documents = context.documents_of('qa', path)
@@ -131,6 +141,11 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
           'twin, so these questions cannot show what compression keeps'
         )
       break
+  if config.data.history_chunks:
+    out['history'] = (
+      'a conversation before its last turn is part of the context: the rows '
+      'without context, and replug, lack it'
+    )
   return out
 
 
@@ -183,11 +198,11 @@ def measure(
   chosen = [source.questions[i] for i in asked['id_B']]
   if all(question.choices for question in chosen):
     row_X, options = source.options(asked)
-    nll_X = nll(options)
+    # Of whole options, not of their tokens in the mean: they differ in length.
+    nll_X = nll(options) * options['loss_mask_BO'].sum(1)
     columns['accuracy'] = np.array(
       [
-        question.choices[int(np.argmin(nll_X[row_X == i]))]
-        == question.answers[0]
+        question.choices[int(np.argmin(nll_X[row_X == i]))] in question.answers
         for i, question in enumerate(chosen)
       ],
       float,

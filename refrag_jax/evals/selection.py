@@ -119,6 +119,10 @@ def ragged_scores(
   out['last'] = np.broadcast_to(np.arange(shape[1], dtype=np.float64), shape)
   if 'oracle' in wanted:
     out['oracle'] = common.apply(context, role, single_gains, asked, tail=0)
+  for name in wanted:
+    if name not in out:
+      needed = 'policy' if name == 'rl' else 'before'
+      context.leave_out(f'selector {name} of qa', common.missing(needed))
   return {name: out[name] for name in wanted if name in out}
 
 

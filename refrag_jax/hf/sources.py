@@ -156,7 +156,12 @@ def check(
     if group in source.paths and mark != tokenizers[group]:
       raise UserError(
         f'{why}, but {source.where} was trained with another tokenizer of its '
-        f'{group}: name the one in {source.where}/{group}'
+        f'{group}: name the one '
+        + (
+          f'of {saved["changes"]["from"]}'
+          if 'changes' in saved
+          else f'in {source.where}/{group}'
+        )
       )
 
 

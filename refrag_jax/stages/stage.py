@@ -74,6 +74,12 @@ class Stage:
       freeze = f'{freeze}|^decoder/' if freeze else '^decoder/'
     return partition(params, self.trainable, freeze)
 
+  def lora_dropout(self, config: Config) -> float:
+    """Dropout of the adapters that it trains; 0 where it trains none."""
+    of = config.model.lora
+    trains = of.rank and re.search(self.trainable, 'lora/')
+    return of.dropout if trains else 0.0
+
   def seed(self, config: Config) -> int:
     """The seed of its stream of samples, that of the stage it mirrors."""
     return stream_seed(config, self.mirrors or self.name)

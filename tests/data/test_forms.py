@@ -110,14 +110,208 @@ def test_what_is_not_in_the_files_form_is_counted(tmp_path):
     '1 x a record of the form one passage among SQuAD (first in line 2)',
     '1 x not in the form SQuAD (first in line 3)',
     '2 x id that another record has (first in line 4)',
-    "1 x no 'answers' (a list of texts) (first in line 5)",
+    "1 x no 'answers' (a list of texts); it has question, ctxs (first in line"
+    ' 5)',
   ]
-  wrong = [CHOICE, CHOICE | {'answer': 'D'}, CHOICE | {'answer': 7}]
-  _, lines = read(file_of(tmp_path / 'c.jsonl', wrong))
-  assert lines == ['2 x not in the form multiple choice (first in line 2)']
   wrong = [dpr(1), dpr(2, choices=['x', 'y'])]
   found, lines = read(file_of(tmp_path / 'd.jsonl', wrong))
   assert len(found) == 1 and "'choices'" in lines[0]
+
+
+@pytest.mark.parametrize(
+  ('options', 'answer', 'shown', 'right'),
+  [
+    # Letters are the options' own where not all have them in order.
+    (['E. coli', 'C. elegans'], 'C. elegans', ['E. coli', 'C. elegans'], 'B'),
+    (['B. x', 'A. y'], 'A. y', ['B. x', 'A. y'], 'B'),
+    ('A. x\n\nB. y', 'B', ['x', 'y'], 'B'),
+    ({'A': 'x', 'B': 'y'}, 'B', ['x', 'y'], 'B'),
+    ({'text': ['x', 'y'], 'label': ['1', '2']}, '2', ['x', 'y'], 'B'),
+    (['B', 'A'], 'A', ['B', 'A'], 'B'),
+    (['x', 'y'], '(B)', ['x', 'y'], 'B'),
+  ],
+)
+def test_options_as_they_come(tmp_path, options, answer, shown, right):
+  value = CHOICE | {'options': options, 'answer': answer}
+  (found,), _ = read(file_of(tmp_path / 'q.jsonl', [value]))
+  listed = '\n'.join(f'{x}. {o}' for x, o in zip('AB', shown, strict=True))
+  assert found.question == f'Why?\n{listed}'
+  assert found.answers == (right,)
+
+
+@pytest.mark.parametrize(
+  ('change', 'reason'),
+  [
+    ({'answer': -1}, "an 'answer' that names none of the options"),
+    ({'answer': True}, "an 'answer' that names none of the options"),
+    ({'answer': 7}, "an 'answer' that names none of the options"),
+    ({'answer': 'D'}, "an 'answer' that names none of the options"),
+    ({'options': ['x']}, 'options that are fewer than 2 or more than 26'),
+    ({'options': ['x'] * 30}, 'options that are fewer than 2 or more than 26'),
+    ({'options': [1, 2], 'answer': 1}, 'an option that is no text'),
+    ({'options': 7}, 'not in the form multiple choice'),
+  ],
+)
+def test_options_that_cannot_be_used(tmp_path, change, reason):
+  values = [CHOICE, CHOICE | change]
+  found, lines = read(file_of(tmp_path / 'q.jsonl', values))
+  assert len(found) == 1
+  assert lines == [f'1 x {reason} (first in line 2)']
+
+
+def test_files_as_they_are_downloaded(tmp_path):
+  """Of SQuAD, MRQA, and as the Hugging Face hub has them."""
+  whole = {'version': '1.1', 'data': [{'title': 'T', 'paragraphs': [SQUAD]}]}
+  hub_squad = {
+    'id': 'a', 'title': 'T', 'context': 'The sky is blue.', 'question': 'What?',
+    'answers': {'text': ['sky'], 'answer_start': [4]},
+  }  # fmt: skip
+  hub_hotpot = HOTPOT | {
+    'supporting_facts': {'title': ['A', 'B'], 'sent_id': [0, 1]},
+    'context': {'title': [t for t, _ in HOTPOT['context']],
+                'sentences': [s for _, s in HOTPOT['context']]},
+  }  # fmt: skip
+  hub_arc = {
+    'question': 'Why?', 'answerKey': 'B', 'passage': 'Ann ran.',
+    'choices': {'text': ['for fun', 'to win', '(late)'], 'label': list('ABC')},
+  }  # fmt: skip
+  for values, like in (
+    ([whole], [SQUAD]),
+    ([{'header': {'dataset': 'SQuAD'}}, SQUAD], [SQUAD]),
+    ([hub_squad], [SQUAD | {'qas': SQUAD['qas'][1:]}]),
+    ([hub_hotpot], [HOTPOT]),
+    ([hub_arc], [CHOICE]),
+    ([BOOLQ | {'answer': True}], [BOOLQ | {'answer': 'yes'}]),
+  ):
+    found, lines = read(file_of(tmp_path / 'a.jsonl', values))
+    wanted, _ = read(file_of(tmp_path / 'b.jsonl', like))
+    assert lines == []
+    strip = lambda rs: [r._replace(line=0) for r in rs]
+    assert strip(found) == strip(wanted)
+
+
+def test_a_first_record_that_says_nothing_is_not_the_files_form(tmp_path):
+  values = [BOOLQ | {'passage': None}, BOOLQ, BOOLQ | {'question': 'or not'}]
+  found, lines = read(file_of(tmp_path / 'q.jsonl', values))
+  assert len(found) == 2 and len(lines) == 1
+  mixed = [CHOICE, {k: x for k, x in CHOICE.items() if k != 'options'}
+           | {'choices': ['a', 'b'], 'answer': 0}]  # fmt: skip
+  assert len(read(file_of(tmp_path / 'c.jsonl', mixed))[0]) == 2
+
+
+def test_a_text_is_no_list_of_letters(tmp_path):
+  bad = {'id': 3, 'question': 'Where?', 'answers': 'Paris'}
+  found, lines = read(
+    file_of(tmp_path / 'q.jsonl', [SQUAD | {'qas': [*SQUAD['qas'], bad]}])
+  )
+  assert len(found) == 2 and "no 'answers'" in lines[0]
+  (one,), _ = read(
+    file_of(tmp_path / 'm.jsonl', [MUSIQUE | {'answer_aliases': 'Sss'}])
+  )
+  assert one.answers == ('S', 'Sss')
+
+
+def test_what_supports_an_answer_has_to_be_there(tmp_path):
+  values = [HOTPOT, HOTPOT | {'supporting_facts': [['A', 0], ['Z', 0]]}]
+  found, lines = read(file_of(tmp_path / 'q.jsonl', values))
+  assert len(found) == 1
+  assert lines == [
+    '1 x a passage that supports the answer is not there (first in line 2)'
+  ]
+  path = file_of(tmp_path / 'one.jsonl', [HOTPOT])
+  source = cases.build('all', questions=path, num_passages=1)
+  assert source.skipped == (
+    '1 x gold passages cut to data.num_passages (first in line 1)',
+  )
+
+
+def test_two_files_share_no_question_over_the_split(tmp_path):
+  """Nor a gold passage; each file read by itself has the same sides."""
+  values = [dpr(i) for i in range(60)]
+  asked = [dpr(i, ctxs=[{'text': f'other {i}', 'gold': True}])
+           for i in range(60)]  # fmt: skip
+  told = [dpr(i, question=f'Other {i}?') for i in range(60)]
+  paths = tuple(
+    file_of(tmp_path / f'{name}.jsonl', of)
+    for name, of in (('a', values), ('b', asked), ('c', told))
+  )
+  sides = {
+    split: cases.build(split, questions=paths) for split in ('train', 'heldout')
+  }
+  for part in (
+    lambda s: {q.question for q in s.questions},
+    lambda s: {s.passages[q.gold[0]] for q in s.questions},
+  ):
+    train, held = map(part, (sides['train'], sides['heldout']))
+    assert train and held and not train & held
+  alone = cases.rag.build(
+    cases.make_config(questions=paths), TOKENIZER, TOKENIZER, 'heldout',
+    paths[1:2],
+  )  # fmt: skip
+  second = {q.question for q in sides['heldout'].questions if q.source == 1}
+  assert {q.question for q in alone.questions} == second
+
+
+def test_a_question_that_many_ask_joins_nobody(tmp_path):
+  """With one of its own beside it, and with few answers to it."""
+  values = [{'text': f'text {i}', 'summary': f'sum {i}'} for i in range(100)]
+  values.append({'text': 'own', 'summary': 'own', 'question': 'TLDR?'})
+  labels = [
+    dpr(i, question='Good or bad?', answers=[('good', 'bad')[i % 2]])
+    for i in range(100)
+  ]
+  for records_ in (values, labels):
+    path = file_of(tmp_path / 'q.jsonl', records_)
+    train, heldout = (
+      cases.build(split, questions=path).questions
+      for split in ('train', 'heldout')
+    )
+    assert 10 < len(heldout) < 35 and len(train) > 60
+    if records_ is labels:
+      assert {q.answers[0] for q in heldout} == {'good', 'bad'}
+
+
+def test_marked_passages_are_no_distractors(tmp_path):
+  ctxs = [{'text': f'yes {i}', 'gold': True} for i in range(4)]
+  ctxs += [{'text': f'no {i}'} for i in range(4)]
+  path = file_of(tmp_path / 'q.jsonl', [dpr(1, ctxs=ctxs)])
+  source = cases.build('all', questions=path)
+  for kind, right in (('gold_distractors', 1), ('gold_missing', 0)):
+    texts = cases.context_text(source.examples(kind, 1), 0)
+    assert sum('yes' in t for t in texts) == right
+
+
+def test_a_title_may_hold_the_answer(tmp_path):
+  values = [
+    {'title': f'{w}', 'context': f'the long river number {i}',
+     'qas': [{'question': f'Which long river {i}?', 'answers': [w]}]}
+    for i, w in enumerate(['Rhine', 'Rhine', 'Elbe', 'Oder', 'Main', 'Ems'])
+  ]  # fmt: skip
+  path = file_of(tmp_path / 'q.jsonl', values)
+  source = cases.build('all', questions=path)
+  batch = source.examples('gold_distractors', 6)
+  for row, number in enumerate(batch['id_B']):
+    question = source.questions[number]
+    gold = source.passage(question.gold[0])
+    for text in cases.context_text(batch, row):
+      assert text == gold or question.answers[0] not in text
+
+
+def test_options_that_do_not_fit_are_left_out(tmp_path):
+  long = CHOICE | {'question': 'x' * 90}
+  path = file_of(tmp_path / 'q.jsonl', [CHOICE, long])
+  source = cases.build('all', questions=path)
+  assert len(source.questions) == 1
+  assert source.skipped == (
+    '1 x options longer than data.question_length (first in line 2)',
+  )
+  path = file_of(
+    tmp_path / 'd.jsonl',
+    [dpr(1), dpr(2, answers=['yes'], choices=['yes', 'no, since ' * 9])],
+  )
+  source = cases.build('all', questions=path)
+  assert len(source.questions) == 1
+  assert 'answer longer than data.answer_length' in source.skipped[0]
 
 
 def test_all_gold_passages_are_shown_in_their_order(tmp_path):

@@ -802,10 +802,10 @@ def test_a_text_that_fails_leaves_the_others(session, params, monkeypatch):
   ('changes', 'message'),
   [
     ({'eval__data': ('gone.txt',)}, "'gone.txt' does not exist"),
-    ({'evals': ('qa',), 'data__questions': 'gone.jsonl'}, 'gone.jsonl cannot'),
+    ({'evals': ('qa',), 'data__questions': ('gone.jsonl',)}, 'gone.jsonl cannot'),
     (
       {'stages': ('lm', 'sft'), 'stage__sft__init_from': 'x',
-       'data__questions': 'no.jsonl'},
+       'data__questions': ('no.jsonl',)},
       'no.jsonl cannot',
     ),
     (

@@ -23,6 +23,7 @@ from refrag_jax.evals import common, qa, replug, selection, text_metrics
 from refrag_jax.models.refrag import init_params
 
 PARAMS = toy.params()
+BY_NUMBER = ('gold_distractors', 'full_context_twin', 'full_context')
 CHOICE = {
   'passage': 'red blue', 'question': 'hue?', 'options': ['red', 'blue'],
   'answer': 'A',
@@ -44,6 +45,7 @@ def session(tmp_path_factory):
            for i in range(9)]  # fmt: skip
   cfg = toy_run.config(
     str(folder),
+    data__question_length=32,
     data__question_template='Q ',
     data__answer_template='{question}\nA ',
     eval__questions=(
@@ -82,7 +84,7 @@ def test_every_file_has_the_rows_and_what_judges_it(session, tables):
   }
   for name, rows in by_name.items():
     more = {f'gold_distractors_{s}_p0.5' for s in session.config.eval.selectors}
-    more |= {f'{row}_of_1' for row in qa.BY_NUMBER}
+    more |= {f'{row}_of_1' for row in BY_NUMBER}
     assert rows.keys() - {'note'} == set(qa.ROWS) | more
     for row in rows.keys() - {'note', 'replug'}:
       assert rows[row].keys() - {'vs'} == columns[name] | {'gold_nll'}

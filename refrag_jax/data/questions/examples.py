@@ -76,6 +76,7 @@ class Question:
   answer: np.ndarray  # int32, of the output what is to be predicted
   given: tuple[int, ...]  # numbers of passages, the record's order
   gold: tuple[int, ...]  # those that the answer needs; (): not known
+  right: tuple[int, ...]  # all that are marked: no distractors
   source: int  # of the files
   choices: tuple[str, ...]  # what the answer is one of; (): it is free
   history: str  # what is compressed of a conversation
@@ -204,30 +205,41 @@ class Source:
       known = bool(self.questions[other].gold)
       return self._choose(other, 'gold_distractors' if known else 'given', rng)
     gold = () if kind == 'gold_missing' else question.gold[:most]
-    distractors = [p for p in question.given if p not in question.gold]
+    distractors = [p for p in question.given if p not in question.right]
     if not distractors:  # it brings none
       distractors = self._like(question, most)
     chosen = rng.permutation(distractors)[: most - len(gold)]
-    chosen, first = chosen.astype(int).tolist(), 0
-    for number in gold:
-      place = int(rng.integers(first, len(chosen) + 1))
+    chosen = chosen.astype(int).tolist()
+    if len(gold) == 1:
+      places = [rng.integers(len(chosen) + 1)]
+    else:  # any places alike, in the order of the record
+      every = len(chosen) + len(gold)
+      places = sorted(rng.choice(every, len(gold), replace=False).tolist())
+    for place, number in zip(places, gold, strict=True):
       chosen.insert(place, number)
-      first = place + 1
     return chosen
 
   def _like(self, question: Question, most: int) -> list[int]:
-    """The best passages by BM25 that are not gold and hold no right answer."""
+    """The best passages by BM25 that are not marked and hold no right answer.
+
+    As words; where there are other letters than ASCII's, anywhere: scripts
+    without blanks have no words for BM25.
+    """
     # An option's letter stands in every text.
     answers = [] if question.choices else question.answers
     spelt = lambda text: f' {" ".join(retrieval.words(text))} '
+    holds = lambda text, answer: (
+      spelt(answer) in spelt(text)
+      or (not answer.isascii() and answer.lower() in text.lower())
+    )
     near = retrieval.top_k(
       self._index, question.question, 2 * most + len(question.gold)
     ).tolist()
     wrong = [
       p
       for p in near
-      if p not in question.gold
-      and not any(spelt(a) in spelt(self.passages[p][1]) for a in answers)
+      if p not in question.right
+      and not any(holds(self.passage(p), answer) for answer in answers)
     ]
     return wrong[:most]
 
@@ -372,35 +384,44 @@ def build(
   files = tuple(files) or data.questions
   weights = data.question_weights if files == data.questions else ()
   templates = _templates(data, tokenizer)
+  # What two files have in common is on one side as well.
+  together = files if split == 'all' else (*data.questions, *files)
+  skipped = {path: questions_lib.Skipped() for path in dict.fromkeys(together)}
+  records = {
+    path: questions_lib.read(config, path, skipped[path]) for path in skipped
+  }
+  records = _joined(records)
+  # The embedded ones are taken by the module that they ask about, so that their
+  # text is on its side.
+  heldout = _heldout(
+    {r.document for of in records.values() for r in of}, data.heldout_fraction
+  )
   questions, passages, documents, lines = [], {}, {}, []
   for place, path in enumerate(files):
-    skipped = questions_lib.Skipped()
-    records = list(questions_lib.read(config, path, skipped))
-    heldout = _heldout({r.document for r in records}, data.heldout_fraction)
-    own_side = [
-      r
-      for r in records
-      if split == 'all' or (r.document in heldout) == (split == 'heldout')
-    ]
     found = _questions(
-      own_side, data, config.model.chunk_size, tokenizer, templates,
-      passages, documents, place, skipped,
+      [
+        r
+        for r in records[path]
+        if split == 'all' or (r.document in heldout) == (split == 'heldout')
+      ],
+      data, config.model.chunk_size, tokenizer, templates, passages, documents,
+      place, skipped[path],
     )  # fmt: skip
     unmarked = sum(not question.gold for question in found)
     if 0 < unmarked < len(found):
-      skipped.notes.append(
+      skipped[path].notes.append(
         f'{unmarked} x no passage marked gold, so trained on and not measured'
       )
     if not found:
-      reasons = '; '.join(skipped.lines()) or (
-        'all are on the other side' if records else 'it is empty'
+      reasons = '; '.join(skipped[path].lines()) or (
+        'all are on the other side' if records[path] else 'it is empty'
       )
       raise UserError(
         f'{path}: no usable question for the {split} split ({reasons})'
       )
     questions += found
     where = f'{path}: ' if len(files) > 1 else ''
-    lines += [where + line for line in skipped.lines()]
+    lines += [where + line for line in skipped[path].lines()]
   long = _long(list(passages), data, config.model.chunk_size, tokenizer)
   return Source(
     questions=tuple(questions),
@@ -413,6 +434,22 @@ def build(
     tokenizer=tokenizer,
     encoder_tokenizer=encoder_tokenizer,
   )
+
+
+def _joined(
+  records: dict[str, list[questions_lib.Record]],
+) -> dict[str, list[questions_lib.Record]]:
+  """The records of several files, those that belong together of one document.
+
+  But for the embedded ones, whose documents are texts of `stdlib`.
+  """
+  free = [path for path in records if path != questions_lib.STDLIB]
+  joined = iter(
+    questions_lib.joined([r for path in free for r in records[path]])
+  )
+  return records | {
+    path: [next(joined) for _ in records[path]] for path in free
+  }
 
 
 class _Templates(NamedTuple):
@@ -463,7 +500,10 @@ def _questions(
   found = []
   for record in records:
     answer = tokenizer.encode(record.answers[0])[0]
-    if not len(answer) or len(answer) + 1 > templates.answer_room:
+    longest = max(
+      len(answer), *map(len, tokenizer.ids_batch(record.choices or ('',)))
+    )
+    if not len(answer) or longest + 1 > templates.answer_room:
       skipped.add('answer longer than data.answer_length', record.line)
       continue
     compressed = data.history_chunks and record.history
@@ -474,6 +514,9 @@ def _questions(
     prompt, cut_behind = _fill(
       data.answer_template, asked, (), templates.end, data, tokenizer
     )
+    if (cut or cut_behind) and record.choices:  # its beginning is the question
+      skipped.add('options longer than data.question_length', record.line)
+      continue
     if cut or cut_behind:
       skipped.add('question cut to data.question_length', record.line)
     own = record.passages
@@ -483,6 +526,8 @@ def _questions(
       gold = range(len(own))
       if len(own) > data.num_passages:
         skipped.add('text cut to data.num_passages', record.line)
+    elif len(gold) > data.num_passages:
+      skipped.add('gold passages cut to data.num_passages', record.line)
     given = [passages.setdefault(p, len(passages)) for p in own]
     found.append(
       Question(
@@ -495,6 +540,7 @@ def _questions(
         answer=np.append(answer, tokenizer.eos_id).astype(np.int32),
         given=tuple(dict.fromkeys(given)),
         gold=tuple(dict.fromkeys(given[g] for g in gold)),
+        right=tuple(given[g] for g in (gold if record.whole else record.right)),
         source=source,
         choices=record.choices,
         history=record.history if compressed else '',
@@ -528,6 +574,8 @@ def _pages(
   title, text = passage
   around = fill(data.passage_template, title=title, text='')
   room = data.passage_chunks * chunk_size - len(tokenizer.encode(around)[0])
+  if title and room < data.passage_chunks * chunk_size // 2:  # its title alone
+    return _pages(('', text), data, chunk_size, tokenizer)
   starts_T = tokenizer.encode(text)[1]
   # A token may become two where the text is cut.
   cuts = starts_T[:: max(1, room - 2)].tolist()

@@ -1,7 +1,8 @@
 """Questions over passages, as they come: embedded, or a JSONL file of the user.
 
 A record has the DPR form {"question", "answers", "ctxs": [{"title", "text"}]};
-"turns", a list of {"speaker", "text"}, may stand for the question. A passage
+"turns", a list of {"speaker", "text"} (or "role" and "content"), may stand for
+the question. A passage
 that carries "gold": true (or "has_answer" or "hasanswer", as DPR and Contriever
 write it) holds the answer. A field that is null is one that is not there. Other
 published forms are made into this one (forms.py). The file has a record a line,
@@ -30,6 +31,9 @@ FLAGS = ('gold', 'has_answer', 'hasanswer')
 # What else may be meant to be one.
 LIKE_FLAGS = re.compile('gold|answer|positive|relevan|support')
 TURN_TEMPLATE = '{speaker}: {text}'
+# A question that more records have, and more than this share of them, is one
+# that many ask.
+FEW, MANY = 5, 0.05
 STDLIB = 'stdlib'  # in a file's place: the embedded questions
 
 
@@ -39,6 +43,7 @@ class Record(NamedTuple):
   answers: tuple[str, ...]  # all right; the first is the reference
   passages: tuple[tuple[str, str], ...]  # (title, text), in the record's order
   gold: tuple[int, ...]  # those of `passages` that the answer needs
+  right: tuple[int, ...]  # all that are marked: no distractors
   kind: str  # what is asked, '' where the record does not say
   document: str  # whatever is equal is on the same side of the split
   choices: tuple[str, ...]  # what the answer is one of; (): it is free
@@ -89,7 +94,7 @@ def check_there(paths: Iterable[str]) -> None:
         refuse_pointer(path)
       except OSError as error:
         raise UserError(
-          f'data.questions: {path} cannot be read ({error.strerror}); give'
+          f'questions {path} cannot be read ({error.strerror}); give'
           f" '{STDLIB}' or a JSONL file"
         ) from None
 
@@ -108,16 +113,16 @@ def fingerprint(paths: Iterable[str]) -> str:
   return ' '.join(digests)
 
 
-def read(config: Config, path: str, skipped: Skipped) -> Iterator[Record]:
+def read(config: Config, path: str, skipped: Skipped) -> list[Record]:
   """The usable records of one questions file; counts the others.
 
-  Those that share a question or a gold passage are of one document: else the
-  same question would be trained on and held out. (The embedded ones are taken
-  by the module that they ask about, so that their text is on its side.)
+  Raises:
+    UserError: the file cannot be read, or marks gold passages in a way that
+      could mean either.
   """
   records, likely, flagged = [], Counter(), False
   for line, value in _in_one_form(_values(config, path, skipped), skipped):
-    record = _record(value, line, skipped)
+    record = _record(value, path, line, skipped)
     if record is not None:
       records.append(record)
       flagged |= bool(record.gold)
@@ -132,37 +137,41 @@ def read(config: Config, path: str, skipped: Skipped) -> Iterator[Record]:
       f'no passage is marked gold; {", ".join(sorted(likely))} is not read: '
       f'call it {FLAGS[0]}'
     )
-  yield from _joined(records) if path != STDLIB else records
+  return records
 
 
 def _in_one_form(
   values: Iterable[tuple[int, Any]], skipped: Skipped
 ) -> Iterator[tuple[int, Any]]:
   """The records in the DPR form; counts what is not in the file's own form."""
-  form, ids = None, set()
+  name, ids = '', set()
   for line, value in values:
-    value = _without_nulls(value)
     if not isinstance(value, dict):
       skipped.add('not an object', line)
       continue
-    own = forms.form_of(value)
-    form = form or own
-    if own is not form:
-      skipped.add(f'a record of the form {own.name} among {form.name}', line)
+    form = forms.form_of(value)
+    if name and form.name not in (name, 'header'):
+      skipped.add(f'a record of the form {form.name} among {name}', line)
       continue
     try:
       found = [_without_nulls(record) for record in form.read(value)]
+    except forms.Unusable as e:
+      skipped.add(str(e), line)
+      continue
     # Whatever a field holds instead of what it should.
     except (TypeError, ValueError, LookupError, AttributeError):
       skipped.add(f'not in the form {form.name}', line)
       continue
+    if any('ctxs' in record for record in found):
+      name = form.name
     for record in found:
-      name = record.get('id')
-      if isinstance(name, str | int) and name in ids:
+      own = record.get('id')
+      known = isinstance(own, str | int) and own != ''
+      if known and own in ids:
         skipped.add('id that another record has', line)
-      else:
-        ids |= {name} if isinstance(name, str | int) else set()
-        yield line, record
+        continue
+      ids |= {own} if known else set()
+      yield line, record
 
 
 def _without_nulls(value: Any) -> Any:
@@ -174,18 +183,36 @@ def _without_nulls(value: Any) -> Any:
   return value
 
 
-def _joined(records: list[Record]) -> list[Record]:
+def joined(records: list[Record]) -> list[Record]:
   """The records, those with a question or gold text in common of one document.
 
-  A question that all ask, such as "Summarise this.", tells nothing about any
-  one: where it would make one document of all, it counts with its answers.
+  Else the same question would be trained on and held out. A question that many
+  ask, such as "Summarise this.", tells nothing about any one: it counts with
+  its answers, and not even with them where many have those as well.
   """
-  joined = _components(records, lambda r: [_normal(r.question)])
-  if len({record.document for record in joined}) > 1:
-    return joined
-  return _components(
-    records,
-    lambda r: [f'{_normal(r.question)}\n{_normal(a)}' for a in r.answers],
+  asked = Counter(_normal(record.question) for record in records)
+  with_answer = Counter(
+    pair for record in records for pair in _with_answers(record)
+  )
+  many = max(FEW, len(records) * MANY)
+
+  def keys(record: Record) -> list[str]:
+    question = _normal(record.question)
+    if asked[question] <= many:
+      return [question]
+    pairs = _with_answers(record)
+    return [pair for pair in pairs if with_answer[pair] <= many]
+
+  found = _components(records, keys)
+  if len(records) > 1 and len({record.document for record in found}) == 1:
+    found = _components(records, _with_answers)
+  return found
+
+
+def _with_answers(record: Record) -> list[str]:
+  question = _normal(record.question)
+  return list(
+    dict.fromkeys(f'{question}\n{_normal(a)}' for a in record.answers)
   )
 
 
@@ -238,6 +265,7 @@ def _values(
       # It can spell a lone surrogate, which has no UTF-8.
       if value is not text_lib.INVALID:
         json.dumps(value, ensure_ascii=False).encode()
+        value = _without_nulls(value)
         yield line, value
         continue
     except (ValueError, RecursionError):
@@ -246,7 +274,7 @@ def _values(
 
 
 def _record(
-  value: dict[str, Any], line: int, skipped: Skipped
+  value: dict[str, Any], path: str, line: int, skipped: Skipped
 ) -> Record | None:
   turns = () if 'question' in value else _conversation(value.get('turns'))
   question = value.get('question', '\n'.join(turns))
@@ -259,22 +287,27 @@ def _record(
     skipped.add(what + _has(value, 'answers'), line)
     return None
   choices = value.get('choices', [])
-  if not _is_list(choices, str) or (choices and answers[0] not in choices):
+  if choices and not (
+    _is_list(choices, str)
+    and len(set(choices)) == len(choices) > 1
+    and set(answers) <= set(choices)
+  ):
     skipped.add("'choices' that are not texts with the answer among them", line)
     return None
   if not _is_list(value.get('ctxs'), dict):
     what = "no 'ctxs' (a list of passages)"
     skipped.add(what + _has(value, 'ctxs'), line)
     return None
-  passages, gold = [], []
+  passages, right = [], []
   for ctx in value['ctxs']:
     text = ctx.get('text')
     if not isinstance(text, str) or not text.strip():
       skipped.add('empty passage', line)
       continue
-    if _flag(ctx, line) and (value.get('all_gold') or not gold):
-      gold.append(len(passages))
+    if _flag(ctx, path, line):
+      right.append(len(passages))
     passages.append((str(ctx.get('title') or ''), text))
+  gold = right if value.get('all_gold') else right[:1]
   if not passages:
     skipped.add('no passage with text', line)
     return None
@@ -285,6 +318,7 @@ def _record(
     answers=tuple(answers),
     passages=tuple(passages),
     gold=tuple(gold),
+    right=tuple(right),
     kind=str(value.get('kind', '')),
     document=str(value.get('document', about)),
     choices=tuple(choices),
@@ -301,7 +335,7 @@ def _has(record: dict[str, Any], field: str) -> str:
   return f'; it has {", ".join(list(record)[:6])}'
 
 
-def _flag(ctx: dict[str, Any], line: int) -> bool:
+def _flag(ctx: dict[str, Any], path: str, line: int) -> bool:
   """Whether a passage is marked as gold.
 
   Raises:
@@ -311,7 +345,7 @@ def _flag(ctx: dict[str, Any], line: int) -> bool:
   for key, value in marks.items():
     if not isinstance(value, bool | int | float) or value not in (0, 1):
       raise UserError(
-        f'data.questions, record {line}: {key} is {value!r:.60}: write true or '
+        f'{path}, record {line}: {key} is {value!r:.60}: write true or '
         'false (or 1 or 0)'
       )
   return bool(next(iter(marks.values()), False))
@@ -321,7 +355,11 @@ def _conversation(turns: Any) -> tuple[str, ...]:
   """The turns as they are shown, each a line; () if there are none."""
   if not _is_list(turns, dict):
     return ()
-  said = [(turn.get('speaker'), turn.get('text')) for turn in turns]
+  first = lambda turn, *names: next((turn[n] for n in names if n in turn), None)
+  said = [
+    (first(turn, 'speaker', 'role'), first(turn, 'text', 'content'))
+    for turn in turns
+  ]
   if not all(_is_list(list(pair), str) for pair in said):
     return ()
   return tuple(fill(TURN_TEMPLATE, speaker=s, text=t) for s, t in said)
