@@ -329,7 +329,7 @@ def run_checks(
   data, session = config.data, functools.cache(lambda: open_model(config))
 
   def question(path: str):
-    if next(questions.read(config, path, questions.Skipped()), None) is None:
+    if not questions.read(config, path, questions.Skipped()):
       raise UserError(f'data.questions: {path} has no usable record')
 
   def start(name: str):
