@@ -40,7 +40,7 @@ def test_few_documents_and_questions_of_others_are_said(session):
   asks = toy_run.replaced(
     session.config,
     data=session.config.data.__class__(
-      **vars(session.config.data) | {'questions': 'stdlib'}
+      **vars(session.config.data) | {'questions': ('stdlib',)}
     ),
   )
   few, questions = forecast._about_data(asks, Few())

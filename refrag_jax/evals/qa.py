@@ -103,9 +103,8 @@ def run(context: common.Context) -> dict:
 def of_file(context: common.Context, path: str) -> dict[str, Any]:
   """Rows of one file of questions; of one trained on, the held-out side."""
   config = context.session.config
-  real = lambda path: os.path.realpath(path)
-  trained = {real(name): name for name in config.data.questions}
-  path = trained.get(real(path), path)
+  trained = {os.path.realpath(name): name for name in config.data.questions}
+  path = trained.get(os.path.realpath(path), path)
   split = 'heldout' if path in trained.values() else 'all'
   source = questions.build(config, split, (path,))
   marked = 'gold' in source.kinds
@@ -129,6 +128,7 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
   docs = source.examples('none', config.eval.num_questions)['doc_B']
   documents = context.documents_of('qa', path)
   out = common.table(rows, docs, REFERENCES, documents)
+  notes = []
   for full, none in (
     ('full_context_twin', 'no_context_twin'),
     ('full_context', 'no_context'),
@@ -136,17 +136,17 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
     if {full, none} <= out.keys():
       gain = out[full]['vs'][none]['gold_nll']
       if not (results.significant(gain) and gain['mean'] < 0):
-        out['note'] = (
+        notes.append(
           'uninformative: full context does not beat no context for its own '
           'twin, so these questions cannot show what compression keeps'
         )
       break
   if config.data.history_chunks:
-    out['history'] = (
+    notes.append(
       'a conversation before its last turn is part of the context: the rows '
       'without context, and replug, lack it'
     )
-  return out
+  return out | ({'note': '; '.join(notes)} if notes else {})
 
 
 def by_number(context, source, kind: str, row: Row, name: str) -> dict:

@@ -113,6 +113,7 @@ _KEYS = """\
 | `chunk_size` | tokens of the decoder in a chunk: {k} |
 | `max_encoder_tokens` | the encoder's tokens of a chunk, at most: {m} |
 | `piece_length` | tokens that CEPE's encoder reads at once; 0: no CEPE |
+| `history_chunks` | of a conversation before its last turn; 0: none |
 | `templates` | how a question, its passages and the answer are put together |
 | `tokenizers` | fingerprints of the tokenizers that were trained with |
 | `sha256` | of each file here |
