@@ -103,19 +103,26 @@ def test_dropout_is_of_training_steps_alone(scan):
     nll(dropping(0.5), params), nll(toy.LORA, params)
   )
 
-  def step(rate, seed, pieces=1):
-    stage = STAGES['cpt']
-    model = dataclasses.replace(dropping(rate), scan_layers=scan)
-    state = TrainState(np.int32(0), params, init_opt_state(params, stage))
-    run = lambda state, key: train_step(
-      state, batch, key, 1e-2, model=Refrag(model), stage=stage,
-      cfg=toy.stage(accumulation_steps=pieces), variant=None,
-    )  # fmt: skip
-    return float(toy.jit(run)(state, jax.random.key(seed))[1]['loss'])
+  stage = STAGES['cpt']
+  state = TrainState(np.int32(0), params, init_opt_state(params, stage))
 
-  assert step(0.0, 0) == step(0.0, 1)
-  assert step(0.5, 0) == step(0.5, 0)
-  assert len({step(0.0, 0), step(0.5, 0), step(0.5, 1), step(0.5, 0, 2)}) == 4
+  def steps(rate, pieces=1):
+    model = Refrag(dataclasses.replace(dropping(rate), scan_layers=scan))
+    run = toy.jit(
+      lambda state, key: train_step(
+        state, batch, key, 1e-2, model=model, stage=stage,
+        cfg=toy.stage(accumulation_steps=pieces), variant=None,
+      )
+    )  # fmt: skip
+    return lambda seed: float(run(state, jax.random.key(seed))[1]['loss'])
+
+  plain, drops = steps(0.0), steps(0.5)
+  assert plain(0) == plain(1)
+  assert drops(0) == drops(0)
+  seen = {plain(0), drops(0), drops(1)}
+  assert len(seen) == 3
+  if scan:
+    assert steps(0.5, pieces=2)(0) not in seen
 
 
 def test_every_layer_and_projection_draws_its_own(monkeypatch):
