@@ -27,7 +27,10 @@ CONTROLS = {
 }
 OUTPUTS = 'the mean over that many first tokens of the output'
 # Higher is better only for these.
-SCORES = ('em', 'f1', 'share', 'same_place', 'hit', 'exact')
+SCORES = (
+  'em', 'f1', 'accuracy', 'rouge1', 'rouge2', 'rougeL',
+  'share', 'same_place', 'hit', 'exact',
+)  # fmt: skip
 
 
 def stage_table(stages: Mapping[str, Any]) -> str:
