@@ -48,13 +48,17 @@ class Block(nn.Module):
     q_BTNH = constrain(q_BTNH, 'batch', 'sequence', 'heads', None)
     k_BTMH = constrain(k_BTMH, 'batch', None, 'heads', None)
     v_BTMH = constrain(v_BTMH, 'batch', None, 'heads', None)
-    if cache is not None:
+    if cache == {}:  # what is read here will be all of it
+      cache = {'k': k_BTMH, 'v': v_BTMH}
+    elif cache is not None:
       rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
       cache = {
         'k': cache['k'].at[rows_B1, query.index_BT].set(k_BTMH),
         'v': cache['v'].at[rows_B1, query.index_BT].set(v_BTMH),
       }
-      k_BTMH, v_BTMH = cache['k'], cache['v']
+      # Of its slots those that `key` has places for.
+      live = key.index_BT.shape[1]
+      k_BTMH, v_BTMH = cache['k'][:, :live], cache['v'][:, :live]
     out_BTNH = attention.attend(
       self.attention, q_BTNH, k_BTMH, v_BTMH, query, key, c.sliding_window
     )

@@ -95,8 +95,7 @@ def test_what_dropout_keeps_is_as_much_in_the_mean():
   assert se.min() > 1e-3
 
 
-@pytest.mark.parametrize('scan', [True, False])
-def test_dropout_is_of_training_steps_alone(scan):
+def test_dropout_is_of_training_steps_alone():
   """And drawn by the step's key, another one in every layer."""
   params, batch = toy.params(toy.LORA), toy.step_batch('cpt')
   np.testing.assert_array_equal(
@@ -107,7 +106,7 @@ def test_dropout_is_of_training_steps_alone(scan):
   state = TrainState(np.int32(0), params, init_opt_state(params, stage))
 
   def steps(rate, pieces=1):
-    model = Refrag(dataclasses.replace(dropping(rate), scan_layers=scan))
+    model = Refrag(dropping(rate))
     run = toy.jit(
       lambda state, key: train_step(
         state, batch, key, 1e-2, model=model, stage=stage,
@@ -121,8 +120,7 @@ def test_dropout_is_of_training_steps_alone(scan):
   assert drops(0) == drops(0)
   seen = {plain(0), drops(0), drops(1)}
   assert len(seen) == 3
-  if scan:
-    assert steps(0.5, pieces=2)(0) not in seen
+  assert steps(0.5, pieces=2)(0) not in seen
 
 
 def test_every_layer_and_projection_draws_its_own(monkeypatch):

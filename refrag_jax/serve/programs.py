@@ -1,0 +1,234 @@
+"""What the engine runs on the devices: encode, splice, prefill, decode.
+
+Dimension key: B rows (slots of a pool), C chunks, K chunk size, T positions of
+a prefill, S positions of a slot, M encoder tokens; and, in caches, M key/value
+heads, H head dimension; D decoder width, E encoder width, V vocabulary.
+
+Each is a jitted function of arrays; what is static (the model's numbers, the
+length of what is read) is named in its signature, so that one program serves a
+bucket. Caches are a list with one pair of buffers per layer and are donated: a
+step writes one position of them and copies nothing. For that the layers stand
+one after the other, each with arrays of its own, and not in a scan.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from refrag_jax.config.schema import DecoderConfig, ModelConfig
+from refrag_jax.models import attention, layers, splice
+from refrag_jax.models.decoder import Block
+from refrag_jax.models.refrag import Refrag
+from refrag_jax.serve import sampling
+
+Cache = list[dict[str, jax.Array]]  # of each layer: k and v, (B, S, M, H)
+
+
+class Weights(NamedTuple):
+  """A decoder's parameters as the engine keeps them, in the compute dtype."""
+
+  embed_VD: jax.Array
+  head_DV: jax.Array
+  norm: dict[str, jax.Array]
+  layers: list[Any]  # of each block its own
+
+
+class Slots(NamedTuple):
+  """What a pool holds on the devices; donated from step to step."""
+
+  caches: Cache
+  token_B: jax.Array  # int32, written last and not yet read by the decoder
+  position_B: jax.Array  # int32, where that token will stand
+  seen_BV: jax.Array  # bool, tokens of prompt and answer, for the penalty
+
+
+def unstack(params: dict, cfg: ModelConfig) -> Weights:
+  """The parameters of `decoder`, layer by layer; adapters are merged before."""
+  decoder, dtype = params['decoder'], jnp.dtype(cfg.compute_dtype)
+  narrow = lambda x: x.astype(dtype)
+  embed_VD = narrow(decoder['embed_tokens'])
+  tied = cfg.decoder.tie_embeddings
+
+  def of_layer(y):
+    # Norms stay in float32: that is what they compute in.
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: x[y] if 'scale' in str(path[-1]) else narrow(x[y]),
+      decoder['layers'],
+    )
+
+  return Weights(
+    embed_VD,
+    embed_VD.T if tied else narrow(decoder['lm_head']),
+    decoder['norm'],
+    [of_layer(y) for y in range(cfg.decoder.num_layers)],
+  )
+
+
+def new_slots(cfg: ModelConfig, rows: int, length: int) -> Slots:
+  """A pool with nothing in it."""
+  c = cfg.decoder
+  shape = (rows, length, c.num_kv_heads, c.head_dim)
+  zeros = lambda: jnp.zeros(shape, jnp.dtype(cfg.compute_dtype))
+  return Slots(
+    [{'k': zeros(), 'v': zeros()} for _ in range(c.num_layers)],
+    jnp.zeros(rows, jnp.int32),
+    jnp.full(rows, length, jnp.int32),  # outside: nothing is written there
+    jnp.zeros((rows, c.vocab_size), bool),
+  )
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def encode(params: dict, encoder_XM, encoder_len_X, *, model: Refrag):
+  """c_i of chunks of any requests, float32 (X, E)."""
+  c_1XE = model.apply(
+    {'params': params}, encoder_XM[None], encoder_len_X[None],
+    method=Refrag.encode,
+  )  # fmt: skip
+  return c_1XE[0]
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def score(params: dict, c_CE, valid_C, *, model: Refrag):
+  """The policy's logit of each chunk of one request, float32 (C,)."""
+  return model.apply(
+    {'params': params}, c_CE[None], valid_C[None], method=Refrag.score
+  )[0]
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'length'))
+def spliced(
+  params: dict, embed_VD, batch: dict, c_CE, expand_C, *, model: Refrag,
+  length: int,
+):  # fmt: skip
+  """One request's input to the decoder, (1, T, D), and how much of it there is.
+
+  Args:
+    params: with encoder, projection and policy.
+    batch: prefix, chunks and what is given of the answer, one row.
+    c_CE: chunk embeddings before the projection.
+    expand_C: bool, chunks that stay tokens.
+    length: T, static.
+  """
+  e_1CD = model.apply({'params': params}, c_CE[None], method=Refrag.project)
+  layout = splice.build_layout(
+    batch['prefix_BQ'], batch['prefix_len_B'], batch['chunks_BCK'],
+    batch['chunk_len_BC'], expand_C[None], batch['output_BO'],
+    batch['output_len_B'], length,
+  )  # fmt: skip
+  x_1TD = splice.fill(layout, embed_VD[layout.token_BT], e_1CD)
+  return x_1TD, layout.valid_BT.sum(1, dtype=jnp.int32)[0]
+
+
+@functools.partial(
+  jax.jit, static_argnames=('cfg', 'attend'), donate_argnames='slots'
+)
+def prefill(
+  weights: Weights, slots: Slots, row, x_1TD, length, seen_V,
+  settings: sampling.Settings, *, cfg: DecoderConfig, attend: str,
+):  # fmt: skip
+  """Reads a request into a slot and draws its first token.
+
+  Args:
+    row: which slot, int32.
+    x_1TD: the decoder's input; T is at most a slot's length.
+    length: how much of it there is, int32.
+    seen_V: bool, tokens of the prompt.
+    settings: one row's.
+    attend: of attention.KINDS.
+
+  Returns:
+    The slots; the token, (1,), and its log-probability.
+  """
+  T = x_1TD.shape[1]
+  caches = [{} for _ in weights.layers]
+  positions_1T = jnp.arange(T, dtype=jnp.int32)[None]
+  hidden_1TD, caches = _blocks(
+    weights, x_1TD, caches, positions_1T, T, cfg, attend
+  )
+  last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, length - 1, 1, False)
+  token_1, logprob_1 = sampling.sample(
+    logits(weights, last_1D), seen_V[None], settings, length[None]
+  )
+  placed = [
+    {
+      name: jax.lax.dynamic_update_slice(pool[name], new[name], (row, 0, 0, 0))
+      for name in pool
+    }
+    for pool, new in zip(slots.caches, caches, strict=True)
+  ]
+  seen_V = seen_V.at[token_1[0]].set(True)
+  return (
+    Slots(
+      placed,
+      slots.token_B.at[row].set(token_1[0]),
+      slots.position_B.at[row].set(length),
+      slots.seen_BV.at[row].set(seen_V),
+    ),
+    token_1,
+    logprob_1,
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=('cfg', 'live'), donate_argnames='slots'
+)
+def decode(
+  weights: Weights, slots: Slots, active_B, settings: sampling.Settings, *,
+  cfg: DecoderConfig, live: int,
+):  # fmt: skip
+  """One token more for every active row; the others stay as they are.
+
+  Args:
+    active_B: bool.
+    live: positions that are looked at, static; no active row has more.
+
+  Returns:
+    The slots; tokens (B,) and their log-probabilities.
+  """
+  S = slots.caches[0]['k'].shape[1]
+  place_B = jnp.where(active_B, slots.position_B, S)
+  x_B1D = weights.embed_VD[slots.token_B][:, None]
+  hidden_B1D, caches = _blocks(
+    weights, x_B1D, slots.caches, place_B[:, None], live, cfg, 'dense'
+  )
+  token_B, logprob_B = sampling.sample(
+    logits(weights, hidden_B1D[:, 0]), slots.seen_BV, settings, place_B + 1
+  )
+  rows_B = jnp.arange(len(token_B))
+  seen_BV = slots.seen_BV.at[rows_B, token_B].max(active_B)
+  new = Slots(
+    caches,
+    jnp.where(active_B, token_B, slots.token_B),
+    slots.position_B + active_B,
+    seen_BV,
+  )
+  return new, token_B, logprob_B
+
+
+def logits(weights: Weights, hidden_BD) -> jax.Array:
+  """float32 (B, V)."""
+  return layers.einsum32('BD,DV->BV', hidden_BD, weights.head_DV)
+
+
+def _blocks(weights, x_BTD, caches, positions_BT, live, cfg, attend):
+  """All layers: normed hidden states, and the caches with what was read."""
+  c = cfg
+  scaling = layers.RopeScaling(
+    c.rope_factor,
+    c.rope_low_freq_factor,
+    c.rope_high_freq_factor,
+    c.rope_original_length,
+  )
+  angles = layers.rope_angles(positions_BT, c.head_dim, c.rope_theta, scaling)
+  query = attention.Places(positions_BT)
+  key = attention.Places(jnp.arange(live, dtype=jnp.int32)[None])
+  block, new = Block(cfg, attend, None, None), []
+  for layer, cache in zip(weights.layers, caches, strict=True):
+    x_BTD, cache = block.apply(
+      {'params': layer}, x_BTD, cache, angles, query, key, None
+    )
+    new.append(cache)
+  norm = layers.RMSNorm(cfg.norm_eps)
+  return norm.apply({'params': weights.norm}, x_BTD), new
