@@ -154,9 +154,11 @@ def test_every_eval_has_its_table(numbers):
   (rows,) = numbers['evals']['reconstruction'].values()
   assert_rows(rows, ('P8', 'P16', 'P32', 'P64'))
   (rows,) = numbers['evals']['qa'].values()
-  assert_rows({'replug': rows['replug']}, ('gold_nll',))  # it writes nothing
-  rows = {name: row for name, row in rows.items() if name != 'replug'}
-  assert_rows(rows, ('gold_nll', 'em', 'f1'))
+  assert_rows(rows, ('gold_nll',))
+  for name, row in rows.items():
+    if name != 'replug' and not isinstance(row, str):  # it writes nothing
+      assert_stat(row['em'])
+      assert_stat(row['f1'])
   assert {'no_passage', 'gold', 'gold_distractors', 'bm25', 'shuffled'} <= (
     rows.keys()
   )
