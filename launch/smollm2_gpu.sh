@@ -2,7 +2,7 @@
 # launch/smollm2_gpu.sh ARGS: a piece of the training of SmolLM2 and MiniLM on
 # one card, 9 minutes of it; exit code 75: not done yet, call again. Checkpoints
 # stay in the workdir between the pieces; when all is done, OUT has what was
-# trained (some 37 MB). Not run on a card yet.
+# trained (38 MB by the sizes of its arrays). Not run on a card yet.
 #
 # Text is data/text/*.jsonl.gz, questions are data/questions/*.jsonl.gz.
 # PIECE_SECONDS: length of a piece. PRESET: nothing (8 tokens a chunk), k4 or

@@ -26,7 +26,7 @@ from refrag_jax.data.text import corpus as corpus_lib
 from refrag_jax.data.text import sources as text_lib
 from refrag_jax.errors import UserError
 from refrag_jax.evals import EVALS, qa, question_files, selection
-from refrag_jax.evals.common import ROLES, Context
+from refrag_jax.evals.common import HELDOUT, ROLES, Context
 from refrag_jax.hf import sources
 from refrag_jax.report import run as report
 from refrag_jax.runtime import environment, files, watchdog
@@ -53,7 +53,6 @@ UNSEEN = (
   'tensorboard',
   'wandb',
 )
-HELDOUT = 'heldout'  # in eval.data: the held-out side of data.text
 
 
 def run(config: Config, workdir: str) -> int:

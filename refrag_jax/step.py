@@ -69,13 +69,16 @@ def train_step(
     )
   )
 
-  # Behind those of the rows.
-  dropout_keys = jax.random.split(jax.random.fold_in(key, B), A)
+  dropout_keys = None
+  if model.cfg.lora.rank and model.cfg.lora.dropout:
+    # Behind those of the rows.
+    dropout_keys = jax.random.split(jax.random.fold_in(key, B), A)
 
   def piece_grad(trainable, piece):
     piece, dropout_key = piece
-    drops = model.cfg.lora.rank and model.cfg.lora.dropout
-    dropping = lora.Dropping(model, dropout_key) if drops else model
+    dropping = model
+    if dropout_key is not None:
+      dropping = lora.Dropping(model, dropout_key)
 
     def total(trainable):
       total, weight, metrics = stage.loss(

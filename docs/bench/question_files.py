@@ -1,4 +1,4 @@
-"""QuAC and SciTLDR, as they lie around, in forms that data.questions reads.
+"""QuAC and SciTLDR in forms that data.questions reads.
 
   python docs/bench/question_files.py quac IN.jsonl.gz OUT.jsonl.gz
   python docs/bench/question_files.py scitldr IN.jsonl.gz OUT.jsonl.gz

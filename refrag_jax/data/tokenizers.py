@@ -340,12 +340,14 @@ def _hugging_face(path: str, files: str) -> Tokenizer:
         f'the chat template in {path} repeats what a user says, or leaves it '
         'out, so that passages cannot stand in it: --config.data.chat=false'
       )
-    # Here the names of special tokens are meant.
-    backend.encode_special_tokens = False
-    frame = [backend.encode(part, add_special_tokens=False).ids
-             for part in parts]  # fmt: skip
-    backend.encode_special_tokens = True
-    return frame[0], frame[1]
+    # A copy, in which the names of special tokens are meant: threads that read
+    # texts may be using the other.
+    named = type(backend).from_str(backend.to_str())
+    named.encode_special_tokens = False
+    before, behind = (
+      named.encode(part, add_special_tokens=False).ids for part in parts
+    )
+    return before, behind
 
   return Tokenizer(
     name=path,

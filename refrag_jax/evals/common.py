@@ -20,6 +20,9 @@ from refrag_jax.runtime import watchdog
 from refrag_jax.runtime.progress import say
 from refrag_jax.session import Session
 
+# In eval.data and eval.questions: the held-out side of data.text or of
+# data.questions.
+HELDOUT = 'heldout'
 # role: the stage whose checkpoint plays it
 ROLES = {
   'before': 'lm',  # the decoder before REFRAG

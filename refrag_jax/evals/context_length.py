@@ -103,9 +103,7 @@ def held_tokens(config: Config) -> int:
   limit, k = config.model.decoder.max_length, config.model.chunk_size
   if not limit:
     return max(config.eval.context_lengths)
-  room = (
-    limit - 1 - max(config.eval.output_lengths)
-  )  # BOS, and what it predicts
+  room = limit - 1 - max(config.eval.output_lengths)  # beside BOS and output
   return max(0, room // k * k)
 
 

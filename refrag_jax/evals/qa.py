@@ -24,7 +24,7 @@ import numpy as np
 
 from refrag_jax import generate, results
 from refrag_jax.config import check
-from refrag_jax.config.schema import Config
+from refrag_jax.config.schema import Config, expanded_chunks
 from refrag_jax.data import batch as batch_lib
 from refrag_jax.data.questions import records
 from refrag_jax.data.tasks import questions
@@ -73,15 +73,14 @@ REFERENCES = (
   'no_passage', 'shuffled', 'full_context_twin', 'no_context_twin',
   'full_context', 'no_context',
 )  # fmt: skip
-HELDOUT = 'heldout'  # in eval.questions: the held-out side of data.questions
 
 
 def files(config: Config) -> tuple[str, ...]:
   """The files of questions that are asked."""
-  named = config.eval.questions or (HELDOUT,)
+  named = config.eval.questions or (common.HELDOUT,)
   out = ()
   for name in named:
-    out += config.data.questions if name == HELDOUT else (name,)
+    out += config.data.questions if name == common.HELDOUT else (name,)
   return out
 
 
@@ -161,7 +160,7 @@ def by_number(context, source, kind: str, row: Row, name: str) -> dict:
 
 
 def expanded(context, source, asked, row: Row, name: str) -> dict:
-  """The row with the best chunks of each passage as tokens, by selector."""
+  """The row with the best chunks of each question as tokens, by selector."""
   config = context.session.config
   fractions, out = config.eval.question_fractions, {}
   if not fractions:
@@ -299,10 +298,12 @@ def expand_share(batch, p: float):
   valid_BC = batch['chunk_len_BC'] > 0
   C = valid_BC.shape[1]
   score_BC = jnp.where(valid_BC, batch['score_BC'], policy.NEG)
-  rank_BC = jnp.argsort(jnp.argsort(-score_BC, axis=1), axis=1)
-  # As `expanded_chunks` rounds.
-  number_B = jnp.floor(p * valid_BC.sum(1) + 1e-4).astype(jnp.int32)
-  return (rank_BC < number_B[:, None]) & valid_BC, int(p * C + 1e-4)
+  numbers = [expanded_chunks(p, L) for L in range(C + 1)]
+  number_B = jnp.array(numbers)[valid_BC.sum(1)]
+  picks_BR = policy.greedy(score_BC, numbers[-1])
+  kept_BR = jnp.arange(numbers[-1])[None] < number_B[:, None]
+  # -1 is no chunk.
+  return policy.to_mask(jnp.where(kept_BR, picks_BR, -1), C), numbers[-1]
 
 
 def check_questions(config: Config) -> None:

@@ -34,18 +34,9 @@ def nll(model: Refrag, params, batch) -> jax.Array:
   One decoder call for all pieces; contexts without ragged chunks only.
   """
   B, C, K = batch['chunks_BCK'].shape
-  P = K
-  pieces = {
-    key: jnp.repeat(batch[key], P, axis=0)
-    for key in ('prefix_BQ', 'prefix_len_B', 'output_BO', 'output_len_B')
-  } | {
-    'chunks_BCK': batch['chunks_BCK'].reshape(B * P, 1, C),
-    'chunk_len_BC': jnp.full((B * P, 1), C, jnp.int32),
-  }
-  nll_XO = model.apply(
-    {'params': params}, pieces, 'full', method=Refrag.plain_nll
-  )
-  return mixture(nll_XO.reshape(B, P, -1))[0]
+  pieces_BPYC = batch['chunks_BCK'].reshape(B, K, 1, C)
+  len_BPY = jnp.full((B, K, 1), C, jnp.int32)
+  return mixture(_nll_of(model, params, batch, pieces_BPYC, len_BPY))[0]
 
 
 def over_passages(model: Refrag, params, batch, passages: int) -> jax.Array:
@@ -55,18 +46,30 @@ def over_passages(model: Refrag, params, batch, passages: int) -> jax.Array:
     passages: P; each has a P-th of the chunks, and may be absent.
   """
   B, _, K = batch['chunks_BCK'].shape
+  pieces_BPYK = batch['chunks_BCK'].reshape(B, passages, -1, K)
+  len_BPY = batch['chunk_len_BC'].reshape(B, passages, -1)
+  nll_BPO = _nll_of(model, params, batch, pieces_BPYK, len_BPY)
+  return mixture(nll_BPO, len_BPY.any(-1))[0]
+
+
+def _nll_of(model, params, batch, pieces_BPYZ, len_BPY) -> jax.Array:
+  """NLL of the outputs after each piece alone, (B, P, O).
+
+  Args:
+    pieces_BPYZ: decoder ids, Y stretches of up to Z in a piece, lengths beside.
+  """
+  B, P, Y, Z = pieces_BPYZ.shape
   pieces = {
-    key: jnp.repeat(batch[key], passages, axis=0)
+    key: jnp.repeat(batch[key], P, axis=0)
     for key in ('prefix_BQ', 'prefix_len_B', 'output_BO', 'output_len_B')
   } | {
-    'chunks_BCK': batch['chunks_BCK'].reshape(B * passages, -1, K),
-    'chunk_len_BC': batch['chunk_len_BC'].reshape(B * passages, -1),
+    'chunks_BCK': pieces_BPYZ.reshape(B * P, Y, Z),
+    'chunk_len_BC': len_BPY.reshape(B * P, Y),
   }
   nll_XO = model.apply(
     {'params': params}, pieces, 'full', method=Refrag.plain_nll
   )
-  there_BP = batch['chunk_len_BC'].reshape(B, passages, -1).any(-1)
-  return mixture(nll_XO.reshape(B, passages, -1), there_BP)[0]
+  return nll_XO.reshape(B, P, -1)
 
 
 def mixture(

@@ -15,6 +15,8 @@ run through one program, and differ in nothing but the score:
   oracle     how much expanding this chunk alone lowers the output's NLL
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,19 +61,55 @@ def nll_by_selector(
 
 
 def _scores(context: common.Context, windows: dict, tail: int) -> dict:
-  config, role = context.session.config, selecting_role(context)
-  W, C = windows['chunk_len_BC'].shape
+  return _wanted(
+    context,
+    windows,
+    lambda: common.apply(context, 'before', chunk_nll, windows),
+    lambda: oracle(context, windows, tail),
+  )
+
+
+def ragged_scores(
+  context: common.Context, asked: dict, role: str
+) -> dict[str, np.ndarray]:
+  """As `scores`, of questions, whose chunks may be ragged or absent.
+
+  Args:
+    role: whose gain of each chunk the oracle knows.
+  """
+  return _wanted(
+    context,
+    asked,
+    lambda: ragged_nll(context, asked),
+    lambda: common.apply(context, role, single_gains, asked, tail=0),
+  )
+
+
+def _wanted(
+  context: common.Context,
+  batch: dict,
+  hardness: Callable[[], np.ndarray],
+  gains: Callable[[], np.ndarray],
+) -> dict[str, np.ndarray]:
+  """float32 (W, C) for each configured selector that has its checkpoint.
+
+  Args:
+    hardness: the NLL of each chunk, for the selectors of perplexity.
+    gains: what expanding each chunk alone brings, for the oracle.
+  """
+  config = context.session.config
+  W, C = batch['chunk_len_BC'].shape
   wanted = config.eval.selectors
   out = {}
   if 'rl' in wanted and context.available('policy'):
-    out['rl'] = common.apply(context, role, Refrag.chunk_scores, windows)
+    out['rl'] = common.apply(context, 'policy', Refrag.chunk_scores, batch)
   if {'ppl_desc', 'ppl_asc'} & set(wanted) and context.available('before'):
-    nll_WC = common.apply(context, 'before', chunk_nll, windows)
+    nll_WC = hardness()
     out['ppl_desc'], out['ppl_asc'] = nll_WC, -nll_WC
   out['random'] = np.random.default_rng(config.seed).random((W, C))
   out['last'] = np.broadcast_to(np.arange(C, dtype=np.float64), (W, C))
   if 'oracle' in wanted:
-    out['oracle'] = oracle(context, windows, tail)
+    out['oracle'] = gains()
   for name in wanted:
     if name not in out:
       needed = 'policy' if name == 'rl' else 'before'
@@ -101,29 +139,6 @@ def chunk_nll(model, params, batch) -> jax.Array:
     {'params': params}, as_output, None, none_BC, 0, method=Refrag.output_nll
   )
   return nll_BO.reshape(B, C, K).mean(-1)
-
-
-def ragged_scores(
-  context: common.Context, asked: dict, role: str
-) -> dict[str, np.ndarray]:
-  """As `scores`, of questions, whose chunks may be ragged or absent."""
-  config = context.session.config
-  wanted, shape = config.eval.selectors, asked['chunk_len_BC'].shape
-  out = {}
-  if 'rl' in wanted and context.available('policy'):
-    out['rl'] = common.apply(context, 'policy', Refrag.chunk_scores, asked)
-  if {'ppl_desc', 'ppl_asc'} & set(wanted) and context.available('before'):
-    nll_WC = ragged_nll(context, asked)
-    out['ppl_desc'], out['ppl_asc'] = nll_WC, -nll_WC
-  out['random'] = np.random.default_rng(config.seed).random(shape)
-  out['last'] = np.broadcast_to(np.arange(shape[1], dtype=np.float64), shape)
-  if 'oracle' in wanted:
-    out['oracle'] = common.apply(context, role, single_gains, asked, tail=0)
-  for name in wanted:
-    if name not in out:
-      needed = 'policy' if name == 'rl' else 'before'
-      context.leave_out(f'selector {name} of qa', common.missing(needed))
-  return {name: out[name] for name in wanted if name in out}
 
 
 def ragged_nll(context: common.Context, asked: dict) -> np.ndarray:

@@ -148,16 +148,21 @@ class Decoder(nn.Module):
     else:
       query = attention.Places(index(embeds_BTD.shape[1]), segment_ids_BT)
       key = query
-    scaling = layers.RopeScaling(
-      c.rope_factor,
-      c.rope_low_freq_factor,
-      c.rope_high_freq_factor,
-      c.rope_original_length,
-    )
-    angles = layers.rope_angles(positions_BT, c.head_dim, c.rope_theta, scaling)
+    angles = rope_angles(c, positions_BT)
     x_BTD = constrain(embeds_BTD.astype(self.dtype), 'batch', 'sequence', None)
     x_BTD, cache = self.layers(x_BTD, cache, angles, query, key, memory)
     return self.norm(x_BTD), cache
+
+
+def rope_angles(cfg: DecoderConfig, positions_BT: jax.Array):
+  """The rotary angles that all blocks share, as layers.rope_angles."""
+  scaling = layers.RopeScaling(
+    cfg.rope_factor,
+    cfg.rope_low_freq_factor,
+    cfg.rope_high_freq_factor,
+    cfg.rope_original_length,
+  )
+  return layers.rope_angles(positions_BT, cfg.head_dim, cfg.rope_theta, scaling)
 
 
 def init_cache(cfg: DecoderConfig, batch: int, slots: int, dtype) -> dict:

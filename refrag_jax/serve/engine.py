@@ -71,6 +71,10 @@ class Running:
   finish: str = ''  # '' while it runs; 'stop', 'length' or 'cancelled'
   asked: int = 0  # tokens that the devices were told to write
 
+  def position(self) -> int:
+    """Where the token stands that the decoder reads next."""
+    return self.prompt.positions() + self.asked - 1
+
 
 class Pool:
   """Slots of one length, and who has them."""
@@ -79,14 +83,16 @@ class Pool:
     self.length, self.lengths = length, lengths(length)
     self.slots = programs.new_slots(cfg, rows, length)
     self.running: list[Running | None] = [None] * rows
-    self.position_B = np.zeros(rows, np.int64)  # of the next token
-    self.settings = settings_of([Options()] * rows)
     # What was dispatched and not read: the rows it was for, tokens, logprobs.
     self.unread: list[tuple[dict[int, Running], Any, Any]] = []
 
   def free(self) -> int | None:
     """A slot that nobody has, or None."""
     return next((b for b, r in enumerate(self.running) if r is None), None)
+
+  def settings(self) -> sampling.Settings:
+    """Each slot's, in arrays of their own: the devices may be late to read."""
+    return settings_of([r.options if r else Options() for r in self.running])
 
 
 def settings_of(options: Sequence[Options]) -> sampling.Settings:
@@ -205,7 +211,7 @@ class Engine:
           settings_of([Options()]), cfg=self.cfg.decoder, attend=self.attend,
         )  # fmt: skip
         pool.slots, *_ = programs.decode(
-          self.weights, pool.slots, nobody_B, pool.settings,
+          self.weights, pool.slots, nobody_B, pool.settings(),
           cfg=self.cfg.decoder, live=length,
         )  # fmt: skip
 
@@ -262,12 +268,7 @@ class Engine:
       self.weights, pool.slots, np.int32(row), x_1TD, length, seen_V,
       settings_of([running.options]), cfg=self.cfg.decoder, attend=self.attend,
     )  # fmt: skip
-    for mine, new in zip(
-      pool.settings, settings_of([running.options]), strict=True
-    ):
-      mine[row] = new[0]
-    pool.running[row], pool.position_B[row] = running, number
-    running.asked = 1
+    pool.running[row], running.asked = running, 1
     pool.unread.append(({0: running}, token_1, logprob_1))
 
   def _spliced(self, prompt: Prompt, length: int):
@@ -316,12 +317,11 @@ class Engine:
     if not rows:
       return False
     active_B = np.array([b in rows for b in range(len(pool.running))])
-    live = bucket(1 + int(pool.position_B[active_B].max()), pool.lengths)
+    live = bucket(1 + max(r.position() for r in rows.values()), pool.lengths)
     pool.slots, token_B, logprob_B = programs.decode(
-      self.weights, pool.slots, active_B, pool.settings,
+      self.weights, pool.slots, active_B, pool.settings(),
       cfg=self.cfg.decoder, live=live,
     )  # fmt: skip
-    pool.position_B += active_B
     for running in rows.values():
       running.asked += 1
     pool.unread.append((rows, token_B, logprob_B))

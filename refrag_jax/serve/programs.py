@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from refrag_jax.config.schema import DecoderConfig, ModelConfig
 from refrag_jax.models import attention, layers, splice
-from refrag_jax.models.decoder import Block
+from refrag_jax.models.decoder import Block, rope_angles
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.serve import sampling
 
@@ -214,14 +214,7 @@ def logits(weights: Weights, hidden_BD) -> jax.Array:
 
 def _blocks(weights, x_BTD, caches, positions_BT, live, cfg, attend):
   """All layers: normed hidden states, and the caches with what was read."""
-  c = cfg
-  scaling = layers.RopeScaling(
-    c.rope_factor,
-    c.rope_low_freq_factor,
-    c.rope_high_freq_factor,
-    c.rope_original_length,
-  )
-  angles = layers.rope_angles(positions_BT, c.head_dim, c.rope_theta, scaling)
+  angles = rope_angles(cfg, positions_BT)
   query = attention.Places(positions_BT)
   key = attention.Places(jnp.arange(live, dtype=jnp.int32)[None])
   block, new = Block(cfg, attend, None, None), []

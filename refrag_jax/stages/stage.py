@@ -70,15 +70,19 @@ class Stage:
 
     Where there are adapters, they are trained in the decoder's place.
     """
-    if 'lora' in params and re.search(self.trainable, 'lora/'):
+    if 'lora' in params and self.trains_adapters:
       freeze = f'{freeze}|^decoder/' if freeze else '^decoder/'
     return partition(params, self.trainable, freeze)
 
   def lora_dropout(self, config: Config) -> float:
     """Dropout of the adapters that it trains; 0 where it trains none."""
     of = config.model.lora
-    trains = of.rank and re.search(self.trainable, 'lora/')
-    return of.dropout if trains else 0.0
+    return of.dropout if of.rank and self.trains_adapters else 0.0
+
+  @property
+  def trains_adapters(self) -> bool:
+    """Whether it trains those that there are, in the decoder's place."""
+    return bool(re.search(self.trainable, 'lora/'))
 
   def seed(self, config: Config) -> int:
     """The seed of its stream of samples, that of the stage it mirrors."""

@@ -458,6 +458,7 @@ class _Templates(NamedTuple):
   begin: Sequence[int]  # before everything
   end: Sequence[int]  # between everything and the answer
   answer_room: int  # for an answer and EOS
+  prompt: np.ndarray | None  # before every answer; None: it has the question
 
 
 def _templates(data, tokenizer) -> _Templates:
@@ -465,16 +466,15 @@ def _templates(data, tokenizer) -> _Templates:
   begin, end = [tokenizer.bos_id], []
   if data.chat:
     begin, end = tokenizer.chat_frame()
-  length = lambda template: len(
-    tokenizer.encode(fill(template, question=''))[0]
-  )
-  before, behind = length(data.question_template), length(data.answer_template)
+  encode = lambda template: tokenizer.encode(fill(template, question=''))[0]
+  behind, prompt = encode(data.answer_template), None
   room = data.answer_length - len(end)
-  around = [len(begin) + before]
+  around = [len(begin) + len(encode(data.question_template))]
   if '{question}' in data.answer_template:
-    around.append(behind)
+    around.append(len(behind))
   else:
-    room -= behind
+    prompt = np.concatenate([behind, end]).astype(np.int32)
+    room -= len(behind)
   if max(around) >= data.question_length:
     raise UserError(
       f'config.data.question_length is {data.question_length}, which is filled '
@@ -485,7 +485,7 @@ def _templates(data, tokenizer) -> _Templates:
       f'config.data.answer_length is {data.answer_length}, which is filled by '
       'what stands before an answer: raise it'
     )
-  return _Templates(begin, end, room)
+  return _Templates(begin, end, room, prompt)
 
 
 def _questions(
@@ -500,9 +500,9 @@ def _questions(
   found = []
   for record in records:
     answer = tokenizer.encode(record.answers[0])[0]
-    longest = max(
-      len(answer), *map(len, tokenizer.ids_batch(record.choices or ('',)))
-    )
+    longest = len(answer)
+    if record.choices:
+      longest = max(map(len, tokenizer.ids_batch(record.choices)))
     if not len(answer) or longest + 1 > templates.answer_room:
       skipped.add('answer longer than data.answer_length', record.line)
       continue
@@ -511,9 +511,11 @@ def _questions(
     prefix, cut = _fill(
       data.question_template, asked, templates.begin, (), data, tokenizer
     )
-    prompt, cut_behind = _fill(
-      data.answer_template, asked, (), templates.end, data, tokenizer
-    )
+    prompt, cut_behind = templates.prompt, False
+    if prompt is None:
+      prompt, cut_behind = _fill(
+        data.answer_template, asked, (), templates.end, data, tokenizer
+      )
     if (cut or cut_behind) and record.choices:  # its beginning is the question
       skipped.add('options longer than data.question_length', record.line)
       continue

@@ -166,7 +166,7 @@ def _right(answer: Any, options, texts, labels) -> int:
 
 def one_passage(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
   """BoolQ and its like: a question, its passage, its answer."""
-  yield _answered(record) | _given(record)
+  yield _given(_answered(record))
 
 
 def summary(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -194,7 +194,7 @@ def _given(record: dict[str, Any]) -> dict[str, Any]:
   if 'passage' not in record:
     return record
   gold = {'title': record.get('title'), 'text': record['passage'], 'gold': True}
-  return {k: x for k, x in record.items() if k != 'answers'} | {'ctxs': [gold]}
+  return record | {'ctxs': [gold]}
 
 
 DPR = Form('DPR', (), lambda record: [record])

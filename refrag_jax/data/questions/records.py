@@ -2,12 +2,12 @@
 
 A record has the DPR form {"question", "answers", "ctxs": [{"title", "text"}]};
 "turns", a list of {"speaker", "text"} (or "role" and "content"), may stand for
-the question. A passage
-that carries "gold": true (or "has_answer" or "hasanswer", as DPR and Contriever
-write it) holds the answer. A field that is null is one that is not there. Other
-published forms are made into this one (forms.py). The file has a record a line,
-or is one JSON array; it may be packed (.gz, .zst). What cannot be used is
-skipped and counted, with the first line that had it.
+the question. A passage that carries "gold": true (or "has_answer" or
+"hasanswer", as DPR and Contriever write it) holds the answer. A field that is
+null is one that is not there. Other published forms are made into this one
+(forms.py). The file has a record a line, or is one JSON array; it may be packed
+(.gz, .zst). What cannot be used is skipped and counted, with the first line
+that had it.
 """
 
 import hashlib
