@@ -39,7 +39,7 @@ def test_logits_and_gradients_are_those_of_peft(name, targets, tmp_path):
   convert.write_adapters(str(tmp_path / 'adapter'), adapters, of_lora, 'base')
   theirs = peft.PeftModel.from_pretrained(
     model, tmp_path / 'adapter', is_trainable=True
-  )
+  ).eval()  # without dropout, which ours has in training steps alone
   ids_BT = rng.integers(2, 40, (3, 17))
   given = torch.tensor(ids_BT)
   out = theirs(given, labels=given)
