@@ -1,7 +1,7 @@
 """Greedy generation after any layout: prefill, then one token at a time.
 
 Dimension key: B batch, C chunks, O forced output tokens, T prefill positions,
-W new tokens, S = T + W cache slots.
+W new tokens, S = T + W - 1 cache slots (nothing reads the last token).
 """
 
 import jax
@@ -58,7 +58,7 @@ def greedy(
   )
   B, T = layout.token_BT.shape
   cache = init_cache(
-    model.cfg.decoder, B, T + num_tokens, jnp.dtype(model.cfg.compute_dtype)
+    model.cfg.decoder, B, T + num_tokens - 1, jnp.dtype(model.cfg.compute_dtype)
   )
   hidden_BTD, cache = model.apply(
     variables, layout, e_BCD, cache, method=Refrag.run
@@ -79,14 +79,14 @@ def greedy(
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
 
   def body(carry, i):
-    hidden_BD, cache, done_B = carry
-    token_B = jnp.where(done_B, eos_id, choose(hidden_BD))
-    done_B |= token_B == eos_id
+    token_B, cache, done_B = carry
     hidden_BD, cache = model.apply(
       variables, token_B, length_B + i, cache, method=Refrag.step
     )
-    return (hidden_BD, cache, done_B), token_B
+    token_B = jnp.where(done_B, eos_id, choose(hidden_BD))
+    return (token_B, cache, done_B | (token_B == eos_id)), token_B
 
-  start = (last_BD, cache, jnp.zeros((B,), bool))
-  _, tokens_WB = jax.lax.scan(body, start, jnp.arange(num_tokens))
-  return tokens_WB.T
+  first_B = choose(last_BD)
+  start = (first_B, cache, first_B == eos_id)
+  _, tokens_WB = jax.lax.scan(body, start, jnp.arange(num_tokens - 1))
+  return jnp.concatenate([first_B[None], tokens_WB]).T

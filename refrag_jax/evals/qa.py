@@ -12,17 +12,21 @@ compression from ignorance, and the table says so.
 
 Columns: NLL of the gold answer, and what the answers are judged by: exact match
 and F1, of summaries ROUGE, of multiple choice the share whose right option is
-the likeliest one.
+the likeliest one. Where several numbers of passages are asked for, also what
+the first token of one question costs, and which rows cost alike: the paper's
+Figure 4 compares them at equal latency.
 """
 
 import dataclasses
 import os
+import time
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refrag_jax import generate, results
+from refrag_jax import flops, generate, results, sharding
 from refrag_jax.config import check
 from refrag_jax.config.schema import Config, expanded_chunks
 from refrag_jax.data import batch as batch_lib
@@ -69,6 +73,9 @@ ROWS = {
 }
 # These with other numbers of passages as well.
 BY_NUMBER = [ROWS[x] for x in (GIVEN, 'full_context_twin', 'full_context')]
+# What REFRAG is held against at equal latency.
+FULL_ROWS = ('full_context_twin', 'full_context')
+TIMED = 5  # times that a first token is waited for
 REFERENCES = (
   'no_passage', 'shuffled', 'full_context_twin', 'no_context_twin',
   'full_context', 'no_context',
@@ -107,7 +114,7 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
   split = 'heldout' if path in trained.values() else 'all'
   source = questions.build(config, split, (path,))
   marked = 'gold' in source.kinds
-  rows = {}
+  rows, costs, notes = {}, {}, []
   for name, row in ROWS.items():
     kind = row.passages if marked or row.passages != GIVEN else 'given'
     name = name if marked or name != GIVEN else 'given'
@@ -122,12 +129,27 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
     rows[name] = measure(context, source, asked, row)
     if row is ROWS[GIVEN]:
       rows |= expanded(context, source, asked, row, name)
-    if row in BY_NUMBER:
-      rows |= by_number(context, source, kind, row, name)
+    if row in BY_NUMBER and config.eval.question_passages:
+      costs[name] = first_token_cost(context, source, asked, row)
+      for number in config.eval.question_passages:
+        other = of_number(source, number)
+        asked = other.examples(kind, config.eval.num_questions)
+        of = f'{name}_of_{number}'
+        rows[of] = measure(context, other, asked, row)
+        costs[of] = first_token_cost(context, other, asked, row)
+        fewer = int((num_passages(other.config, asked) < number).sum())
+        if fewer:
+          notes.append(
+            f'{of}: {fewer} of {len(asked["doc_B"])} questions bring fewer'
+          )
   docs = source.examples('none', config.eval.num_questions)['doc_B']
   documents = context.documents_of('qa', path)
-  out = common.table(rows, docs, REFERENCES, documents)
-  notes = []
+  references = dict.fromkeys((*REFERENCES, *filter(of_full_context, costs)))
+  out = common.table(rows, docs, references, documents)
+  for name, cost in costs.items():
+    out[name]['first_token'] = cost
+  if costs:
+    out['at_equal_latency'] = at_equal_latency(costs)
   for full, none in (
     ('full_context_twin', 'no_context_twin'),
     ('full_context', 'no_context'),
@@ -148,15 +170,75 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
   return out | ({'note': '; '.join(notes)} if notes else {})
 
 
-def by_number(context, source, kind: str, row: Row, name: str) -> dict:
-  """The row with other numbers of passages (the paper's Figure 4)."""
-  config, out = context.session.config, {}
-  for number in config.eval.question_passages:
-    data = dataclasses.replace(source.config, num_passages=number)
-    other = dataclasses.replace(source, config=data)
-    asked = other.examples(kind, config.eval.num_questions)
-    out[f'{name}_of_{number}'] = measure(context, other, asked, row)
-  return out
+def of_number(source, number: int):
+  """The questions with up to so many passages (the paper's Figure 4)."""
+  data = dataclasses.replace(source.config, num_passages=number)
+  return dataclasses.replace(source, config=data)
+
+
+def num_passages(data, asked: dict) -> np.ndarray:
+  """How many passages each row has, (W,)."""
+  len_WC = asked['chunk_len_BC'][:, data.history_chunks :]
+  return (len_WC[:, :: data.passage_chunks] > 0).sum(1)
+
+
+def of_full_context(name: str) -> bool:
+  """Whether a row reads its passages as tokens, whatever their number."""
+  return name.partition('_of_')[0] in FULL_ROWS
+
+
+def first_token_cost(context, source, asked: dict, row: Row) -> dict:
+  """What the first token of an answer costs, passages in hand.
+
+  Tokens and chunks of the first question, padded as all are: those of one row
+  (on a mesh, of one row a device). Chunks are encoded in it.
+
+  Returns:
+    gflop, counted from the jaxpr; and the STAT of milliseconds, compiled before
+    and waited for.
+  """
+  rows = sharding.axis_size('batch', context.session.mesh)
+  batch = batch_lib.take(asked, np.arange(rows) % len(asked['doc_B']))
+  batch = batch_lib.cut_outputs(batch, source.prompt_slots + 1)
+  static = dict(
+    given_as=row.given_as, prompt=source.prompt_slots, expand=0.0,
+    eos_id=context.session.tokenizer.eos_id,
+  )  # fmt: skip
+  model, params = context.session.model, context.params(row.role)
+  traced = jax.make_jaxpr(lambda *of: greedy(model, *of, **static))
+  seconds = []
+  for _ in range(1 + TIMED):
+    start = time.perf_counter()
+    common.apply(context, row.role, greedy, batch, **static)
+    seconds.append(time.perf_counter() - start)
+  return {
+    'gflop': flops.count(traced(params, batch)) / rows / 1e9,
+    'milliseconds': results.stat(1e3 * np.array(seconds[1:])),
+  }
+
+
+def at_equal_latency(costs: dict[str, dict]) -> list[dict[str, str]]:
+  """Of each of REFRAG's rows the row of full context that costs no more.
+
+  By FLOPs and by the clock; the one with the most of them, where there is one.
+  """
+  pairs = []
+  by = {
+    'gflop': lambda name: costs[name]['gflop'],
+    'milliseconds': lambda name: costs[name]['milliseconds']['mean'],
+  }
+  for name in costs:
+    for what, cost in () if of_full_context(name) else by.items():
+      for kind in FULL_ROWS:
+        cheaper = [
+          other
+          for other in costs
+          if other.partition('_of_')[0] == kind and cost(other) <= cost(name)
+        ]
+        if cheaper:
+          other = max(cheaper, key=by['gflop'])
+          pairs.append({'row': name, 'full_context': other, 'by': what})
+  return pairs
 
 
 def expanded(context, source, asked, row: Row, name: str) -> dict:

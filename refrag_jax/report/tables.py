@@ -4,7 +4,7 @@ A STAT is `{"mean", "se", "n"}`; a difference is row minus other, paired.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from refrag_jax import results
@@ -159,12 +159,15 @@ def _noted(note: str, table: str) -> str:
 
 
 def _by_dataset(
-  datasets: Mapping[str, Any], names: Mapping[str, str], note: str
+  datasets: Mapping[str, Any],
+  names: Mapping[str, str],
+  note: str,
+  more: Callable[[Mapping, Mapping], str] = lambda *_: '',
 ) -> str:
   parts = []
   for dataset, value in datasets.items():
     parts += [f'<h3>{page.text(dataset)}</h3>', _notes(value)]
-    parts += _measures(value, names, note)
+    parts += [*_measures(value, names, note), more(value, names)]
   return '\n'.join(part for part in parts if part)
 
 
@@ -282,7 +285,43 @@ def questions(datasets: Mapping[str, Any]) -> str:
     'exact match, F1 or ROUGE, of multiple choice the share whose likeliest '
     'option is the right one (higher is better). ± standard error.'
   )
-  return _by_dataset(datasets, names, note)
+  return _by_dataset(datasets, names, note, _equal_latency)
+
+
+def _equal_latency(dataset: Mapping[str, Any], names: Mapping[str, str]) -> str:
+  """REFRAG beside what full context reads in the same time, Figure 4."""
+  pairs = dataset.get('at_equal_latency', ())
+  measures = [m for m in names if any(m in dataset[x['row']] for x in pairs)]
+  body = []
+  for pair in pairs:
+    row, other = dataset[pair['row']], dataset[pair['full_context']]
+    by = pair['by']
+    cost = lambda of: of['first_token'][by]
+    show = (lambda x: page.number(x, 1)) if by == 'gflop' else page.measured
+    body.append(
+      [
+        page.name(pair['row']),
+        page.name(pair['full_context']),
+        {'gflop': 'GFLOP', 'milliseconds': 'ms'}[by],
+        show(cost(row)),
+        show(cost(other)),
+        *(
+          difference(
+            row['vs'][pair['full_context']].get(m), higher_is_better=m in SCORES
+          )
+          for m in measures
+        ),
+      ]
+    )
+  head = ['row', 'full context', 'by', 'its cost', 'cost of the other']
+  note = (
+    'What the first token of one question costs, passages in hand, chunks '
+    'encoded in it; beside each row the one with full context, of the numbers '
+    'of passages tried, that costs the most and no more than it. ' + MARKS
+  )
+  return page.table(
+    [*head, *(f'{names[m]}, difference' for m in measures)], body, note
+  )
 
 
 def regeneration(datasets: Mapping[str, Any]) -> str:
@@ -409,7 +448,7 @@ def _count(values: Sequence[Stat | None]) -> str:
 def _notes(dataset: Mapping[str, Any]) -> str:
   lines = []
   for key, value in dataset.items():
-    if isinstance(value, Mapping) or value in (False, None):
+    if isinstance(value, Mapping | list) or value in (False, None):
       continue
     words = key if value is True else f'{key}: {value}'
     alarming = 'uninformative' in words.lower()

@@ -7,7 +7,7 @@ import pytest
 import questions as cases
 
 from refrag_jax.data import tokenizers
-from refrag_jax.data.questions import forms, records
+from refrag_jax.data.questions import examples, forms, records
 from refrag_jax.errors import UserError
 
 TOKENIZER = tokenizers.load('bytes')
@@ -295,6 +295,20 @@ def test_a_title_may_hold_the_answer(tmp_path):
     gold = source.passage(question.gold[0])
     for text in cases.context_text(batch, row):
       assert text == gold or question.answers[0] not in text
+
+
+def test_what_is_asked_in_training_is_not_asked_of_another_file(tmp_path):
+  path = file_of(tmp_path / 'a.jsonl', [dpr(i) for i in range(40)])
+  trained = {q.question for q in cases.build('train', questions=path).questions}
+  copied = [dpr(i, id=f'copy{i}') for i in range(40)] + [dpr(99)]
+  other = file_of(tmp_path / 'b.jsonl', copied)
+  source = examples.build(
+    cases.make_config(questions=path), TOKENIZER, TOKENIZER, 'all', (other,)
+  )
+  left = {q.question for q in source.questions}
+  assert 0 < len(trained) < 40 and len(left) == 41 - len(trained)
+  assert not left & trained
+  assert source.skipped[0].startswith(f'{len(trained)} x asked in training')
 
 
 def test_options_that_do_not_fit_are_left_out(tmp_path):

@@ -16,11 +16,14 @@ import toy
 import toy_config
 import toy_run
 
+from refrag_jax import flops
 from refrag_jax.config.schema import expanded_chunks
 from refrag_jax.data import batch as batch_lib
+from refrag_jax.data.questions import records
 from refrag_jax.errors import UserError
 from refrag_jax.evals import common, qa, replug, selection, text_metrics
 from refrag_jax.models.refrag import init_params
+from refrag_jax.report import tables as report_tables
 
 PARAMS = toy.params()
 BY_NUMBER = ('gold_distractors', 'full_context_twin', 'full_context')
@@ -85,10 +88,12 @@ def test_every_file_has_the_rows_and_what_judges_it(session, tables):
   for name, rows in by_name.items():
     more = {f'gold_distractors_{s}_p0.5' for s in session.config.eval.selectors}
     more |= {f'{row}_of_1' for row in BY_NUMBER}
-    assert rows.keys() - {'note'} == set(qa.ROWS) | more
-    for row in rows.keys() - {'note', 'replug'}:
-      assert rows[row].keys() - {'vs'} == columns[name] | {'gold_nll'}
-      for column in rows[row].keys() - {'vs'}:
+    rows = {x: row for x, row in rows.items() if isinstance(row, dict)}
+    assert rows.keys() == set(qa.ROWS) | more
+    for row in rows.keys() - {'replug'}:
+      measured = rows[row].keys() - {'vs', 'first_token'}
+      assert measured == columns[name] | {'gold_nll'}
+      for column in measured:
         assert rows[row][column]['n'] >= 2
   # No context is the same whatever passages there are, compression is not.
   rows = by_name['questions.jsonl']
@@ -105,6 +110,45 @@ def test_every_file_has_the_rows_and_what_judges_it(session, tables):
     rows['full_context']['gold_nll']['mean'],
     rtol=1e-5,
   )
+
+
+def test_rows_are_held_against_what_costs_as_much(context, tables):
+  """GFLOP of a first token by hand, and the pairs that follow from them."""
+  config = context.session.config
+  path = next(path for path in tables if path.endswith('choices.jsonl'))
+  rows, data, model = tables[path], config.data, config.model
+  output = 1 + records.output_slots(data) - data.answer_length
+  k, C = model.chunk_size, data.num_passages * data.passage_chunks
+  head = 2 * model.decoder.width * model.decoder.vocab_size
+
+  def full(chunks):
+    positions = data.question_length + chunks * k + output
+    # The last given token is read as well: what training predicts with.
+    return flops.decoder_flops(vars(model.decoder), positions) + head
+
+  for name, chunks in (
+    ('full_context', C),
+    ('full_context_of_1', data.passage_chunks),
+  ):
+    got = rows[name]['first_token']
+    np.testing.assert_allclose(got['gflop'] * 1e9, full(chunks), rtol=0.02)
+    assert got['milliseconds']['n'] == qa.TIMED
+    assert got['milliseconds']['mean'] > 0
+  for pair in rows['at_equal_latency']:
+    cost = (
+      rows[pair['row']]['first_token'],
+      (rows[pair['full_context']]['first_token']),
+    )
+    read = lambda of: of if isinstance(of, float) else of['mean']
+    assert read(cost[1][pair['by']]) <= read(cost[0][pair['by']])
+    assert pair['full_context'] in rows[pair['row']]['vs']
+  # One compressed passage costs less than any as tokens.
+  assert [p for p in rows['at_equal_latency'] if p['by'] == 'gflop'] == [
+    {'row': 'gold_distractors', 'full_context': f'{row}_of_1', 'by': 'gflop'}
+    for row in qa.FULL_ROWS
+  ]
+  shown = report_tables.questions({path: rows})
+  assert 'full_context_twin_of_1' in shown and 'cost of the other' in shown
 
 
 def test_accuracy_is_the_share_whose_right_option_is_likeliest(

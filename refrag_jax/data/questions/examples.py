@@ -371,7 +371,8 @@ def build(
     tokenizer: the decoder's.
     encoder_tokenizer: the encoder's.
     split: 'train' or 'heldout'; records of one document are on the same side.
-      'all': whatever side they are on.
+      'all': whatever side they are on; of other files than the config's, what
+      is asked in training as well is left out.
     files: other ones than `config.data.questions`.
 
   Returns:
@@ -396,6 +397,8 @@ def build(
   heldout = _heldout(
     {r.document for of in records.values() for r in of}, data.heldout_fraction
   )
+  others = set(files).difference(data.questions) if split == 'all' else ()
+  known = _trained_on(config) if others else frozenset()
   questions, passages, documents, lines = [], {}, {}, []
   for place, path in enumerate(files):
     found = _questions(
@@ -405,7 +408,7 @@ def build(
         if split == 'all' or (r.document in heldout) == (split == 'heldout')
       ],
       data, config.model.chunk_size, tokenizer, templates, passages, documents,
-      place, skipped[path],
+      place, skipped[path], known if path in others else frozenset(),
     )  # fmt: skip
     unmarked = sum(not question.gold for question in found)
     if 0 < unmarked < len(found):
@@ -433,6 +436,24 @@ def build(
     prompt_slots=questions_lib.output_slots(data) - templates.answer_room,
     tokenizer=tokenizer,
     encoder_tokenizer=encoder_tokenizer,
+  )
+
+
+def _trained_on(config) -> frozenset[str]:
+  """What the training side of config.data.questions asks, with its answers."""
+  paths = dict.fromkeys(config.data.questions)
+  records = _joined(
+    {p: questions_lib.read(config, p, questions_lib.Skipped()) for p in paths}
+  )
+  records = [r for of in records.values() for r in of]
+  heldout = _heldout(
+    {r.document for r in records}, config.data.heldout_fraction
+  )
+  return frozenset(
+    asked
+    for r in records
+    if r.document not in heldout
+    for asked in questions_lib.with_answers(r)
   )
 
 
@@ -490,15 +511,19 @@ def _templates(data, tokenizer) -> _Templates:
 
 def _questions(
   records, data, chunk_size, tokenizer, templates, passages, documents, source,
-  skipped,
+  skipped, known,
 ) -> list[Question]:  # fmt: skip
   """The records of one file and side as questions.
 
   Args:
     passages, documents: text and name -> number, of all files; they grow.
+    known: what is asked in training, with its answers, and left out here.
   """
   found = []
   for record in records:
+    if known.intersection(questions_lib.with_answers(record)):
+      skipped.add('asked in training as well', record.line)
+      continue
     answer = tokenizer.encode(record.answers[0])[0]
     longest = len(answer)
     if record.choices:

@@ -192,7 +192,7 @@ def joined(records: list[Record]) -> list[Record]:
   """
   asked = Counter(_normal(record.question) for record in records)
   with_answer = Counter(
-    pair for record in records for pair in _with_answers(record)
+    pair for record in records for pair in with_answers(record)
   )
   many = max(FEW, len(records) * MANY)
 
@@ -200,16 +200,17 @@ def joined(records: list[Record]) -> list[Record]:
     question = _normal(record.question)
     if asked[question] <= many:
       return [question]
-    pairs = _with_answers(record)
+    pairs = with_answers(record)
     return [pair for pair in pairs if with_answer[pair] <= many]
 
   found = _components(records, keys)
   if len(records) > 1 and len({record.document for record in found}) == 1:
-    found = _components(records, _with_answers)
+    found = _components(records, with_answers)
   return found
 
 
-def _with_answers(record: Record) -> list[str]:
+def with_answers(record: Record) -> list[str]:
+  """The question with each of its answers, spelt alike where they are alike."""
   question = _normal(record.question)
   return list(
     dict.fromkeys(f'{question}\n{_normal(a)}' for a in record.answers)
