@@ -176,19 +176,24 @@ def _sync(directory: str) -> None:
         os.close(handle)
 
 
-def _check_room(params: dict, dtypes: dict, directory: str) -> None:
+def _check_room(size: int, directory: str) -> None:
   """Refuses what the disk has no room for, before most of it is written."""
-  size = 0
-  for group, values in params.items():
-    kinds = dtypes.get(group, {}).values() or ['float32']
-    width = max(np.dtype(jax.numpy.dtype(kind)).itemsize for kind in kinds)
-    size += width * sum(x.size for x in jax.tree.leaves(values))
   free = shutil.disk_usage(directory).free
   if size > free:
     raise UserError(
       f'the export needs {size / 1e9:.2f} GB, and the disk of --to has '
       f'{free / 1e9:.2f} left: make room, or name another --to'
     )
+
+
+def _size(params: dict, dtypes: dict) -> int:
+  """Bytes of all groups, each in the widest of the types that it came in."""
+  size = 0
+  for group, values in params.items():
+    kinds = dtypes.get(group, {}).values() or ['float32']
+    width = max(np.dtype(jax.numpy.dtype(kind)).itemsize for kind in kinds)
+    size += width * sum(x.size for x in jax.tree.leaves(values))
+  return size
 
 
 def _dtypes(values: dict, base: dict) -> dict[str, str]:
@@ -226,7 +231,7 @@ def _write(opened, params, bases: dict, stage: str, target: str) -> None:
     for group in names
     if group in params and group in bases
   }
-  _check_room(params, dtypes, target)
+  _check_room(_size(params, dtypes), target)
   for group, tokenizer in names.items():
     if group not in params:
       continue
@@ -289,12 +294,14 @@ def _write_changes(
   found = sources.locate(','.join(names))
   abstract = session.abstract_params(opened)
   before = sources.read(found, {group: abstract[group] for group in bases})
-  old = checkpoint.flat(before)
+  old, new = checkpoint.flat(before), checkpoint.flat(params)
   changed = [
     path
-    for path, x in checkpoint.flat(params).items()
+    for path, x in new.items()
     if path not in old or not np.array_equal(x, old[path])
   ]
+  width = jax.numpy.dtype(jax.numpy.bfloat16).itemsize
+  _check_room(width * sum(new[path].size for path in changed), target)
   convert.save_arrays(
     os.path.join(target, sources.CHANGES), params, changed, jax.numpy.bfloat16
   )

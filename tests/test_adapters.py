@@ -151,6 +151,29 @@ def test_changes_alone_are_read_over_the_models_again(cfg, run, tmp_path):
   equal(session.read_base_decoder(opened, known, 'x'), base['decoder'])
 
 
+def test_changes_that_the_disk_has_no_room_for_are_told_before(
+  cfg, run, tmp_path, monkeypatch
+):
+  """Room for what changed is enough: the decoder is not written."""
+  source, out = f'{run}/checkpoints/cpt', str(tmp_path / 'out')
+  usage = shutil.disk_usage(tmp_path)
+  params, _ = loaded(cfg, source)
+  least = 2 * sum(
+    x.size
+    for group in ('lora', 'encoder', 'projection')
+    for x in jax.tree.leaves(params[group])
+  )
+  for free, fits in ((least - 1, False), (least, True)):
+    left = usage._replace(free=free)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _, left=left: left)
+    if fits:
+      assert exchange.run_export(cfg, run, source, out, changes=True) == 0
+    else:
+      with pytest.raises(UserError, match='the export needs'):
+        exchange.run_export(cfg, run, source, out, changes=True)
+      assert os.listdir(tmp_path) == []
+
+
 def test_changes_of_other_models_are_refused(cfg, run, tmp_path):
   where = tmp_path / 'models'
   config = toy_run.replaced(cfg, init_from=write_models(where, cfg.model, 7))
