@@ -7,7 +7,8 @@ no second copy of the weights lies on disk.
 
 llama.cpp turns pairs of rotary positions that lie side by side, Hugging Face's
 models such that lie half a head apart: of its `llama` files the rows of query
-and key are put back.
+and key are put back. Its `bert` is also what RoBERTa and XLM-R become, without
+the rows that their positions begin behind.
 
 Dimension key: Y layers.
 """
@@ -29,7 +30,7 @@ from refrag_jax.runtime import environment
 from refrag_jax.runtime.paths import refuse_pointer
 
 SUFFIX = '.gguf'
-FORMAT = 1  # of what lies in the cache; another one is made anew
+FORMAT = 2  # of what lies in the cache; another one is made anew
 SPLIT = re.compile(r'-(\d{5})-of-(\d{5})\.gguf$')
 # Kinds of tensors, and what an export of them is written in.
 KINDS = {'F32': 'F32', 'F16': 'F16', 'BF16': 'BF16'} | dict.fromkeys(
@@ -39,10 +40,9 @@ KINDS = {'F32': 'F32', 'F16': 'F16', 'BF16': 'BF16'} | dict.fromkeys(
   ),
   'F32',
 )  # fmt: skip
-ARCHITECTURES = ('llama', 'qwen2', 'qwen3')  # each a family of families.py
 PERMUTED = re.compile(r'^blk\.\d+\.attn_(q|k)\.')  # in `llama` files
 ROPE_FACTORS = 'rope_freqs.weight'  # Llama 3's scaling of rotary positions
-_NAMES = {
+_DECODER_NAMES = {
   'token_embd': 'model.embed_tokens',
   'output_norm': 'model.norm',
   'output': 'lm_head',
@@ -57,6 +57,20 @@ _NAMES = {
   'ffn_gate': 'mlp.gate_proj',
   'ffn_up': 'mlp.up_proj',
   'ffn_down': 'mlp.down_proj',
+}
+_BERT_NAMES = {
+  'token_embd': 'embeddings.word_embeddings',
+  'position_embd': 'embeddings.position_embeddings',
+  'token_types': 'embeddings.token_type_embeddings',
+  'token_embd_norm': 'embeddings.LayerNorm',
+  'attn_q': 'attention.self.query',
+  'attn_k': 'attention.self.key',
+  'attn_v': 'attention.self.value',
+  'attn_output': 'attention.output.dense',
+  'attn_output_norm': 'attention.output.LayerNorm',
+  'ffn_up': 'intermediate.dense',
+  'ffn_down': 'output.dense',
+  'layer_output_norm': 'output.LayerNorm',
 }
 _TOKENIZER = ('tokenizer.json', 'tokenizer.model')
 
@@ -162,14 +176,16 @@ def _write(
   directory: str, path: str, parts: list[str], beside: list[str]
 ) -> None:
   reader = _open(parts[0])
-  names = {tensor.name for part in parts for tensor in _open(part).tensors}
-  config = _config(reader, names, path)
+  tensors = {tensor.name: tensor for p in parts for tensor in _open(p).tensors}
+  config = _config(reader, tensors, path)
   for i, part in enumerate(parts):
     os.symlink(
       os.path.realpath(part), os.path.join(directory, f'model-{i:05d}{SUFFIX}')
     )
   with open(os.path.join(directory, 'config.json'), 'w') as f:
     json.dump(config, f, indent=1)
+  if config['model_type'] == 'bert':
+    _write_pooling(directory, _metadata(reader, 'bert.pooling_type', 0))
   for file in beside:
     os.symlink(
       os.path.realpath(file), os.path.join(directory, os.path.basename(file))
@@ -178,9 +194,15 @@ def _write(
     _write_tokenizer(directory, reader, parts[0])
 
 
-@functools.lru_cache(maxsize=4)  # some seconds of Python for a vocabulary
 def _open(path: str) -> gguf.GGUFReader:
   refuse_pointer(path)
+  info = os.stat(path)
+  return _read(path, info.st_size, info.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)  # some seconds of Python for a vocabulary
+def _read(path: str, size: int, changed: int) -> gguf.GGUFReader:
+  del size, changed  # another file by that name is read anew
   try:
     return gguf.GGUFReader(path)
   except Exception as e:  # whatever it trips over, the file is at fault
@@ -198,8 +220,11 @@ def _metadata(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
 # --- config.json --------------------------------------------------------------
 
 
+Tensors = Mapping[str, gguf.ReaderTensor]  # by their names in the file
+
+
 def _config(
-  reader: gguf.GGUFReader, names: set[str], path: str
+  reader: gguf.GGUFReader, tensors: Tensors, path: str
 ) -> dict[str, Any]:
   """config.json of the model, from the file's metadata."""
   kind = _metadata(reader, 'general.architecture', '?')
@@ -208,50 +233,104 @@ def _config(
       f'{path} is a model of architecture {kind!r}, which is not supported; '
       f'there are {", ".join(ARCHITECTURES)}'
     )
-  read = lambda key, default=None: _metadata(reader, f'{kind}.{key}', default)
 
   def needed(key: str) -> Any:
-    value = read(key)
+    value = _metadata(reader, f'{kind}.{key}')
     if not isinstance(value, (int, float)) or not value:
       raise UserError(f'{path} has no single {kind}.{key} in its metadata')
     return value
 
-  if read('expert_count', 0):
-    raise UserError(f'{path} is a mixture of experts, which is not supported')
-  heads, width = needed('attention.head_count'), needed('embedding_length')
-  head_dim = read('attention.key_length') or width // heads
-  for key in ('attention.value_length', 'rope.dimension_count'):
-    if read(key, head_dim) != head_dim:
-      raise UserError(
-        f'{path}: {kind}.{key} is {read(key)} and not the {head_dim} of a '
-        'head, which is not supported'
-      )
   tokens = reader.get_field('tokenizer.ggml.tokens')
-  vocab_size = read('vocab_size') or (len(tokens.data) if tokens else 0)
+  told = _metadata(reader, f'{kind}.vocab_size')
+  vocab_size = told or (len(tokens.data) if tokens else 0)
   if not vocab_size:
     raise UserError(f'{path} does not say how large its vocabulary is')
   return {
-    'architectures': [f'{kind.capitalize()}ForCausalLM'],
     'model_type': kind,
     'vocab_size': vocab_size,
-    'hidden_size': width,
+    'hidden_size': needed('embedding_length'),
     'intermediate_size': needed('feed_forward_length'),
     'num_hidden_layers': needed('block_count'),
-    'num_attention_heads': heads,
-    'num_key_value_heads': read('attention.head_count_kv') or heads,
-    'head_dim': head_dim,
-    'hidden_act': 'silu',
-    'rms_norm_eps': _decimal(needed('attention.layer_norm_rms_epsilon')),
-    'tie_word_embeddings': 'output.weight' not in names,
-    'max_position_embeddings': needed('context_length'),
-    **_rope(reader, read, head_dim, path),
+    'num_attention_heads': needed('attention.head_count'),
     **{
       f'{name}_token_id': int(found)
       for name, key in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding'))
       if (found := _metadata(reader, f'tokenizer.ggml.{key}_token_id'))
       is not None
     },
+    **ARCHITECTURES[kind](reader, needed, tensors, path, kind),
   }
+
+
+def _decoder_config(
+  reader, needed, tensors: Tensors, path: str, kind: str
+) -> dict[str, Any]:
+  read = lambda key, default=None: _metadata(reader, f'{kind}.{key}', default)
+  if read('expert_count', 0):
+    raise UserError(f'{path} is a mixture of experts, which is not supported')
+  heads = needed('attention.head_count')
+  head_dim = read('attention.key_length') or needed('embedding_length') // heads
+  for key in ('attention.value_length', 'rope.dimension_count'):
+    if read(key, head_dim) != head_dim:
+      raise UserError(
+        f'{path}: {kind}.{key} is {read(key)} and not the {head_dim} of a '
+        'head, which is not supported'
+      )
+  return {
+    'architectures': [f'{kind.capitalize()}ForCausalLM'],
+    'num_key_value_heads': read('attention.head_count_kv') or heads,
+    'head_dim': head_dim,
+    'hidden_act': 'silu',
+    'rms_norm_eps': _decimal(needed('attention.layer_norm_rms_epsilon')),
+    'tie_word_embeddings': 'output.weight' not in tensors,
+    'max_position_embeddings': needed('context_length'),
+    **_rope(read, tensors, head_dim, path),
+  }
+
+
+def _bert_config(
+  reader, needed, tensors: Tensors, path: str, kind: str
+) -> dict[str, Any]:
+  if _metadata(reader, f'{kind}.attention.causal', False):
+    raise UserError(
+      f'{path}: {kind}.attention.causal is on; REFRAG takes encoders, which '
+      'look both ways'
+    )
+  rows = {}
+  for name in ('position_embd', 'token_types'):
+    if f'{name}.weight' not in tensors:
+      raise UserError(f'{path} lacks the tensor {name}.weight')
+    rows[name] = int(tensors[f'{name}.weight'].shape[1])
+  return {
+    'architectures': ['BertModel'],
+    'hidden_act': 'gelu',
+    'layer_norm_eps': _decimal(needed('attention.layer_norm_epsilon')),
+    'max_position_embeddings': rows['position_embd'],
+    'type_vocab_size': rows['token_types'],
+  }
+
+
+ARCHITECTURES = {  # each a family of families.py
+  **dict.fromkeys(('llama', 'qwen2', 'qwen3'), _decoder_config),
+  'bert': _bert_config,
+}
+
+
+def _write_pooling(directory: str, kind: int) -> None:
+  """How one vector is made of all, as sentence encoders say it."""
+  found = gguf.PoolingType(kind).name
+  if found == 'NONE':
+    return
+  named = 'sentence_transformers.models.'
+  modules = [
+    {'idx': 0, 'name': '0', 'path': '', 'type': f'{named}Transformer'},
+    {'idx': 1, 'name': '1', 'path': '1_Pooling', 'type': f'{named}Pooling'},
+  ]
+  with open(os.path.join(directory, 'modules.json'), 'w') as f:
+    json.dump(modules, f, indent=1)
+  os.mkdir(os.path.join(directory, '1_Pooling'))
+  with open(os.path.join(directory, '1_Pooling', 'config.json'), 'w') as f:
+    json.dump({'pooling_mode': found.lower()}, f)
 
 
 def _decimal(value: float) -> float:
@@ -259,7 +338,7 @@ def _decimal(value: float) -> float:
   return float(str(np.float32(value)))
 
 
-def _rope(reader, read, head_dim: int, path: str) -> dict[str, Any]:
+def _rope(read, tensors: Tensors, head_dim: int, path: str) -> dict[str, Any]:
   """Base and scaling of rotary positions.
 
   Llama 3's scaling is not in the metadata but in a tensor, the factor of each
@@ -271,10 +350,9 @@ def _rope(reader, read, head_dim: int, path: str) -> dict[str, Any]:
   if kind not in ('none', 'linear') or read('rope.scaling.factor', 1.0) != 1.0:
     # families.py says that it is not supported.
     return {'rope_theta': theta, 'rope_scaling': {'rope_type': kind}}
-  found = [t for t in reader.tensors if t.name == ROPE_FACTORS]
-  if not found:
+  if ROPE_FACTORS not in tensors:
     return {'rope_theta': theta}
-  factors = np.asarray(found[0].data, np.float64)
+  factors = np.asarray(tensors[ROPE_FACTORS].data, np.float64)
   scaling = {
     'rope_type': 'llama3',
     'factor': round(float(factors.max()), 3),
@@ -331,8 +409,17 @@ _CUT = {
   **dict.fromkeys(('llama-bpe', 'llama3', 'llama-v3'), _split(3)),
   **dict.fromkeys(('qwen2', 'deepseek-r1-qwen'), _split(1)),
 }
+_SPECIAL = {
+  'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding',
+  'sep': 'seperator', 'mask': 'mask',
+}  # fmt: skip
+_BERT_SPECIAL = {
+  'pad': '[PAD]', 'unk': '[UNK]', 'cls': '[CLS]', 'sep': '[SEP]',
+  'mask': '[MASK]',
+}  # fmt: skip
 _NORMAL, _CONTROL, _USER = 1, 3, 4  # types of tokens, as sentencepiece has them
 _BPE, _NO_NORMALIZER = 2, 'identity'
+_BEGINS = '\u2581'  # before the tokens of a `bert` file that begin a word
 
 
 def _write_tokenizer(
@@ -340,7 +427,8 @@ def _write_tokenizer(
 ) -> None:
   """What the metadata says of the tokenizer, in the files of the other kind.
 
-  tokenizer.json for byte-level BPE, tokenizer.model for sentencepiece.
+  tokenizer.json for byte-level BPE and WordPiece, tokenizer.model for
+  sentencepiece.
 
   Raises:
     UserError: it is of another kind, or cuts text in a way unknown here.
@@ -356,6 +444,10 @@ def _write_tokenizer(
   if kind == 'gpt2' and cut in _CUT:
     with open(os.path.join(directory, 'tokenizer.json'), 'w') as f:
       json.dump(_byte_level(tokens, types, read('merges'), cut), f)
+  elif kind == 'bert':
+    tokens = _pieces(tokens, types)
+    with open(os.path.join(directory, 'tokenizer.json'), 'w') as f:
+      json.dump(_wordpiece(tokens), f)
   elif kind == 'llama' and read('scores'):
     prefix = read('add_space_prefix', True)
     with open(os.path.join(directory, 'tokenizer.model'), 'wb') as f:
@@ -366,12 +458,16 @@ def _write_tokenizer(
       'not known here: put the tokenizer.json of the model beside it'
     )
   config = {'tokenizer_class': 'PreTrainedTokenizerFast'}
-  for name, key in (
-    ('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding')
-  ):  # fmt: skip
+  for name, key in _SPECIAL.items():
     number = read(f'{key}_token_id')
     if number is not None and 0 <= number < len(tokens):
       config[f'{name}_token'] = tokens[number]
+  if kind == 'bert':  # whose files may leave some out
+    config |= {
+      f'{name}_token': word
+      for name, word in _BERT_SPECIAL.items()
+      if word in tokens
+    }
   with open(os.path.join(directory, 'tokenizer_config.json'), 'w') as f:
     json.dump(config, f, indent=1)
   template = _metadata(reader, 'tokenizer.chat_template')
@@ -391,15 +487,7 @@ def _byte_level(
     'truncation': None,
     'padding': None,
     'added_tokens': [
-      {
-        'id': i,
-        'content': token,
-        'single_word': False,
-        'lstrip': False,
-        'rstrip': False,
-        'normalized': False,
-        'special': kind == _CONTROL,
-      }
+      _added(i, token, kind == _CONTROL)
       for i, (token, kind) in enumerate(zip(tokens, types))
       if kind in (_CONTROL, _USER)
     ],
@@ -420,6 +508,82 @@ def _byte_level(
       'vocab': {token: i for i, token in enumerate(tokens)},
       'merges': merges,
     },
+  }
+
+
+def _pieces(tokens: list[str], types: list[int]) -> list[str]:
+  """WordPieces as BERT spells them.
+
+  llama.cpp marks the beginning of a word, BERT what continues it. It leaves
+  special tokens alone, which older files have as tokens in brackets.
+  """
+  out = []
+  for token, kind in zip(tokens, types):
+    if token.startswith(_BEGINS) and kind != _CONTROL:
+      out.append(token.removeprefix(_BEGINS))
+    elif kind == _CONTROL or re.fullmatch(r'\[.+\]', token):
+      out.append(token)
+    else:
+      out.append(f'##{token}')
+  return out
+
+
+def _wordpiece(tokens: list[str]) -> dict[str, Any]:
+  """tokenizer.json of WordPiece."""
+  special = [word for word in _BERT_SPECIAL.values() if word in tokens]
+  # The file does not say it: one that keeps capitals has some.
+  words = (token for token in tokens if token not in special)
+  cased = any(re.match(r'(##)?[A-Z]', token) for token in words)
+  around = [
+    {'SpecialToken': {'id': '[CLS]', 'type_id': 0}},
+    {'Sequence': {'id': 'A', 'type_id': 0}},
+    {'SpecialToken': {'id': '[SEP]', 'type_id': 0}},
+  ]
+  return {
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': [
+      _added(tokens.index(word), word, True) for word in special
+    ],
+    'normalizer': {
+      'type': 'BertNormalizer',
+      'clean_text': True,
+      'handle_chinese_chars': True,
+      'strip_accents': None,
+      'lowercase': not cased,
+    },
+    'pre_tokenizer': {'type': 'BertPreTokenizer'},
+    'post_processor': {
+      'type': 'TemplateProcessing',
+      'single': around,
+      'pair': around,
+      'special_tokens': {
+        word: {'id': word, 'ids': [tokens.index(word)], 'tokens': [word]}
+        for word in ('[CLS]', '[SEP]')
+      },
+    },
+    'decoder': {'type': 'WordPiece', 'prefix': '##', 'cleanup': True},
+    'model': {
+      'type': 'WordPiece',
+      'unk_token': '[UNK]',
+      'continuing_subword_prefix': '##',
+      'max_input_chars_per_word': 100,
+      'vocab': {token: i for i, token in enumerate(tokens)},
+    },
+  }
+
+
+def _added(number: int, token: str, special: bool) -> dict[str, Any]:
+  """An entry of added_tokens in tokenizer.json."""
+  return {
+    'id': number,
+    'content': token,
+    'single_word': False,
+    'lstrip': False,
+    'rstrip': False,
+    'normalized': False,
+    'special': special,
   }
 
 
@@ -489,7 +653,8 @@ class Files:
       if config['model_type'] == 'llama' and PERMUTED.match(tensor.name):
         which = 'attention' if '.attn_q.' in tensor.name else 'key_value'
         heads = config[f'num_{which}_heads']
-      self._tensors[_name(tensor.name)] = Slice(tensor, kind, heads)
+      name = _name(tensor.name, config['model_type'])
+      self._tensors[name] = Slice(tensor, kind, heads)
 
   def names(self) -> list[str]:
     return list(self._tensors)
@@ -507,13 +672,16 @@ def files(directory: str) -> list[str]:
   return sorted(name for name in os.listdir(directory) if is_file(name))
 
 
-def _name(theirs: str) -> str:
+def _name(theirs: str, model_type: str) -> str:
   """Hugging Face's name of a tensor; the file's own where there is none."""
+  names, layers = _DECODER_NAMES, 'model.layers'
+  if model_type == 'bert':
+    names, layers = _BERT_NAMES, 'encoder.layer'
   found = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)', theirs)
-  if found is None or found[2] not in _NAMES:
+  if found is None or found[2] not in names:
     return theirs
-  layer = '' if found[1] is None else f'model.layers.{found[1]}.'
-  return f'{layer}{_NAMES[found[2]]}.{found[3]}'
+  layer = '' if found[1] is None else f'{layers}.{found[1]}.'
+  return f'{layer}{names[found[2]]}.{found[3]}'
 
 
 class Slice:

@@ -295,16 +295,16 @@ def _equal_latency(dataset: Mapping[str, Any], names: Mapping[str, str]) -> str:
   body = []
   for pair in pairs:
     row, other = dataset[pair['row']], dataset[pair['full_context']]
-    by = pair['by']
-    cost = lambda of: of['first_token'][by]
-    show = (lambda x: page.number(x, 1)) if by == 'gflop' else page.measured
+    costs = [of['first_token'][pair['by']] for of in (row, other)]
     body.append(
       [
         page.name(pair['row']),
         page.name(pair['full_context']),
-        {'gflop': 'GFLOP', 'milliseconds': 'ms'}[by],
-        show(cost(row)),
-        show(cost(other)),
+        {'gflop': 'GFLOP', 'milliseconds': 'ms'}[pair['by']],
+        *(
+          page.measured(x) if isinstance(x, dict) else page.number(x, 1)
+          for x in costs
+        ),
         *(
           difference(
             row['vs'][pair['full_context']].get(m), higher_is_better=m in SCORES

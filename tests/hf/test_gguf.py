@@ -218,6 +218,86 @@ def test_llama_3s_scaling_is_found_in_its_tensor(made, tmp_path):
     hub.resolve(path)
 
 
+WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'ab', 'a', '##b', '1']
+
+
+@pytest.mark.parametrize('name', ['bert', 'roberta'])
+def test_an_encoder_is_the_model_that_it_was_made_of(name, tmp_path):
+  """RoBERTa's positions begin where BERT's do: the rows before are cut off."""
+  hf.write(name, tmp_path / 'hf')
+  path = str(tmp_path / 'model.gguf')
+  gguf_files.write_bert(path, tmp_path / 'hf')
+  ours = sources.locate(path).numbers['encoder']
+  theirs = hf.of_directory(tmp_path / 'hf')
+  offset = theirs.position_offset
+  assert ours == dataclasses.replace(theirs, pooling='mean', position_offset=0)
+  expected = convert.read_params(
+    str(tmp_path / 'hf'), hf.abstract(name, sharding.make_mesh(2, 2, 2))
+  )
+  wanted = hf.tree_of(
+    toy.replace('encoder', **dataclasses.asdict(ours)),
+    sharding.make_mesh(2, 2, 2),
+    'encoder',
+  )
+  found = sources.read(sources.locate(path), {'encoder': wanted})['encoder']
+  expected['position_embeddings'] = expected['position_embeddings'][offset:]
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize('special', [True, False])
+def test_wordpieces_are_spelt_as_bert_spells_them(special, tmp_path):
+  hf.write('bert', tmp_path / 'hf')
+  path = str(tmp_path / 'model.gguf')
+  gguf_files.write_bert(path, tmp_path / 'hf', WORDS, special)
+  found = tokenizers.load(path)
+  words = lambda text: [WORDS[i] for i in found.encode(text)[0]]
+  assert words('abb Ab a1 [CLS]') == [
+    'ab', '##b', 'ab', '[UNK]', '[UNK]', '[UNK]', '[UNK]',
+  ]  # fmt: skip
+  assert (found.pad_id, found.cls_id, found.sep_id, found.mask_id) == (
+    0, 2, 3, 4,
+  )  # fmt: skip
+  hub.resolve.cache_clear()
+  tokenizers.load.cache_clear()
+  gguf_files.write_bert(path, tmp_path / 'hf', [*WORDS, 'A'])
+  assert list(tokenizers.load(path).encode('A a Ab')[0]) == [9, 6, 9, 7]
+
+
+def test_the_real_encoder_is_the_same_from_either(tmp_path):
+  source = real_models.minilm()
+  if source is None:
+    pytest.skip('needs MiniLM')
+  path = str(tmp_path / 'minilm.gguf')
+  words = pathlib.Path(source, 'vocab.txt').read_text().split('\n')[:-1]
+  gguf_files.write_bert(path, source, words)
+  ours, theirs = sources.locate(path), sources.locate(source)
+  assert ours.numbers == theirs.numbers
+  ids = [tokenizers.load(of) for of in (path, source)]
+  text = [
+    "Ünïcode, 日本 don't [MASK] 3.14 x\u0300",
+    *(real_models.lines(300) or []),
+  ]
+  for one, other in zip(*(of.encode_batch(text) for of in ids), strict=True):
+    np.testing.assert_array_equal(one, other)
+  special = [(t.cls_id, t.sep_id, t.pad_id, t.mask_id) for t in ids]
+  assert special[0] == special[1]
+
+
+@pytest.mark.parametrize(
+  ('how', 'sentence'),
+  [
+    (dict(causal=True), 'causal is on; REFRAG takes encoders'),
+    (dict(pooling=3), 'only pooling by cls or by mean is supported, not last'),
+  ],
+)
+def test_what_is_no_such_encoder_is_one_sentence(how, sentence, tmp_path):
+  hf.write('bert', tmp_path / 'hf')
+  path = str(tmp_path / 'model.gguf')
+  gguf_files.write_bert(path, tmp_path / 'hf', **how)
+  with pytest.raises(UserError, match=sentence):
+    sources.locate(path)
+
+
 REFUSED = {
   'another architecture': (
     dict(metadata={'general.architecture': 'gpt2'}),
