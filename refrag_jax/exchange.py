@@ -15,6 +15,7 @@ from refrag_jax.config.schema import Config
 from refrag_jax.data import tokenizers
 from refrag_jax.errors import UserError
 from refrag_jax.hf import convert, families, hub, model_card, sources
+from refrag_jax.hf.found import EXPORT
 from refrag_jax.models import lora
 from refrag_jax.runtime import environment
 from refrag_jax.runtime import files as files_lib
@@ -323,6 +324,7 @@ def _write_record(opened, params, stage, target, files, more: dict) -> None:
   exported = {
     'format': sources.FORMAT,
     'stage': stage,
+    'config': dataclasses.asdict(_portable(config)),
     'groups': sorted(params),
     **more,
     'model': {
@@ -349,10 +351,24 @@ def _write_record(opened, params, stage, target, files, more: dict) -> None:
     'versions': environment.versions(),
     'git': environment.git_commit(),
   }
-  files_lib.write_json(os.path.join(target, sources.EXPORT), exported)
+  files_lib.write_json(os.path.join(target, EXPORT), exported)
   files_lib.write_text(
     os.path.join(target, 'README.md'), model_card.text(exported)
   )
+
+
+def _portable(config):
+  """The config without what names files of this machine, but its models."""
+  stdlib = ('stdlib',)
+  return dataclasses.replace(
+    config,
+    wandb='',
+    data=dataclasses.replace(
+      config.data, text=stdlib, weights=(1.0,), questions=stdlib,
+      question_weights=(), cache_dir='',
+    ),
+    eval=dataclasses.replace(config.eval, data=(), questions=()),
+  )  # fmt: skip
 
 
 def _pooler(base: dict) -> dict[str, np.ndarray]:

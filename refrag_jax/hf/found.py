@@ -10,6 +10,7 @@ from refrag_jax.errors import UserError
 from refrag_jax.hf import families, hub
 from refrag_jax.runtime import files
 
+EXPORT = 'refrag.json'
 SAVED = ('config.json', 'config_import.json')  # beside a run's checkpoints
 
 
@@ -39,6 +40,37 @@ def of_run(source: str) -> tuple[str, dict[str, Any]] | None:
         )
       return run, record
   return None
+
+
+def config_of(source: str) -> dict[str, Any]:
+  """The config that the parameters of a checkpoint or an export go with.
+
+  Raises:
+    UserError: it is not there.
+  """
+  path = os.path.join(source, EXPORT)
+  if os.path.exists(path):
+    saved = files.read_json(path).get('config')
+    if saved is None:
+      raise UserError(
+        f'{path} has no config, for it was written by an earlier version: '
+        'export again, or name the checkpoint itself'
+      )
+    # Beside an export are its tokenizers, unless they are bytes.
+    for group, name in (
+      ('decoder', 'tokenizer'), ('encoder', 'encoder_tokenizer')
+    ):  # fmt: skip
+      beside = os.path.join(source, group)
+      if saved['data'][name] != 'bytes' and os.path.isdir(beside):
+        saved['data'][name] = beside
+    return saved
+  record = of_run(source)
+  if record is None:
+    raise UserError(
+      f'{source} is neither RUN/checkpoints/STAGE with the config of that run '
+      'nor a directory that --mode=export wrote'
+    )
+  return record[1]['config']
 
 
 def pair(source: str) -> str:

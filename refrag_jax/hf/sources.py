@@ -18,8 +18,8 @@ from refrag_jax.config.schema import (
 )
 from refrag_jax.errors import UserError
 from refrag_jax.hf import convert, families, gguf, hub
+from refrag_jax.hf.found import EXPORT
 
-EXPORT = 'refrag.json'
 FORMAT = 1
 SMALL = ('projection', 'policy', 'cross')  # groups that are one file
 # Of an export of changes: all arrays that training has changed, of all groups.

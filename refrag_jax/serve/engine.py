@@ -40,6 +40,34 @@ class Options:
   repetition_penalty: float = 1.0
   seed: int = 0
 
+  def checked(self) -> 'Options':
+    """Itself.
+
+    Raises:
+      UserError: a value is out of its range, or no number.
+    """
+    for name, (least, most, what) in _RANGES.items():
+      value = getattr(self, name)
+      kind = int if isinstance(getattr(Options, name), int) else (int, float)
+      if (
+        isinstance(value, bool)
+        or not isinstance(value, kind)
+        or not least <= value <= most  # NaN is not
+      ):
+        raise UserError(f'{name} is {value!r}: use {what}')
+    return self
+
+
+_RANGES = {
+  'max_tokens': (1, 1 << 30, 'a whole number from 1 on'),
+  'temperature': (0, 1e3, 'a number from 0 on (0: the likeliest token)'),
+  'top_k': (0, (1 << 31) - 1, 'a whole number from 0 on (0: all tokens)'),
+  'top_p': (1e-9, 1, 'a number above 0, at most 1'),
+  'min_p': (0, 1, 'a number from 0 to 1'),
+  'repetition_penalty': (1e-3, 1e3, 'a number above 0 (1: none)'),
+  'seed': (0, (1 << 32) - 1, 'a whole number from 0 to 2^32 - 1'),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -124,6 +152,11 @@ def bucket(number: int, among: Sequence[int]) -> int:
   return next(x for x in among if x >= number)
 
 
+def _rows(x: np.ndarray, rows: int) -> np.ndarray:
+  """The array with zeros behind it, up to so many rows."""
+  return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+
 class Engine:
   """Answers prompts with one model on the current mesh.
 
@@ -133,12 +166,14 @@ class Engine:
     eos_id: the token that ends an answer.
     pools: (slots, positions of a slot) of each.
     max_chunks: the most chunks of a prompt.
+    max_encoder_tokens: M, encoder tokens of a chunk.
     attend: how a prefill computes attention, of attention.KINDS.
   """
 
   def __init__(
     self, cfg: ModelConfig, params: dict, eos_id: int,
-    pools: Sequence[tuple[int, int]], max_chunks: int, attend: str = 'dense',
+    pools: Sequence[tuple[int, int]], max_chunks: int, max_encoder_tokens: int,
+    attend: str = 'dense',
   ):  # fmt: skip
     if 'lora' in params:
       params = lora.merge(params, cfg.lora)
@@ -152,8 +187,46 @@ class Engine:
     self.weights = programs.unstack(params, cfg)
     self.pools = [Pool(cfg, *of) for of in sorted(pools, key=lambda p: p[1])]
     self.longest = max(pool.length for pool in self.pools)
+    # Lengths of the texts that chunks are scored by, token by token.
+    self._texts = lengths(max_chunks * cfg.chunk_size) if max_chunks else [0]
+    self.max_encoder_tokens = max_encoder_tokens
     self.chunk_lengths = [0, *lengths(max_chunks)] if max_chunks else [0]
     self.waiting: collections.deque[Running] = collections.deque()
+
+  # --- Chunks -----------------------------------------------------------------
+
+  def check_chunks(self, number: int) -> None:
+    """Refuses more chunks in one request than the programs have room for."""
+    if number > self.chunk_lengths[-1]:
+      raise UserError(
+        f'the request has {number} chunks, and the engine was made for '
+        f'{self.chunk_lengths[-1]}: bring fewer passages'
+      )
+
+  def encode(
+    self, encoder_CM: np.ndarray, encoder_len_C: np.ndarray
+  ) -> jax.Array:
+    """c_i of a request's chunks; of as many rows as `chunk_lengths` has."""
+    slots = bucket(len(encoder_len_C), self.chunk_lengths)
+    return programs.encode(
+      self.small, _rows(encoder_CM, slots), _rows(encoder_len_C, slots),
+      model=self.model,
+    )  # fmt: skip
+
+  def score(self, c_CE: jax.Array, number: int) -> np.ndarray:
+    """The policy's logit of each of the first `number` chunks, (number,)."""
+    valid_C = np.arange(len(c_CE)) < number
+    score_C = programs.score(self.small, c_CE, valid_C, model=self.model)
+    return np.asarray(score_C)[:number]
+
+  def token_nll(self, ids: np.ndarray, first: int) -> np.ndarray:
+    """NLL of each token of a text behind `first`, by the decoder."""
+    padded_T = _rows(np.asarray(ids, np.int32), bucket(len(ids), self._texts))
+    nll_T = programs.token_nll(
+      self.weights, padded_T, np.int32(first), cfg=self.cfg.decoder,
+      attend=self.attend,
+    )  # fmt: skip
+    return np.asarray(nll_T)[: len(ids)]
 
   # --- Requests ---------------------------------------------------------------
 
@@ -163,6 +236,7 @@ class Engine:
     Raises:
       UserError: no pool has so many positions, or there are too many chunks.
     """
+    self.check_chunks(len(prompt.chunk_len_C))
     needed = prompt.positions() + options.max_tokens
     if needed > self.longest:
       raise UserError(
@@ -170,11 +244,6 @@ class Engine:
         f'{options.max_tokens} tokens of an answer, together {needed}, and a '
         f'slot has {self.longest}: shorten the passages, expand fewer chunks, '
         'or ask for fewer tokens'
-      )
-    if len(prompt.chunk_len_C) > self.chunk_lengths[-1]:
-      raise UserError(
-        f'the request has {len(prompt.chunk_len_C)} chunks, and the engine was '
-        f'made for {self.chunk_lengths[-1]}: bring fewer passages'
       )
     running = Running(prompt, options)
     self.waiting.append(running)
@@ -192,6 +261,9 @@ class Engine:
     Nothing may be running.
     """
     k, E = self.cfg.chunk_size, self.cfg.encoder.width
+    for C in self.chunk_lengths[1:]:
+      ids_CM = np.zeros((C, self.max_encoder_tokens), np.int32)
+      self.score(self.encode(ids_CM, np.ones(C, np.int32)), C)
     for pool in self.pools:
       nobody_B = np.zeros(len(pool.running), bool)
       for length in pool.lengths:
@@ -275,11 +347,8 @@ class Engine:
     """The decoder's input, (1, T, D), and its length."""
     C = len(prompt.chunk_len_C)
     slots = bucket(C, self.chunk_lengths)
-    pad = lambda x, size: np.pad(
-      x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1)
-    )
     row = lambda ids: (
-      pad(np.asarray(ids, np.int32), self.longest)[None],
+      _rows(np.asarray(ids, np.int32), self.longest)[None],
       np.array([len(ids)], np.int32),
     )
     prefix_BQ, prefix_len_B = row(prompt.prefix)
@@ -287,17 +356,17 @@ class Engine:
     batch = {
       'prefix_BQ': prefix_BQ,
       'prefix_len_B': prefix_len_B,
-      'chunks_BCK': pad(prompt.chunks_CK, slots)[None],
-      'chunk_len_BC': pad(prompt.chunk_len_C, slots)[None],
+      'chunks_BCK': _rows(prompt.chunks_CK, slots)[None],
+      'chunk_len_BC': _rows(prompt.chunk_len_C, slots)[None],
       'output_BO': output_BO,
       'output_len_B': output_len_B,
     }
     c_CE = prompt.c_CE
     if len(c_CE) != slots:  # on the host, where no length is a program
-      c_CE = pad(np.asarray(c_CE, np.float32)[:C], slots)
+      c_CE = _rows(np.asarray(c_CE, np.float32)[:C], slots)
     return programs.spliced(
       self.small, self.weights.embed_VD, batch, c_CE,
-      pad(prompt.expand_C, slots), model=self.model, length=length,
+      _rows(prompt.expand_C, slots), model=self.model, length=length,
     )  # fmt: skip
 
   @staticmethod

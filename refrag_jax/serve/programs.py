@@ -12,6 +12,7 @@ one after the other, each with arrays of its own, and not in a scan.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from refrag_jax.models.decoder import Block, rope_angles
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.serve import sampling
 
+NLL_BLOCK = 128  # tokens whose logits are there at once
 Cache = list[dict[str, jax.Array]]  # of each layer: k and v, (B, S, M, H)
 
 
@@ -95,6 +97,35 @@ def score(params: dict, c_CE, valid_C, *, model: Refrag):
   return model.apply(
     {'params': params}, c_CE[None], valid_C[None], method=Refrag.score
   )[0]
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'attend'))
+def token_nll(
+  weights: Weights, ids_T, first, *, cfg: DecoderConfig, attend: str
+):
+  """NLL of each token after those before it, float32 (T,).
+
+  Args:
+    ids_T: int32, a text; what is beyond its end is not looked at.
+    first: int32, what the first token stands behind (BOS).
+    attend: of attention.KINDS.
+  """
+  T = len(ids_T)
+  before_T = jnp.concatenate([first[None], ids_T[:-1]])
+  hidden_1TD, _ = _blocks(
+    weights, weights.embed_VD[before_T][None], [{} for _ in weights.layers],
+    jnp.arange(T, dtype=jnp.int32)[None], T, cfg, attend,
+  )  # fmt: skip
+  size = math.gcd(T, NLL_BLOCK)
+
+  def of_block(block):
+    hidden_SD, ids_S = block
+    logprob_SV = jax.nn.log_softmax(logits(weights, hidden_SD))
+    return -jnp.take_along_axis(logprob_SV, ids_S[:, None], 1)[:, 0]
+
+  D = hidden_1TD.shape[-1]
+  blocks = hidden_1TD.reshape(-1, size, D), ids_T.reshape(-1, size)
+  return jax.lax.map(of_block, blocks).reshape(T)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'length'))

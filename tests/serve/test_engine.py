@@ -42,7 +42,12 @@ def prompt(seed, most_chunks=6, expand=None):
 
 def make(pools=POOLS, **changes):
   return Engine(
-    dataclasses.replace(CFG, **changes), PARAMS, EOS, pools, max_chunks=8
+    dataclasses.replace(CFG, **changes),
+    PARAMS,
+    EOS,
+    pools,
+    max_chunks=8,
+    max_encoder_tokens=6,
   )
 
 

@@ -24,14 +24,14 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from refrag_jax.data import batch as batch_lib
 from refrag_jax.data import chunking
+from refrag_jax.data.questions import prompts, retrieval
 from refrag_jax.data.questions import records as questions_lib
-from refrag_jax.data.questions import retrieval
 from refrag_jax.data.questions.records import fill
 from refrag_jax.data.text import corpus
 from refrag_jax.errors import UserError
@@ -384,7 +384,7 @@ def build(
   data = config.data
   files = tuple(files) or data.questions
   weights = data.question_weights if files == data.questions else ()
-  templates = _templates(data, tokenizer)
+  templates = prompts.templates(data, tokenizer)
   # What two files have in common is on one side as well.
   together = files if split == 'all' else (*data.questions, *files)
   skipped = {path: questions_lib.Skipped() for path in dict.fromkeys(together)}
@@ -473,42 +473,6 @@ def _joined(
   }
 
 
-class _Templates(NamedTuple):
-  """What stands around a question, in ids, and what room it leaves."""
-
-  begin: Sequence[int]  # before everything
-  end: Sequence[int]  # between everything and the answer
-  answer_room: int  # for an answer and EOS
-  prompt: np.ndarray | None  # before every answer; None: it has the question
-
-
-def _templates(data, tokenizer) -> _Templates:
-  """Raises UserError where they leave no room for a question or an answer."""
-  begin, end = [tokenizer.bos_id], []
-  if data.chat:
-    begin, end = tokenizer.chat_frame()
-  encode = lambda template: tokenizer.encode(fill(template, question=''))[0]
-  behind, prompt = encode(data.answer_template), None
-  room = data.answer_length - len(end)
-  around = [len(begin) + len(encode(data.question_template))]
-  if '{question}' in data.answer_template:
-    around.append(len(behind))
-  else:
-    prompt = np.concatenate([behind, end]).astype(np.int32)
-    room -= len(behind)
-  if max(around) >= data.question_length:
-    raise UserError(
-      f'config.data.question_length is {data.question_length}, which is filled '
-      'by what stands around a question: raise it'
-    )
-  if room < 2:
-    raise UserError(
-      f'config.data.answer_length is {data.answer_length}, which is filled by '
-      'what stands before an answer: raise it'
-    )
-  return _Templates(begin, end, room, prompt)
-
-
 def _questions(
   records, data, chunk_size, tokenizer, templates, passages, documents, source,
   skipped, known,
@@ -533,18 +497,13 @@ def _questions(
       continue
     compressed = data.history_chunks and record.history
     asked = record.last_turn if compressed else record.question
-    prefix, cut = _fill(
-      data.question_template, asked, templates.begin, (), data, tokenizer
+    around = prompts.around(
+      asked, data, templates, tokenizer, data.question_length
     )
-    prompt, cut_behind = templates.prompt, False
-    if prompt is None:
-      prompt, cut_behind = _fill(
-        data.answer_template, asked, (), templates.end, data, tokenizer
-      )
-    if (cut or cut_behind) and record.choices:  # its beginning is the question
+    if around.cut and record.choices:  # its beginning is the question
       skipped.add('options longer than data.question_length', record.line)
       continue
-    if cut or cut_behind:
+    if around.cut:
       skipped.add('question cut to data.question_length', record.line)
     own = record.passages
     gold = record.gold
@@ -562,8 +521,8 @@ def _questions(
         answers=record.answers,
         kind=record.kind,
         document=documents.setdefault(record.document, len(documents)),
-        prefix=prefix,
-        prompt=prompt,
+        prefix=around.prefix,
+        prompt=around.given,
         answer=np.append(answer, tokenizer.eos_id).astype(np.int32),
         given=tuple(dict.fromkeys(given)),
         gold=tuple(dict.fromkeys(given[g] for g in gold)),
@@ -575,23 +534,6 @@ def _questions(
       )
     )
   return found
-
-
-def _fill(
-  template: str, question: str, begin, end, data, tokenizer
-) -> tuple[np.ndarray, bool]:
-  """A filled template between ids; a question too long loses its beginning.
-
-  (A conversation ends in what is asked.)
-  """
-  ids = tokenizer.encode(fill(template, question=question))[0]
-  room = data.question_length - len(begin)
-  cut = '{question}' in template and len(ids) > room
-  if cut:
-    head = template.partition('{question}')[0]
-    head = tokenizer.encode(head)[0][: room - 1]
-    ids = np.concatenate([head, ids[len(ids) - room + len(head) :]])
-  return np.concatenate([begin, ids, end]).astype(np.int32), cut
 
 
 def _pages(
