@@ -25,7 +25,10 @@ from refrag_jax.runtime import workdir as workdir_lib
 
 _FLAGS = ('--config', '--workdir', '--mode', '--help')
 # Flags of some modes only; see `Command.flags`.
-_MODE_FLAGS = ('--from', '--to', '--topology')
+_MODE_FLAGS = (
+  '--from', '--to', '--topology', '--question', '--passages', '--expand',
+  '--selector',
+)  # fmt: skip
 # Likewise, and without a value.
 _SWITCHES = ('--search', '--schema', '--changes')
 
@@ -68,7 +71,7 @@ def usage(modes: Mapping[str, tuple], later: Mapping[str, str]) -> str:
     *(f'  {name:8}{text}' for name, text in later.items()),
     '',
     '--workdir is runs/<config.name> unless given; the default mode is train.',
-    'Import and export need no --config where --from is a pair or in a run.',
+    'Import, export and ask need no --config where --from says it all.',
     'Lists are written 4,2 or (4,2), () is the empty one; --noconfig.a.b is',
     'false. Exit codes: 0 done, 1 failed, 2 the input is wrong, 75 stopped',
     'with its state saved: the same command continues it.',
@@ -85,16 +88,14 @@ def parse(argv: list[str]) -> Command:
   flags = dict.fromkeys((*_FLAGS[:-1], *_MODE_FLAGS), '')
   flags |= dict.fromkeys(_SWITCHES, False) | {'--mode': 'train'}
   overrides: dict[str, str | None] = {}
-  rest = list(argv)
+  rest, bare = list(argv), []
   while rest:
     raw = rest.pop(0)
     if raw in ('-h', '--help', '-help', '--helpfull', 'help'):
       return Command('', '', '', '', {}, {}, True, tuple(argv))
     if not raw.startswith('-'):
-      raise UserError(
-        f'unexpected argument {raw!r}: flags are written --config=FILE.py, '
-        'values --config.a.b=value; see --help'
-      )
+      bare.append(raw)
+      continue
     name, equals, value = raw.partition('=')
     name = '--' + name.lstrip('-')  # absl takes one dash too
     text: str | None = value if equals else None
@@ -118,6 +119,13 @@ def parse(argv: list[str]) -> Command:
       overrides[name.removeprefix('--config.')] = text
     else:
       raise UserError(f'unknown flag {name}{_meant_flag(name)}')
+  if flags['--mode'] == 'ask' and bare and not flags['--question']:
+    flags['--question'] = bare.pop(0)
+  if bare:
+    raise UserError(
+      f'unexpected argument {bare[0]!r}: flags are written --config=FILE.py, '
+      'values --config.a.b=value; see --help'
+    )
   for name in ('--config', '--workdir'):
     flags[name] = paths.local(flags[name], name)
   for name in ('--from', '--to'):
@@ -155,7 +163,7 @@ def load(command: Command) -> Loaded:
   Raises:
     UserError: there is no config, it does not run, or `build` refuses it.
   """
-  if not command.config_file and command.mode in ('import', 'export'):
+  if not command.config_file and command.mode in ('import', 'export', 'ask'):
     return _load_found(command)
   if not command.config_file:
     raise UserError(
@@ -203,10 +211,11 @@ def _load_found(command: Command) -> Loaded:
     if ',' in preset:
       file = os.path.relpath(environment.ROOT / 'configs' / 'pair.py')
       return load(dataclasses.replace(command, config_file=file, preset=preset))
-  elif record := found.of_run(source):
-    run, saved = record
-    config = build(saved['config'])
-    sources = dict(saved['sources'])
+  elif saved := found.saved_config(source):
+    run, values, sources = saved
+    config = build(values)
+    if command.mode == 'ask':  # whatever it was trained on
+      config = dataclasses.replace(config, mesh=config_lib.ANY_DEVICES)
     for key, text in command.overrides.items():
       config = changed(config, [f'{key}={"true" if text is None else text}'])
       sources[key] = 'command line'

@@ -48,6 +48,12 @@ MODES = {
     'memory and time of every stage on machines that are not there: '
     '--topology=h100:8x8 [--search]',
   ),
+  'ask': (
+    'refrag_jax.serve.ask',
+    'run',
+    'answer a question: "QUESTION" [--passages=FILE] [--expand=0.1|3|64t] '
+    '[--selector=NAME] [--from=CHECKPOINT]',
+  ),
   'config': (
     'refrag_jax.describe',
     'run',
@@ -57,12 +63,11 @@ MODES = {
 }
 LATER = {
   'index': 'store the chunk vectors of passages',
-  'ask': 'answer one question over a store',
   'chat': 'converse over a store',
   'serve': 'answer over HTTP',
   'bench': 'measure latency',
 }
-ALONE = ('data', 'plan')  # need no other process of a cluster
+ALONE = ('data', 'plan', 'ask')  # need no other process of a cluster
 WRITERS = ('train', 'eval')  # one of them a workdir; of repro's, one an arm
 # The plan's devices are not there; the doctor starts JAX as its last check.
 NO_DEVICES = ('plan', 'doctor')
@@ -72,6 +77,7 @@ FLAGS = {
   'import': ('from', 'to'),
   'export': ('from', 'to', 'changes'),
   'plan': ('topology', 'search'),
+  'ask': ('question', 'passages', 'expand', 'selector', 'from'),
   'config': ('schema',),
 }
 # The machine's fault, not the program's: one line says more than a traceback.

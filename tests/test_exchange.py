@@ -16,6 +16,7 @@ import toy_run
 from safetensors.numpy import load_file, save_file
 from toy_run import one_device  # noqa: F401
 
+import refrag_jax
 from refrag_jax import checkpoint, cli, evaluate, exchange, main, session
 from refrag_jax import run as training
 from refrag_jax.data import tokenizers
@@ -787,3 +788,43 @@ def test_a_pair_is_its_own_config(models):
       loaded(f'--from={source}', *argv)
   with pytest.raises(UserError, match='no config'):
     loaded('--mode=import')
+
+
+# --- Answers ------------------------------------------------------------------
+
+
+def test_a_checkpoint_answers_and_so_does_its_export(
+  with_config, exported, capsys, tmp_path
+):
+  """By their own configs, from Python and from the command line."""
+  source = f'{with_config[1]}/checkpoints/reconstruct'
+  ask = dict(expand='1', max_tokens=8)
+  answers = [
+    refrag_jax.Refrag.from_pretrained(of, slots=1).answer(
+      'q?', ['some text to read'], **ask
+    )
+    for of in (source, exported)
+  ]
+  assert answers[0].tokens == answers[1].tokens
+  assert answers[0].text == answers[1].text
+  assert sum(chunk.expanded for chunk in answers[0].trace) == 1
+  with pytest.raises(UserError, match='is neither RUN/checkpoints/STAGE'):
+    refrag_jax.Refrag.from_pretrained(str(tmp_path))
+  passages = tmp_path / 'p.txt'
+  passages.write_text('some text to read\n\n \n\nsome more')
+  argv = [f'--from={exported}', '--mode=ask', 'q?']
+  more = [f'--passages={passages}', '--expand', '1', '--selector=last']
+  assert main.main([*argv, *more]) == 0
+  out = capsys.readouterr().out
+  assert re.search(r'[1-4] tokens', out) and 'first token after' in out
+  assert '1 vector' in out
+  for wrong, message in (
+    ([*argv, 'r?'], "unexpected argument 'r?'"),
+    ([argv[0], argv[1]], 'no question'),
+    ([*argv, '--expand=7.0'], 'expand is'),
+    ([*argv, '--passages=none.jsonl'], 'are not there'),
+    ([argv[0], '--mode=export', '--to=x', 'q?'], "unexpected argument 'q?'"),
+    (['--mode=ask', 'q?'], 'no config'),
+  ):
+    assert main.main(wrong) == 2
+    assert message in capsys.readouterr().err

@@ -189,6 +189,9 @@ class MeshConfig:
   sequence: int
 
 
+ANY_DEVICES = MeshConfig(data=-1, fsdp=1, tensor=1, sequence=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig:
   join_seconds: int  # that processes wait for each other at the start

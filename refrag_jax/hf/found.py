@@ -42,11 +42,17 @@ def of_run(source: str) -> tuple[str, dict[str, Any]] | None:
   return None
 
 
-def config_of(source: str) -> dict[str, Any]:
+def saved_config(
+  source: str,
+) -> tuple[str, dict[str, Any], dict[str, str]] | None:
   """The config that the parameters of a checkpoint or an export go with.
 
+  Returns:
+    The run that it lies in ('': none), the values, and where each came from;
+    None where nothing of the kind is there.
+
   Raises:
-    UserError: it is not there.
+    UserError: it is there and cannot be used.
   """
   path = os.path.join(source, EXPORT)
   if os.path.exists(path):
@@ -63,14 +69,9 @@ def config_of(source: str) -> dict[str, Any]:
       beside = os.path.join(source, group)
       if saved['data'][name] != 'bytes' and os.path.isdir(beside):
         saved['data'][name] = beside
-    return saved
-  record = of_run(source)
-  if record is None:
-    raise UserError(
-      f'{source} is neither RUN/checkpoints/STAGE with the config of that run '
-      'nor a directory that --mode=export wrote'
-    )
-  return record[1]['config']
+    return '', saved, {}
+  found = of_run(source)
+  return found and (found[0], found[1]['config'], dict(found[1]['sources']))
 
 
 def pair(source: str) -> str:

@@ -108,6 +108,7 @@ _KEYS = """\
 | --- | --- |
 | `format`, `groups` | of this export; the groups of weights in it |
 | `stage` | which was trained last |
+| `config` | of the run, without its text and questions |
 | `base` | the models that training started from: {names} |
 | `model` | all numbers of decoder, encoder and policy |
 | `chunk_size` | tokens of the decoder in a chunk: {k} |

@@ -18,7 +18,7 @@ import numpy as np
 
 from refrag_jax import session as session_lib
 from refrag_jax.config.load import build
-from refrag_jax.config.schema import Config, MeshConfig
+from refrag_jax.config.schema import ANY_DEVICES, Config
 from refrag_jax.data import tokenizers
 from refrag_jax.data.passages import Passage
 from refrag_jax.errors import UserError
@@ -136,9 +136,14 @@ class Refrag:
     Raises:
       UserError: there is none, or its config is not beside it.
     """
-    config = build(found.config_of(source))
+    saved = found.saved_config(source)
+    if saved is None:
+      raise UserError(
+        f'{source} is neither RUN/checkpoints/STAGE with the config of that '
+        'run nor a directory that --mode=export wrote'
+      )
     # Whatever it was trained on: here are other devices.
-    config = dataclasses.replace(config, mesh=MeshConfig(-1, 1, 1, 1))
+    config = dataclasses.replace(build(saved[1]), mesh=ANY_DEVICES)
     return cls.of_config(config, source, **options)
 
   @classmethod
@@ -219,6 +224,11 @@ class Refrag:
       if C and any(most):
         scores = self._scores(selector, request, c_CE, options.seed)
         chosen_C = expansion.expanded(scores, request, most, per_passage)
+      if not chosen_C.all() and 'projection' not in self.trained:
+        raise UserError(
+          'this model has no trained projection, so that chunks mean nothing '
+          'to its decoder: train the stage reconstruct, or expand all (1.0)'
+        )
       prompt = Prompt(
         request.prefix, request.chunks_CK, request.chunk_len_C, c_CE, chosen_C,
         request.given,

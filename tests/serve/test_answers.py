@@ -265,7 +265,7 @@ def test_a_budget_is_spent_exactly():
       np.sort(rng.integers(0, 4, C)), (), (None,) * 4, (),
     )  # fmt: skip
     score = rng.normal(size=C)
-    best = lambda n: set(np.argsort(-score)[:n])  # noqa: B023
+    best = lambda n: set(np.argsort(-score)[:n])
     for p in (0.1, 0.29, 0.5, 1.0):
       found = expansion.expanded(score, request, expansion.Budget(p))
       assert set(np.flatnonzero(found)) == best(math.floor(p * C + 1e-9))
@@ -274,7 +274,7 @@ def test_a_budget_is_spent_exactly():
     assert set(np.flatnonzero(found)) == best(n)
     found = expansion.expanded(score, request, expansion.Budget(tokens=n))
     left = n - request.chunk_len_C[found].sum()
-    assert 0 <= left and not (request.chunk_len_C[~found] <= left).any()
+    assert left >= 0 and not (request.chunk_len_C[~found] <= left).any()
     found = expansion.expanded(score, request, expansion.Budget(chunks=n), 2)
     counts = np.bincount(request.passage_C[found], minlength=4)
     room = np.minimum(np.bincount(request.passage_C, minlength=4), 2)
@@ -347,6 +347,17 @@ def test_rl_needs_a_policy(model):
       model.answer('q', ['a'], expand=1, selector='rl')
     last = model.answer('q', ['ab' * 6], expand=1, max_tokens=1)
     assert [c.expanded for c in last.trace] == [False, False, False, True]
+  finally:
+    model.trained = trained
+
+
+def test_chunks_need_a_trained_projection(model):
+  trained, model.trained = model.trained, ('decoder',)
+  try:
+    with pytest.raises(UserError, match='no trained projection'):
+      model.answer('q', ['some text'], expand=1)
+    assert model.answer('q', ['some text'], expand=1.0, max_tokens=1).tokens
+    assert model.answer('q', max_tokens=1).tokens
   finally:
     model.trained = trained
 
