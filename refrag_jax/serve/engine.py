@@ -109,7 +109,7 @@ class Pool:
 
   def __init__(self, cfg: ModelConfig, rows: int, length: int):
     self.length, self.lengths = length, lengths(length)
-    self.slots = programs.new_slots(cfg, rows, length)
+    self.slots = programs.new_slots(cfg=cfg, rows=rows, length=length)
     self.running: list[Running | None] = [None] * rows
     # What was dispatched and not read: the rows it was for, tokens, logprobs.
     self.unread: list[tuple[dict[int, Running], Any, Any]] = []

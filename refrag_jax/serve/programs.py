@@ -23,6 +23,7 @@ from refrag_jax.models import attention, layers, splice
 from refrag_jax.models.decoder import Block, rope_angles
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.serve import sampling
+from refrag_jax.sharding import constrain
 
 NLL_BLOCK = 128  # tokens whose logits are there at once
 Cache = list[dict[str, jax.Array]]  # of each layer: k and v, (B, S, M, H)
@@ -68,17 +69,28 @@ def unstack(params: dict, cfg: ModelConfig) -> Weights:
   )
 
 
-def new_slots(cfg: ModelConfig, rows: int, length: int) -> Slots:
+@functools.partial(jax.jit, static_argnames=('cfg', 'rows', 'length'))
+def new_slots(*, cfg: ModelConfig, rows: int, length: int) -> Slots:
   """A pool with nothing in it."""
   c = cfg.decoder
   shape = (rows, length, c.num_kv_heads, c.head_dim)
   zeros = lambda: jnp.zeros(shape, jnp.dtype(cfg.compute_dtype))
-  return Slots(
+  slots = Slots(
     [{'k': zeros(), 'v': zeros()} for _ in range(c.num_layers)],
     jnp.zeros(rows, jnp.int32),
     jnp.full(rows, length, jnp.int32),  # outside: nothing is written there
     jnp.zeros((rows, c.vocab_size), bool),
   )
+  return _placed(slots)
+
+
+def _placed(slots: Slots) -> Slots:
+  """The slots where they lie on a mesh, before and after every step alike.
+
+  Where they did not, the next step would be compiled for another layout.
+  """
+  axes = {4: ('batch', None, 'heads', None), 2: ('batch', None), 1: ('batch',)}
+  return jax.tree.map(lambda x: constrain(x, *axes[x.ndim]), slots)
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -190,16 +202,13 @@ def prefill(
     for pool, new in zip(slots.caches, caches, strict=True)
   ]
   seen_V = seen_V.at[token_1[0]].set(True)
-  return (
-    Slots(
-      placed,
-      slots.token_B.at[row].set(token_1[0]),
-      slots.position_B.at[row].set(length),
-      slots.seen_BV.at[row].set(seen_V),
-    ),
-    token_1,
-    logprob_1,
+  new = Slots(
+    placed,
+    slots.token_B.at[row].set(token_1[0]),
+    slots.position_B.at[row].set(length),
+    slots.seen_BV.at[row].set(seen_V),
   )
+  return _placed(new), token_1, logprob_1
 
 
 @functools.partial(
@@ -235,7 +244,7 @@ def decode(
     slots.position_B + active_B,
     seen_BV,
   )
-  return new, token_B, logprob_B
+  return _placed(new), token_B, logprob_B
 
 
 def logits(weights: Weights, hidden_BD) -> jax.Array:

@@ -5,6 +5,7 @@ Dimension key: B rows, C chunks, K chunk size, E encoder width.
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import toy
 import toy_run
 
-from refrag_jax import generate
+from refrag_jax import generate, sharding
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.serve import engine as engine_lib
@@ -40,10 +41,10 @@ def prompt(seed, most_chunks=6, expand=None):
   )
 
 
-def make(pools=POOLS, **changes):
+def make(pools=POOLS, params=PARAMS):
   return Engine(
-    dataclasses.replace(CFG, **changes),
-    PARAMS,
+    CFG,
+    params,
     EOS,
     pools,
     max_chunks=8,
@@ -220,3 +221,45 @@ def test_lengths_are_powers_of_two_and_their_middles():
   assert engine_lib.lengths(96) == [16, 24, 32, 48, 64, 96]
   assert engine_lib.lengths(10) == [10]
   assert engine_lib.bucket(49, engine_lib.lengths(100)) == 64
+
+
+@pytest.mark.parametrize('shape', [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)])
+def test_every_mesh_writes_the_same(shape):
+  """With parameters, slots and heads shared out over the devices."""
+  mesh = toy_run.mesh(*shape)
+  placed = jax.device_put(PARAMS, sharding.infer_shardings(PARAMS, mesh))
+  asked = [
+    (prompt(seed), Options(max_tokens=8, seed=seed, temperature=seed % 2))
+    for seed in range(10)
+  ]
+  expected = answers(make(), asked)
+  with jax.set_mesh(mesh):
+    engine = make(params=placed, pools=((4, 48), (2, 96)))
+    engine.warm_up()
+    with toy_run.watch_compiles() as seen:
+      found = answers(engine, asked)
+  for a, b in zip(expected, found, strict=True):
+    assert a.tokens == b.tokens
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+  assert seen == []
+  axes = sharding.to_spec(('batch', None, 'heads', None), (4, 48, 2, 4), mesh)
+  wanted = jax.sharding.NamedSharding(mesh, axes)
+  for leaf in jax.tree.leaves(engine.pools[0].slots.caches):
+    assert leaf.sharding.is_equivalent_to(wanted, 4)
+    assert leaf.addressable_shards[0].data.size * mesh.size == leaf.size
+
+
+def test_a_step_copies_no_cache(engine):
+  """Slots are donated: what was is written over, one position a row."""
+  pool = engine.pools[1]
+  compiled = engine_lib.programs.decode.lower(
+    engine.weights, pool.slots, np.ones(2, bool), pool.settings(),
+    cfg=CFG.decoder, live=96,
+  ).compile()  # fmt: skip
+  caches = jax.tree.leaves(pool.slots.caches)
+  whole = sum(x.nbytes for x in caches)
+  assert compiled.memory_analysis().alias_size_in_bytes >= whole
+  shape = ','.join(map(str, caches[0].shape))
+  text = compiled.as_text()
+  assert f'f32[{shape}]' in text
+  assert not re.findall(rf'f32\[{shape}\]\S* copy\(', text)
