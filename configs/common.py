@@ -320,6 +320,20 @@ def base() -> ml_collections.ConfigDict:
   c.eval.context_windows = 128  # they are long
   c.eval.num_passages = 4
 
+  # Latency (--mode=bench).
+  c.bench = ml_collections.ConfigDict(
+    dict(
+      contexts=(512, 2048),
+      chunk_sizes=(),
+      fractions=(0.0, 0.1),
+      batches=(1,),
+      question_tokens=32,
+      output_tokens=16,
+      repeats=5,
+      transformers=False,
+    )
+  )
+
   # Ablations (--mode=repro): arms by name, see `arm` and configs/repro.py.
   c.repro = ml_collections.ConfigDict()
   c.repro.arms = ()  # (): all of them

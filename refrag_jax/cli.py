@@ -23,6 +23,8 @@ from refrag_jax.errors import UserError
 from refrag_jax.runtime import environment, paths
 from refrag_jax.runtime import workdir as workdir_lib
 
+# Modes whose --from may say the config.
+FOUND = ('import', 'export', 'ask', 'bench')
 _FLAGS = ('--config', '--workdir', '--mode', '--help')
 # Flags of some modes only; see `Command.flags`.
 _MODE_FLAGS = (
@@ -71,7 +73,7 @@ def usage(modes: Mapping[str, tuple], later: Mapping[str, str]) -> str:
     *(f'  {name:8}{text}' for name, text in later.items()),
     '',
     '--workdir is runs/<config.name> unless given; the default mode is train.',
-    'Import, export and ask need no --config where --from says it all.',
+    f'{", ".join(FOUND)} need no --config where --from says it all.',
     'Lists are written 4,2 or (4,2), () is the empty one; --noconfig.a.b is',
     'false. Exit codes: 0 done, 1 failed, 2 the input is wrong, 75 stopped',
     'with its state saved: the same command continues it.',
@@ -163,7 +165,7 @@ def load(command: Command) -> Loaded:
   Raises:
     UserError: there is no config, it does not run, or `build` refuses it.
   """
-  if not command.config_file and command.mode in ('import', 'export', 'ask'):
+  if not command.config_file and command.mode in FOUND:
     return _load_found(command)
   if not command.config_file:
     raise UserError(
@@ -214,7 +216,7 @@ def _load_found(command: Command) -> Loaded:
   elif saved := found.saved_config(source):
     run, values, sources = saved
     config = build(values)
-    if command.mode == 'ask':  # whatever it was trained on
+    if command.mode in ('ask', 'bench'):  # whatever it was trained on
       config = dataclasses.replace(config, mesh=config_lib.ANY_DEVICES)
     for key, text in command.overrides.items():
       config = changed(config, [f'{key}={"true" if text is None else text}'])

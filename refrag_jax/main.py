@@ -54,6 +54,11 @@ MODES = {
     'answer a question: "QUESTION" [--passages=FILE] [--expand=0.1|3|64t] '
     '[--selector=NAME] [--from=CHECKPOINT]',
   ),
+  'bench': (
+    'refrag_jax.serve.bench',
+    'run',
+    'measure how soon answers come, against full context [--from=CHECKPOINT]',
+  ),
   'config': (
     'refrag_jax.describe',
     'run',
@@ -65,9 +70,8 @@ LATER = {
   'index': 'store the chunk vectors of passages',
   'chat': 'converse over a store',
   'serve': 'answer over HTTP',
-  'bench': 'measure latency',
 }
-ALONE = ('data', 'plan', 'ask')  # need no other process of a cluster
+ALONE = ('data', 'plan', 'ask', 'bench')  # need no other process of a cluster
 WRITERS = ('train', 'eval')  # one of them a workdir; of repro's, one an arm
 # The plan's devices are not there; the doctor starts JAX as its last check.
 NO_DEVICES = ('plan', 'doctor')
@@ -78,6 +82,7 @@ FLAGS = {
   'export': ('from', 'to', 'changes'),
   'plan': ('topology', 'search'),
   'ask': ('question', 'passages', 'expand', 'selector', 'from'),
+  'bench': ('from',),
   'config': ('schema',),
 }
 # The machine's fault, not the program's: one line says more than a traceback.

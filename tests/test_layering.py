@@ -42,7 +42,7 @@ HOMES = {
   'pyarrow': ('data',),
   'bm25s': ('data',),
   'rouge_score': ('evals.text_metrics',),
-  'transformers': ('data.tokenizers',),
+  'transformers': ('data.tokenizers', 'serve.torch_baseline'),
   'tokenizers': ('data.tokenizers', 'data.vocabularies'),
   'sentencepiece': ('data.vocabularies',),
   'safetensors': ('hf.convert',),
@@ -53,7 +53,7 @@ HOMES = {
   'ml_collections': (),  # config files alone
   'absl': (),
   'tensorflow': (),
-  'torch': (),
+  'torch': ('serve.torch_baseline',),
 }
 
 

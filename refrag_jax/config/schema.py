@@ -219,6 +219,20 @@ class ReproConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchConfig:
+  """What --mode=bench measures: all of these with each other."""
+
+  contexts: tuple[int, ...]  # tokens of context
+  chunk_sizes: tuple[int, ...]  # k; (): the model's own
+  fractions: tuple[float, ...]  # p, shares of chunks that stay tokens
+  batches: tuple[int, ...]  # requests at once
+  question_tokens: int
+  output_tokens: int  # written by each request, whatever they are
+  repeats: int  # of each cell, with fresh prompts
+  transformers: bool  # the same decoder in transformers' torch beside it
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   name: str
   seed: int
@@ -243,6 +257,7 @@ class Config:
   data: DataConfig
   stage: dict[str, StageConfig]
   eval: EvalConfig
+  bench: BenchConfig
   repro: ReproConfig
 
 

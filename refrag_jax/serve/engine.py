@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from refrag_jax.config.schema import ModelConfig
 from refrag_jax.errors import UserError
@@ -182,6 +183,9 @@ class Engine:
       cfg, attention='dense', lora=dataclasses.replace(cfg.lora, rank=0)
     )
     self.cfg, self.eos_id, self.attend = cfg, eos_id, attend
+    mesh, self._everywhere = jax.sharding.get_mesh(), None
+    if not mesh.empty:
+      self._everywhere = NamedSharding(mesh, PartitionSpec())
     self.model = Refrag(cfg)
     self.small = {x: params[x] for x in ('encoder', 'projection', 'policy')}
     self.weights = programs.unstack(params, cfg)
@@ -364,6 +368,8 @@ class Engine:
     c_CE = prompt.c_CE
     if len(c_CE) != slots:  # on the host, where no length is a program
       c_CE = _rows(np.asarray(c_CE, np.float32)[:C], slots)
+    # Wherever they come from, the program that reads them is the same one.
+    c_CE = jax.device_put(c_CE, self._everywhere)
     return programs.spliced(
       self.small, self.weights.embed_VD, batch, c_CE,
       _rows(prompt.expand_C, slots), model=self.model, length=length,

@@ -1,0 +1,474 @@
+"""`--mode=bench`: how soon the first token comes, and the others after it.
+
+Dimension key: C chunks of a context, K chunk size, M encoder tokens, T tokens.
+
+A cell is one way of reading contexts of one length, with so many requests at
+once. Every cell gets prompts of its own, from the config's text, and writes a
+fixed number of tokens; programs are compiled before, and a cell that compiles
+all the same says so. Times run from the passages, cut into chunks, in hand to
+the token on the host; what cutting takes is beside. Beside each speed-up stands
+what FLOPs allow, and beside each time what the device's FLOPs and bytes do: a
+ratio above its limit is owed to a slow baseline.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refrag_jax import flops
+from refrag_jax import session as session_lib
+from refrag_jax.config import check
+from refrag_jax.config.schema import Config, ModelConfig, expanded_chunks
+from refrag_jax.data import chunking, tokenizers
+from refrag_jax.errors import UserError
+from refrag_jax.runtime import chips, environment, files, progress
+from refrag_jax.runtime.progress import say
+from refrag_jax.serve.engine import Engine, Options, Prompt, bucket
+
+PERCENTILES = (50, 95, 99)
+SPARE = 64  # positions of a slot beyond what its cells need
+
+
+class Cell(NamedTuple):
+  """One way of reading contexts of one length."""
+
+  arm: str  # full_context, last_k, refrag
+  context: int  # tokens
+  k: int
+  p: float
+  cached: bool  # chunk embeddings in hand
+  batch: int
+
+  @property
+  def chunks(self) -> int:
+    return self.context // self.k
+
+  @property
+  def expanded(self) -> int:
+    return expanded_chunks(self.p, self.chunks)
+
+  @property
+  def read(self) -> int:
+    """Positions of the decoder that the context takes."""
+    if self.arm == 'full_context':
+      return self.context
+    return self.chunks + self.expanded * (self.k - 1)
+
+
+ARMS = {
+  'full_context': 'full context',
+  'last_k': 'last tokens',
+  'refrag': 'REFRAG',
+  'transformers': 'transformers',
+}
+
+
+def label(row: Mapping[str, Any]) -> str:
+  """What a row reads, for people."""
+  name = ARMS[row['arm']]
+  if row['arm'] != 'refrag':
+    return name
+  held = 'in hand' if row['cached'] else 'encoded'
+  return f'{name}, k = {row["k"]}, p = {row["p"]:g}, {held}'
+
+
+class Times(NamedTuple):
+  """Of one request, in seconds."""
+
+  first: float
+  tokens: list[float]  # when each came, after its submission
+  steps: dict[str, float]  # of what was done before the prefill
+
+
+def run(config: Config, workdir: str, source: str) -> int:
+  """Measures every cell, writes bench.json and bench.html.
+
+  Args:
+    source: a checkpoint or an export; '': parameters as they are drawn, whose
+      times are the same.
+
+  Raises:
+    UserError: a cell has more positions than the decoder.
+  """
+  check_bench(config)
+  opened = session_lib.settle_attention(session_lib.open_model(config))
+  with jax.set_mesh(opened.mesh):
+    params, from_source = _params(opened, source)
+    texts = Texts(opened.config, workdir)
+    rows, compile_s, late = [], 0.0, 0
+    for k, batch in itertools.product(
+      _chunk_sizes(config), config.bench.batches
+    ):
+      chosen = list(cells(config, k, batch))
+      model = dataclasses.replace(opened.config.model, chunk_size=k)
+      start = time.perf_counter()
+      engine = _engine(model, config, params, chosen)
+      engine.warm_up()
+      compile_s += time.perf_counter() - start
+      say(f'bench: k = {k}, {batch} at once: {len(chosen)} cells')
+      for cell in chosen:
+        with _compiles() as seen:
+          row = measure(engine, texts, cell, config)
+        row['compiles'] = len(seen)
+        late += len(seen)
+        rows.append(row)
+        say(
+          f'bench: {label(row)}, {cell.context} tokens: first token after '
+          f'{row["mean_ttft_ms"]:.1f} ms, then {row["mean_tpot_ms"]:.2f} each'
+        )
+      del engine
+    if config.bench.transformers:
+      from refrag_jax.serve import torch_baseline  # torch, which few have
+
+      rows += torch_baseline.rows(config, params, list(cells_of_torch(config)))
+  limits(rows, opened.config.model, config)
+  device = jax.devices()[0]
+  out = {
+    'device': device.device_kind,
+    'devices': len(jax.devices()),
+    'cpus': os.cpu_count(),
+    'dtype': config.model.compute_dtype,
+    'parameters': from_source,
+    'versions': environment.versions() | {'python': platform.python_version()},
+    'git': environment.git_commit(),
+    'compile_s': compile_s,
+    'compiles_after_warmup': late,
+    'rows': rows,
+  }
+  from refrag_jax.serve import bench_page  # matplotlib, which takes its time
+
+  os.makedirs(workdir, exist_ok=True)
+  files.write_json(os.path.join(workdir, 'bench.json'), out)
+  files.write_text(os.path.join(workdir, 'bench.html'), bench_page.page(out))
+  say(f'done: {workdir}/bench.json, {workdir}/bench.html')
+  return 0
+
+
+def check_bench(config: Config) -> None:
+  """Refuses cells that cannot be."""
+  section = config.bench
+  check.positive(
+    section, 'bench.', 'question_tokens', 'output_tokens', 'repeats'
+  )
+  for name in ('contexts', 'batches', 'fractions'):
+    if not getattr(section, name):
+      raise UserError(f'config.bench.{name} is empty: give one at least')
+  sizes = _chunk_sizes(config)
+  for name, values in (
+    ('contexts', section.contexts), ('batches', section.batches),
+    ('chunk_sizes', sizes),
+  ):  # fmt: skip
+    if any(value <= 0 for value in values):
+      raise UserError(f'config.bench.{name} {values} must all be above 0')
+  if any(not 0 <= p < 1 for p in section.fractions):
+    raise UserError(
+      f'config.bench.fractions {section.fractions}: use shares from 0 up to 1'
+    )
+  for k, context in itertools.product(sizes, section.contexts):
+    if context % k:
+      raise UserError(
+        f'config.bench.contexts: {context} tokens are no whole chunks of {k}'
+      )
+  longest = max(section.contexts) + section.question_tokens
+  longest += section.output_tokens
+  limit = config.model.decoder.max_length
+  if 0 < limit < longest:
+    raise UserError(
+      f'config.bench.contexts: {max(section.contexts)} tokens, the question '
+      f'and the answer are {longest} positions, and the decoder has {limit} '
+      '(config.model.decoder.max_length)'
+    )
+
+
+def _chunk_sizes(config: Config) -> tuple[int, ...]:
+  return config.bench.chunk_sizes or (config.model.chunk_size,)
+
+
+def cells(config: Config, k: int, batch: int) -> Iterator[Cell]:
+  """The cells of one chunk size and number of requests."""
+  for context in config.bench.contexts:
+    yield Cell('full_context', context, k, 0.0, True, batch)
+    yield Cell('last_k', context, k, 0.0, True, batch)
+    for p in dict.fromkeys(config.bench.fractions):
+      for cached in (True, False):
+        yield Cell('refrag', context, k, p, cached, batch)
+
+
+def cells_of_torch(config: Config) -> Iterator[Cell]:
+  """Full context, which does not depend on k."""
+  for batch, context in itertools.product(
+    config.bench.batches, config.bench.contexts
+  ):
+    k = _chunk_sizes(config)[0]
+    yield Cell('transformers', context, k, 0.0, True, batch)
+
+
+def _params(opened, source: str) -> tuple[dict, str]:
+  if source:
+    params, _ = session_lib.load_params(opened, source, f'--from={source}')
+    return params, source
+  groups = list(session_lib.abstract_params(opened))
+  return session_lib.fresh_params(opened, groups), 'drawn, not trained'
+
+
+def _engine(
+  model: ModelConfig, config: Config, params: dict, chosen: Sequence[Cell]
+) -> Engine:
+  """With one pool, of the batch's rows and the longest cell's positions."""
+  needed = max(cell.read for cell in chosen) + config.bench.question_tokens
+  needed += config.bench.output_tokens
+  return Engine(
+    model, params, -1, [(chosen[0].batch, needed)],
+    max(cell.chunks for cell in chosen), config.data.max_encoder_tokens,
+    attend=model.attention,
+  )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _compiles() -> Iterator[list[str]]:
+  """A list that grows by the name of each function that is compiled."""
+  seen = []
+
+  def listen(event: str, seconds: float, **kwargs: Any) -> None:
+    del seconds
+    if event == '/jax/core/compile/backend_compile_duration':
+      seen.append(kwargs.get('fun_name', ''))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield seen
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+class Texts:
+  """Fresh contexts: stretches of the config's text, one after the other."""
+
+  def __init__(self, config: Config, workdir: str):
+    session = session_lib.open_data(config, workdir)
+    self.tokenizer, corpus = session.tokenizer, session.corpus
+    self._cut = lambda text, k: chunking.chunk_passage(
+      text, session.tokenizer, tokenizers.load(config.data.encoder_tokenizer),
+      k, config.data.max_encoder_tokens,
+    )  # fmt: skip
+    self._documents = itertools.cycle(
+      map(corpus.document_text, corpus.documents('heldout').tolist())
+    )
+    self._rest = ''
+
+  def context(self, tokens: int, k: int) -> tuple[chunking.Chunks, float]:
+    """The next stretch of so many tokens, and the seconds of cutting it."""
+    C, found = tokens // k, None
+    while found is None or found.chunk_len_C[:C].sum() < tokens:
+      if found is not None or len(self._rest) < 2 * tokens:
+        self._rest += next(self._documents) + '\n\n'
+      found = self._cut(self._rest[: 16 * tokens], k)
+    end = int(found.spans_C2[C - 1, 1])
+    start = time.perf_counter()
+    self._cut(self._rest[:end], k)
+    seconds = time.perf_counter() - start
+    self._rest = self._rest[end:]
+    return chunking.Chunks(*(x[:C] for x in found)), seconds
+
+
+def measure(
+  engine: Engine, texts: Texts, cell: Cell, config: Config
+) -> dict[str, Any]:
+  """A row of bench.json."""
+  rng = np.random.default_rng((cell.context, cell.k, cell.batch))
+  all_times, spans = [], []
+  for turn in range(1 + config.bench.repeats):
+    asked = [_asked(texts, cell, config, rng) for _ in range(cell.batch)]
+    start = time.perf_counter()
+    times = requests(engine, cell, asked, config.bench.output_tokens)
+    if turn:  # the first one warms caches
+      spans.append(time.perf_counter() - start)
+      all_times += times
+  seconds = sum(spans)
+  number = config.bench.output_tokens
+  itl = np.concatenate([np.diff(x.tokens) for x in all_times])
+  columns = {
+    'ttft': np.array([x.first for x in all_times]),
+    'tpot': np.array(
+      [(x.tokens[-1] - x.first) / max(1, number - 1) for x in all_times]
+    ),
+    'itl': itl,
+    'e2el': np.array([x.tokens[-1] for x in all_times]),
+  }
+  positions = cell.read + config.bench.question_tokens
+  steps = {
+    name: float(np.mean([x.steps[name] for x in all_times]) * 1e3)
+    for name in all_times[0].steps
+  }
+  return {
+    'model': config.name,
+    **cell._asdict(),
+    'question': config.bench.question_tokens,
+    'context_tokens': cell.context,
+    'decoder_positions': positions,
+    'padded_positions': bucket(positions, engine.pools[0].lengths),
+    'requests': len(all_times),
+    **_statistics(columns),
+    'request_throughput': len(all_times) / seconds,
+    'output_throughput': len(all_times) * number / seconds,
+    'split_ms': steps,
+  }
+
+
+def _statistics(columns: dict[str, np.ndarray]) -> dict[str, float]:
+  """By the names of `vllm bench serve`, in milliseconds."""
+  out = {}
+  for name, values in columns.items():
+    ms = values * 1e3
+    if not len(ms):
+      continue
+    out[f'mean_{name}_ms'] = float(ms.mean())
+    if len(ms) > 1:
+      out[f'se_{name}_ms'] = float(ms.std(ddof=1) / len(ms) ** 0.5)
+    for q in PERCENTILES:
+      out[f'p{q}_{name}_ms'] = float(np.percentile(ms, q))
+  return out
+
+
+def _asked(texts, cell: Cell, config: Config, rng) -> tuple:
+  """A context, a question of random tokens, and the seconds of cutting."""
+  chunks, seconds = texts.context(cell.context, cell.k)
+  vocab = min(texts.tokenizer.vocab_size, config.model.decoder.vocab_size)
+  question = rng.integers(0, vocab, config.bench.question_tokens)
+  return chunks, question.astype(np.int32), seconds
+
+
+def requests(
+  engine: Engine, cell: Cell, asked: Sequence[tuple], number: int
+) -> list[Times]:
+  """All of them at once, from chunks in hand to the last token."""
+  held = [None] * len(asked)
+  if cell.arm == 'refrag' and cell.cached:
+    held = [engine.encode(x.encoder_CM, x.encoder_len_C) for x, *_ in asked]
+    jax.block_until_ready(held)
+  out, running = [], []
+  for (chunks, question, cut_s), c_CE in zip(asked, held, strict=True):
+    start = time.perf_counter()
+    steps = {'tokenize': cut_s, 'store': 0.0}
+    prompt = _prompt(engine, cell, chunks, question, c_CE, steps)
+    running.append(engine.submit(prompt, Options(max_tokens=number)))
+    out.append((start, [], steps))
+  while not engine.idle:
+    engine.step()
+    now = time.perf_counter()
+    for of, (start, tokens, _) in zip(running, out, strict=True):
+      tokens += [now - start] * (len(of.tokens) - len(tokens))
+  return [Times(tokens[0], tokens, steps) for _, tokens, steps in out]
+
+
+def _prompt(
+  engine: Engine, cell: Cell, chunks, question, c_CE, steps: dict
+) -> Prompt:
+  """What the decoder is to read; times what has to be done before."""
+  none = Prompt(
+    question, chunks.chunks_CK[:0], chunks.chunk_len_C[:0],
+    np.zeros((0, engine.cfg.encoder.width), np.float32), np.zeros(0, bool),
+    np.zeros(0, np.int32),
+  )  # fmt: skip
+  if cell.arm != 'refrag':
+    last = chunks.chunks_CK.reshape(-1)[-cell.read :]
+    return dataclasses.replace(none, prefix=np.concatenate([question, last]))
+  C = len(chunks.chunk_len_C)
+  if c_CE is None:
+    start = time.perf_counter()
+    c_CE = engine.encode(chunks.encoder_CM, chunks.encoder_len_C)
+    jax.block_until_ready(c_CE)
+    steps['encode'] = time.perf_counter() - start
+  expand_C = np.zeros(C, bool)
+  if cell.expanded:
+    start = time.perf_counter()
+    score_C = engine.score(c_CE, C)
+    expand_C[np.argsort(-score_C, kind='stable')[: cell.expanded]] = True
+    steps['policy'] = time.perf_counter() - start
+  return Prompt(
+    question, chunks.chunks_CK, chunks.chunk_len_C, c_CE, expand_C,
+    np.zeros(0, np.int32),
+  )  # fmt: skip
+
+
+# --- What could be ------------------------------------------------------------
+
+
+def limits(rows: list[dict], model: ModelConfig, config: Config) -> None:
+  """Adds to each row its speed-up, what FLOPs allow, and the roofline."""
+  flop_rate, byte_rate = rates(model.compute_dtype)
+  base = {
+    (row['context'], row['k'], row['batch']): row
+    for row in rows
+    if row['arm'] == 'full_context'
+  }
+  for row in rows:
+    cost, moved = first_token_cost(row, model, config)
+    row['bytes_moved'] = moved
+    row['roofline_ms'] = 1e3 * max(cost / flop_rate, moved / byte_rate)
+    full = base.get((row['context'], row['k'], row['batch']))
+    if full is None:
+      continue
+    row['speedup'] = full['mean_ttft_ms'] / row['mean_ttft_ms']
+    row['flop_limit'] = first_token_cost(full, model, config)[0] / cost
+    row['fraction_of_limit'] = row['speedup'] / row['flop_limit']
+
+
+def first_token_cost(
+  row: dict, model: ModelConfig, config: Config
+) -> tuple[float, float]:
+  """FLOPs and bytes of one request's first token, its own work alone."""
+  decoder, encoder = vars(model.decoder), vars(model.encoder)
+  itemsize = jnp.dtype(model.compute_dtype).itemsize
+  positions, chunks = row['decoder_positions'], row['context'] // row['k']
+  head = decoder['width'] * decoder['vocab_size']
+  cost = flops.decoder_flops(decoder, positions) + 2 * head
+  key_values = 2 * decoder['num_kv_heads'] * decoder['head_dim']
+  weights = flops.decoder_flops(decoder, 1) / 2 + head
+  moved = weights + positions * decoder['num_layers'] * key_values
+  if row['arm'] == 'refrag':
+    cost += flops.projection_flops(encoder, decoder, chunks)
+    moved += chunks * encoder['width']
+    if row['p']:
+      cost += flops.policy_flops(vars(model.policy), encoder, chunks)
+    if not row['cached']:
+      length = config.data.max_encoder_tokens
+      cost += flops.encoder_flops(encoder, chunks, length)
+      moved += flops.encoder_flops(encoder, 1, 1) / 2
+  return float(cost), float(moved * itemsize)
+
+
+def rates(dtype: str) -> tuple[float, float]:
+  """FLOP/s and bytes/s of one device: data sheet, or on a CPU measured."""
+  device = jax.devices()[0]
+  if device.platform == 'cpu':
+    return progress.measure_matmul_flops(), _copy_rate()
+  kind = device.device_kind.lower()
+  for name, chip in chips.CHIPS.items():
+    if name in kind.replace(' ', ''):
+      # The data sheets' figure is bfloat16's.
+      slower = 1 if dtype == 'bfloat16' else 2
+      return chip.flops / slower, chip.hbm_rate
+  return float('nan'), float('nan')
+
+
+def _copy_rate(size: int = 1 << 26, repeats: int = 5) -> float:
+  """Bytes per second that this CPU reads and writes."""
+  x = jnp.zeros(size, jnp.float32)
+  add = jax.jit(lambda x: x + 1)
+  add(x).block_until_ready()
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    add(x).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return 2 * x.nbytes / min(seconds)

@@ -1,0 +1,112 @@
+"""The bench: its cells, the keys that others read, and what is refused."""
+
+import json
+
+import jax
+import pytest
+import toy_config
+import toy_run
+
+from refrag_jax import flops
+from refrag_jax.errors import UserError
+from refrag_jax.serve import bench
+
+VLLM = [
+  f'{of}_{name}_ms'
+  for name in ('ttft', 'tpot', 'itl', 'e2el')
+  for of in ('mean', 'p50', 'p95', 'p99')
+]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('data')
+  toy_config.write_data(folder)
+  return str(folder)
+
+
+def config(folder, **changes):
+  fields = dict(
+    contexts=(32, 64), repeats=2, batches=(2,), question_tokens=4,
+    output_tokens=3, fractions=(0.0, 0.25),
+  )  # fmt: skip
+  fields = {f'bench__{name}': of for name, of in (fields | changes).items()}
+  return toy_run.config(folder, **fields)
+
+
+def test_every_cell_is_measured_and_none_compiles(
+  folder, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(bench.session_lib.sharding, 'make_mesh', one_device)
+  cfg = config(folder)
+  assert bench.run(cfg, str(tmp_path), '') == 0
+  out = json.loads((tmp_path / 'bench.json').read_text())
+  compiled = [row for row in out['rows'] if row['compiles']]
+  assert out['compiles_after_warmup'] == 0, compiled
+  assert {'device', 'dtype', 'versions', 'compile_s'} <= out.keys()
+  rows = {(r['arm'], r['context'], r['p'], r['cached']): r for r in out['rows']}
+  assert len(rows) == len(out['rows']) == 2 * (2 + 2 * 2)
+  k, model = cfg.model.chunk_size, cfg.model
+  head = 2 * model.decoder.width * model.decoder.vocab_size
+  full = lambda n: flops.decoder_flops(vars(model.decoder), n) + head
+  for context in (32, 64):
+    row = rows['refrag', context, 0.25, True]
+    C = context // k
+    assert row['decoder_positions'] == 4 + C + C // 4 * (k - 1)
+    assert row['padded_positions'] >= row['decoder_positions']
+    assert row['requests'] == 2 * 2
+    assert {*VLLM, 'request_throughput', 'output_throughput'} <= row.keys()
+    assert row['mean_ttft_ms'] < row['mean_e2el_ms']
+    assert row['p50_ttft_ms'] <= row['p99_ttft_ms']
+    assert row['split_ms'].keys() == {'tokenize', 'store', 'policy'}
+    fresh = rows['refrag', context, 0.0, False]
+    assert fresh['split_ms'].keys() == {'tokenize', 'store', 'encode'}
+    held = rows['refrag', context, 0.0, True]
+    assert held['flop_limit'] > fresh['flop_limit'] > 0
+    projected = flops.projection_flops(
+      vars(model.encoder), vars(model.decoder), C
+    )
+    assert held['flop_limit'] == pytest.approx(
+      full(context + 4) / (full(C + 4) + projected)
+    )
+    assert held['speedup'] == pytest.approx(
+      rows['full_context', context, 0.0, True]['mean_ttft_ms']
+      / held['mean_ttft_ms']
+    )
+    last = rows['last_k', context, 0.0, True]
+    assert last['decoder_positions'] == held['decoder_positions']
+  page = (tmp_path / 'bench.html').read_text()
+  assert 'REFRAG, k = 4, p = 0.25, in hand' in page and '<svg' in page
+
+
+def one_device(**_):
+  return toy_run.mesh()
+
+
+def test_other_chunk_sizes_with_the_same_weights(folder):
+  found = list(bench.cells(config(folder), 8, 2))
+  assert {cell.k for cell in found} == {8}
+  assert [c.read for c in found if c.arm == 'refrag'][:4] == [4, 4, 11, 11]
+  assert jax.devices()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(contexts=()), 'contexts is empty'),
+    (dict(contexts=(30,)), '30 tokens are no whole chunks of 4'),
+    (dict(chunk_sizes=(4, 5)), '32 tokens are no whole chunks of 5'),
+    (dict(batches=(0,)), 'batches .* must all be above 0'),
+    (dict(fractions=(1.0,)), 'fractions .* use shares'),
+    (dict(repeats=0), 'bench.repeats is 0'),
+  ],
+)
+def test_what_is_refused(folder, changes, message):
+  with pytest.raises(UserError, match=message):
+    bench.check_bench(config(folder, **changes))
+
+
+def test_more_positions_than_the_decoder_has_are_refused(folder):
+  cfg = toy_run.config(folder, model__decoder__max_length=64)
+  with pytest.raises(UserError, match='are 2096 positions, and the decoder'):
+    bench.check_bench(cfg)
