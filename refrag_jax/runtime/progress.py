@@ -5,6 +5,7 @@ Formatting and rates are pure functions; the clock is read in `Progress` alone.
 
 import contextlib
 import errno
+import functools
 import re
 import sys
 import threading
@@ -273,17 +274,21 @@ def machine_peak(devices: Sequence[jax.Device]) -> tuple[float | None, str]:
   return peak * len(devices), 'mfu of dense bf16 peak'
 
 
-def measure_matmul_flops(size: int = 1024, repeats: int = 5) -> float:
-  """What a float32 matmul reaches on this CPU: the best of `repeats`."""
+@functools.cache  # once a process
+def measure_matmul_flops(size: int = 1024, seconds: float = 0.3) -> float:
+  """What a float32 matmul reaches on this CPU: the best of so many seconds.
+
+  A few calls are too few: the first ones find cores that sleep, and then a
+  step reaches more than this peak.
+  """
   matmul = jax.jit(jnp.dot)
   x = jax.device_put(np.ones((size, size), np.float32), jax.devices('cpu')[0])
   matmul(x, x).block_until_ready()
-  seconds = []
-  for _ in range(repeats):
-    start = time.perf_counter()
+  best, end = float('inf'), time.perf_counter() + seconds
+  while (start := time.perf_counter()) < end:
     matmul(x, x).block_until_ready()
-    seconds.append(time.perf_counter() - start)
-  return 2 * size**3 / min(seconds)
+    best = min(best, time.perf_counter() - start)
+  return 2 * size**3 / best
 
 
 @contextlib.contextmanager
