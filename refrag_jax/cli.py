@@ -32,7 +32,7 @@ _MODE_FLAGS = (
   '--selector',
 )  # fmt: skip
 # Likewise, and without a value.
-_SWITCHES = ('--search', '--schema', '--changes')
+_SWITCHES = ('--search', '--schema', '--changes', '--serving')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ MODES = {
     'refrag_jax.plan.run',
     'run',
     'memory and time of every stage on machines that are not there: '
-    '--topology=h100:8x8 [--search]',
+    '--topology=h100:8x8 [--search] [--serving]',
   ),
   'ask': (
     'refrag_jax.serve.ask',
@@ -80,7 +80,7 @@ OF_COMMAND = ('config',)  # no devices, no cluster, and nothing is written
 FLAGS = {
   'import': ('from', 'to'),
   'export': ('from', 'to', 'changes'),
-  'plan': ('topology', 'search'),
+  'plan': ('topology', 'search', 'serving'),
   'ask': ('question', 'passages', 'expand', 'selector', 'from'),
   'bench': ('from',),
   'config': ('schema',),

@@ -27,6 +27,8 @@ def write(path: str, plan: dict[str, Any]) -> None:
     ('Parameters', arrays(plan)),
     ('Network', network(plan)),
   ]
+  if plan['serving']:
+    parts.append(('Serving', answering(plan['serving'], plan['hbm_bytes'])))
   if plan['fixes']:
     parts.insert(2, ('What would fit', fixes(plan['fixes'])))
   if plan['search']:
@@ -327,3 +329,36 @@ def gib(size: float) -> str:
       return f'{size:.0f} {unit}' if unit == 'B' else f'{size:.1f} {unit}'
     size /= 1024
   return f'{size:.2f} GiB'
+
+
+def answering(serving: dict[str, Any], hbm: int) -> str:
+  """The engine's programs, and how many sequences fit beside its weights."""
+  rows = [
+    [
+      page.text(p['name']),
+      page.number(p['positions']),
+      page.number(p['flops'] / 1e12, 2),
+      gib(p['temp_bytes']),
+      page.number(1e3 * p['bound_s'], 2),
+      page.text(p['bound_by'] if hbm else page.MISSING),
+    ]
+    for p in serving['programs']
+  ]
+  fit = serving['sequences_that_fit']
+  note = (
+    f'Weights take {gib(serving["weight_bytes"])} of a device, and '
+    f'{gib(serving["slot_bytes"])} each sequence of up to '
+    f'{serving["positions"]:,} positions that it holds a part of'
+    + (f'; {fit:,} fit. ' if fit >= 0 else '. ')
+    + f'A prefill is of one sequence, a decode step of {serving["slots"]:,}. '
+    'Times are the least that arithmetic and memory allow.'
+  )
+  head = (
+    'program',
+    'positions',
+    'TFLOP a device',
+    'temporary',
+    'least ms',
+    'by',
+  )
+  return page.table(head, rows, note)

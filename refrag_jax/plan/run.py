@@ -24,7 +24,7 @@ from refrag_jax import compilation, flops, sharding
 from refrag_jax.config.schema import Config
 from refrag_jax.errors import UserError
 from refrag_jax.models.refrag import Refrag
-from refrag_jax.plan import collectives, page, topologies
+from refrag_jax.plan import collectives, compiled, page, serving, topologies
 from refrag_jax.resolve import changed
 from refrag_jax.runtime import files
 from refrag_jax.runtime.progress import say
@@ -37,9 +37,6 @@ from refrag_jax.session import (
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
 
-# Of a GPU's memory a program may have: the rest goes to the driver, NCCL's
-# buffers and fragmentation. A TPU's compiler says itself what does not fit.
-USABLE = 0.92
 MOST_FIXES = 3
 MOST_TRIED = 16  # programs compiled in search of them
 
@@ -73,12 +70,15 @@ class StagePlan:
   bound_hours: float  # of all steps of the stage
 
 
-def run(config: Config, workdir: str, topology: str, search: bool) -> int:
+def run(
+  config: Config, workdir: str, topology: str, search: bool, answers: bool
+) -> int:
   """Plans every stage, writes plan.json and plan.html.
 
   Args:
     topology: as in plan/topologies.py.
     search: also try other meshes and remat policies, and rank them.
+    answers: also plan the engine, for the longest context of config.bench.
 
   Raises:
     UserError: the topology or the mesh cannot be, or a compiler is missing.
@@ -97,6 +97,11 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
   for name in config.stages:
     stages[name] = plan_stage(session, there, name)
     say(summary(name, stages[name], there))
+  answering = None
+  if answers:
+    answering = serving.plan(session, there)
+    for line in serving.summary(answering, page.gib):
+      say(line)
   fixes = {}
   worst = worst_of(stages)
   if worst:
@@ -117,6 +122,7 @@ def run(config: Config, workdir: str, topology: str, search: bool) -> int:
     'mesh': dict(session.mesh.shape),
     'config': config.name,
     'stages': {n: dataclasses.asdict(s) for n, s in stages.items()},
+    'serving': answering and dataclasses.asdict(answering),
     'fixes': fixes,
     'search': ranked,
     'arrays': largest_arrays(session),
@@ -168,7 +174,9 @@ def plan_stage(
     key = max(cost, key=cost.get)
     trace_s, clock = time.monotonic() - clock, time.monotonic()
     flags = topologies.flags(there, session.config.cluster)
-    memory, text = _compile(traced[key], there, there.options | flags)
+    memory, text = compiled.compile_with(
+      traced[key], there, there.options | flags
+    )
     compile_s = time.monotonic() - clock
   devices = len(there.devices)
   batch = compilation.abstract_batch(session, name, key[0])
@@ -182,8 +190,10 @@ def plan_stage(
   compute_s = per_device / there.chip.flops
   # What is trained is read and written once at least, with its moments; what is
   # frozen and multiplied with is read. Of an embedding a stage may read a part.
-  changing = device_bytes((trainable, state.opt_state))
-  read = device_bytes(_multiplied(traced[key].jaxpr.jaxpr, state, frozen))
+  changing = compiled.device_bytes((trainable, state.opt_state))
+  read = compiled.device_bytes(
+    _multiplied(traced[key].jaxpr.jaxpr, state, frozen)
+  )
   hbm_s = (2 * changing + read) / there.chip.hbm_rate
   # Of a program that the compiler refused nobody knows what it sends.
   network_s = network_seconds(sent, session.mesh, there) if text else math.nan
@@ -194,12 +204,12 @@ def plan_stage(
   return StagePlan(
     chunks=key[0],
     variant=key[1],
-    parameter_bytes=device_bytes(state.params),
-    optimizer_bytes=device_bytes(state.opt_state),
-    gradient_bytes=device_bytes(trainable),
-    batch_bytes=device_bytes(batch),
+    parameter_bytes=compiled.device_bytes(state.params),
+    optimizer_bytes=compiled.device_bytes(state.opt_state),
+    gradient_bytes=compiled.device_bytes(trainable),
+    batch_bytes=compiled.device_bytes(batch),
     **memory,
-    fits=memory['peak_bytes'] <= usable(there),
+    fits=memory['peak_bytes'] <= compiled.usable(there),
     flops=per_device,
     model_flops=model,
     collectives=[
@@ -245,33 +255,6 @@ def _trace(session: Session, name: str, state: TrainState, key):
     ) from None
 
 
-def _compile(
-  traced, there: topologies.Topology, options: dict[str, Any]
-) -> tuple[dict[str, int], str]:
-  """Bytes of a device, and the program's text."""
-  lowered = traced.lower()
-  try:
-    with topologies.compiler_output():
-      compiled = lowered.compile(compiler_options=options)
-  except jax.errors.JaxRuntimeError as e:
-    if 'No such compile option' in str(e):
-      raise UserError(
-        f'config.cluster, xla_flags or libtpu_flags: {e}'
-      ) from None
-    if 'RESOURCE_EXHAUSTED' not in str(e):
-      raise
-    return topologies.exhausted(str(e), there.chip), ''
-  memory = compiled.memory_analysis()
-  kept = memory.argument_size_in_bytes
-  temp = memory.temp_size_in_bytes
-  fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return {
-    'argument_bytes': kept,
-    'temp_bytes': temp,
-    'peak_bytes': kept + temp + fresh,
-  }, compiled.as_text()
-
-
 def _multiplied(jaxpr: Any, state: TrainState, frozen: dict) -> list[Any]:
   """The frozen parameters that a step reads to come by the others, no tables.
 
@@ -295,21 +278,6 @@ def _multiplied(jaxpr: Any, state: TrainState, frozen: dict) -> list[Any]:
     for name, read in zip(names, used)
     if read and name in leaves and 'embed' not in name
   ]
-
-
-def device_bytes(tree: Any) -> int:
-  """Bytes that one device holds of arrays with shardings."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
-  )
-
-
-def usable(there: topologies.Topology) -> float:
-  """Bytes of a device that a program may take; of this machine, anything."""
-  if there.chip.platform == 'cpu':
-    return math.inf
-  return there.chip.hbm * (USABLE if there.chip.platform == 'cuda' else 1.0)
 
 
 def network_seconds(sent, mesh, there: topologies.Topology) -> float:
@@ -395,7 +363,9 @@ def fixes_of(
       session = open_planned(changed(config, change), there)
     except UserError:
       continue  # not a batch, or not a mesh, that there can be
-    if device_bytes(compilation.abstract_state(session, name)) > usable(there):
+    if compiled.device_bytes(
+      compilation.abstract_state(session, name)
+    ) > compiled.usable(there):
       continue  # needs no compiler to be too large
     stage, tried = plan_stage(session, there, name), tried + 1
     if stage.fits:

@@ -47,6 +47,10 @@ class Slots(NamedTuple):
   seen_BV: jax.Array  # bool, tokens of prompt and answer, for the penalty
 
 
+# Of what `Slots` holds, by the number of its axes.
+AXES = {4: ('batch', None, 'heads', None), 2: ('batch', None), 1: ('batch',)}
+
+
 def unstack(params: dict, cfg: ModelConfig) -> Weights:
   """The parameters of `decoder`, layer by layer; adapters are merged before."""
   decoder, dtype = params['decoder'], jnp.dtype(cfg.compute_dtype)
@@ -89,8 +93,7 @@ def _placed(slots: Slots) -> Slots:
 
   Where they did not, the next step would be compiled for another layout.
   """
-  axes = {4: ('batch', None, 'heads', None), 2: ('batch', None), 1: ('batch',)}
-  return jax.tree.map(lambda x: constrain(x, *axes[x.ndim]), slots)
+  return jax.tree.map(lambda x: constrain(x, *AXES[x.ndim]), slots)
 
 
 @functools.partial(jax.jit, static_argnames='model')

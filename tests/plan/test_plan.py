@@ -12,9 +12,12 @@ import toy_config
 import toy_run
 
 from refrag_jax import compilation, evaluate, flops, sharding
+from refrag_jax import session as session_lib
 from refrag_jax.errors import UserError
-from refrag_jax.plan import collectives, topologies
+from refrag_jax.models.refrag import init_params
+from refrag_jax.plan import collectives, compiled, serving, topologies
 from refrag_jax.plan import run as plan
+from refrag_jax.serve.engine import Engine
 from refrag_jax.session import Session, settle_attention, to_device
 from refrag_jax.stages import STAGES
 from refrag_jax.state import TrainState
@@ -105,7 +108,7 @@ def test_frozen_weights_that_are_multiplied_with_are_read(cfg):
   stage = plan.plan_stage(session, eight(), 'grpo')
   changing = stage.optimizer_bytes + stage.gradient_bytes
   rest = stage.parameter_bytes - stage.gradient_bytes
-  tables = plan.device_bytes([
+  tables = compiled.device_bytes([
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(
       compilation.abstract_state(session, 'grpo').params
@@ -172,7 +175,7 @@ def test_the_time_of_the_network_by_hand():
 @pytest.mark.slow
 def test_what_does_not_fit_gets_fixes_that_do(cfg, planned, monkeypatch):
   session, stage = planned
-  small = eight(hbm=int(stage.peak_bytes / plan.USABLE) - 1)
+  small = eight(hbm=int(stage.peak_bytes / compiled.USABLE) - 1)
   tight = plan.plan_stage(session, small, 'cpt')
   assert not tight.fits and stage.fits
   assert plan.worst_of({'cpt': tight, 'lm': stage}) == 'cpt'
@@ -190,7 +193,7 @@ def test_what_does_not_fit_gets_fixes_that_do(cfg, planned, monkeypatch):
   found = list(plan.fixes_of(cfg, small, 'cpt'))
   assert 1 <= len(found) <= plan.MOST_FIXES
   for fix in found:
-    assert fix['peak_bytes'] <= plan.usable(small)
+    assert fix['peak_bytes'] <= compiled.usable(small)
     changes = [c.removeprefix('--config.') for c in fix['change'].split()]
     changed = plan.open_planned(plan.changed(cfg, changes), small)
     assert plan.plan_stage(changed, small, 'cpt').fits
@@ -230,7 +233,7 @@ def test_layouts_are_ranked(cfg, monkeypatch):
   times = [row['bound_step_s'] for row in rows]
   assert all(row['fits'] for row in rows) and times == sorted(times)
   middle = sorted(row['peak_bytes'] for row in rows)[1]
-  small = eight(hbm=int(middle / plan.USABLE) + 1)
+  small = eight(hbm=int(middle / compiled.USABLE) + 1)
   rows = plan.search_layouts(cfg, small, 'cpt')
   fits = [row['fits'] for row in rows]
   assert fits == sorted(fits, reverse=True) and not fits[-1]
@@ -241,7 +244,7 @@ def test_a_plan_of_this_machine(cfg, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(
     plan, 'layouts', lambda config, there: [('mesh.data=2', 'model.remat=full')]
   )
-  assert plan.run(two, str(tmp_path), 'cpu:8', True) == 0
+  assert plan.run(two, str(tmp_path), 'cpu:8', True, True) == 0
   out = json.loads((tmp_path / 'plan.json').read_text())
   assert out['devices'] == 8 and out['topology'] == 'cpu:8'
   assert out['stages'].keys() == set(two.stages)
@@ -256,6 +259,50 @@ def test_a_plan_of_this_machine(cfg, tmp_path, capsys, monkeypatch):
   assert 'cpt  ' in said and 'nan' not in said
   page = (tmp_path / 'plan.html').read_text()
   assert 'decoder/layers/down_proj/kernel' in page and 'nan' not in page
+
+
+def test_serving_by_hand(folder):
+  """What the engine holds, and bounds of its programs, on eight devices."""
+  bench = dict(contexts=(64,), question_tokens=8, output_tokens=8, batches=(6,))
+  cfg = toy_run.config(
+    folder, stages=(), mesh__data=2, mesh__fsdp=2, mesh__tensor=2,
+    **{f'bench__{name}': value for name, value in bench.items()},
+  )  # fmt: skip
+  session = plan.open_planned(cfg, eight())
+  found = serving.plan(session, eight())
+  assert (found.slots, found.positions) == (8, 80)  # four ways to share rows
+  assert [(p.name, p.positions) for p in found.programs] == [
+    ('prefill, full context', 72), ('prefill, k = 4', 24),
+    ('decode, full context', 80), ('decode, k = 4', 32),
+  ]  # fmt: skip
+  # They lie as the engine's own do.
+  with jax.set_mesh(session.mesh):
+    shapes = session_lib.abstract_params(session)
+    drawn = jax.jit(
+      lambda: init_params(cfg.model, jax.random.key(0)),
+      out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
+    )()
+    engine = Engine(cfg.model, drawn, 0, [(8, 80)], 4, 6)
+  for real, planned in (
+    (engine.weights, serving.abstract_weights(session)),
+    (engine.pools[0].slots, serving.abstract_slots(session, 8, 80)),
+  ):
+    for x, y in zip(jax.tree.leaves(real), jax.tree.leaves(planned)):
+      assert (x.shape, x.dtype) == (y.shape, y.dtype)
+      assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+  held = compiled.device_bytes(serving.abstract_weights(session))
+  assert found.weight_bytes == held
+  d = cfg.model.decoder
+  heads = max(1, d.num_kv_heads // 2)
+  assert found.slot_bytes == 2 * d.num_layers * 80 * heads * d.head_dim * 4
+  temp = max(p.temp_bytes for p in found.programs)
+  room = compiled.USABLE * CHIP.hbm - held - temp
+  assert found.sequences_that_fit == 4 * int(room // found.slot_bytes)
+  decode = found.programs[2]
+  assert decode.hbm_s == pytest.approx((held + 2 * found.slot_bytes) / 1e9)
+  assert decode.bound_s == max(decode.hbm_s, decode.compute_s)
+  whole, short = found.programs[:2]
+  assert 0 < short.flops < whole.flops
 
 
 @pytest.mark.parametrize(
@@ -307,7 +354,7 @@ def test_a_mesh_and_a_batch_must_fit_the_topology(cfg):
   with pytest.raises(UserError, match='sees a whole row'):
     plan.changed(fused, ['mesh.sequence=2'])
   with pytest.raises(UserError, match='needs --topology='):
-    plan.run(cfg, '', '', False)
+    plan.run(cfg, '', '', False, False)
 
 
 BFLOAT16 = 'model.compute_dtype=bfloat16'
