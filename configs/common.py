@@ -313,6 +313,7 @@ def base() -> ml_collections.ConfigDict:
   c.eval.tail_chunks = 0
   c.eval.questions = ()
   c.eval.num_questions = 256
+  c.eval.question_rows = ()
   c.eval.question_passages = ()
   c.eval.question_fractions = ()
   c.eval.copy_lengths = (16, 32)

@@ -1,4 +1,5 @@
-"""Greedy generation after any layout: prefill, then one token at a time.
+"""Greedy generation after any layout: prefill, then one token at a time, until
+all rows have ended.
 
 Dimension key: B batch, C chunks, O forced output tokens, T prefill positions,
 W new tokens, S = T + W - 1 cache slots (nothing reads the last token).
@@ -78,15 +79,22 @@ def greedy(
     )
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
 
-  def body(carry, i):
-    token_B, cache, done_B = carry
-    hidden_BD, cache = model.apply(
-      variables, token_B, length_B + i, cache, method=Refrag.step
-    )
-    token_B = jnp.where(done_B, eos_id, choose(hidden_BD))
-    return (token_B, cache, done_B | (token_B == eos_id)), token_B
-
   first_B = choose(last_BD)
-  start = (first_B, cache, first_B == eos_id)
-  _, tokens_WB = jax.lax.scan(body, start, jnp.arange(num_tokens - 1))
-  return jnp.concatenate([first_B[None], tokens_WB]).T
+  tokens_BW = jnp.full((B, num_tokens), eos_id, jnp.int32).at[:, 0].set(first_B)
+  if num_tokens == 1:
+    return tokens_BW
+
+  def body(carry):
+    w, tokens_BW, cache = carry
+    before_B = tokens_BW[:, w - 1]
+    hidden_BD, cache = model.apply(
+      variables, before_B, length_B + w - 1, cache, method=Refrag.step
+    )
+    token_B = jnp.where(before_B == eos_id, eos_id, choose(hidden_BD))
+    return w + 1, tokens_BW.at[:, w].set(token_B), cache
+
+  def goes_on(carry):
+    w, tokens_BW, _ = carry
+    return (w < num_tokens) & (tokens_BW[:, w - 1] != eos_id).any()
+
+  return jax.lax.while_loop(goes_on, body, (1, tokens_BW, cache))[1]

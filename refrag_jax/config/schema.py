@@ -171,6 +171,7 @@ class EvalConfig:
   tail_chunks: int  # tail chunks expanded in every row of selection's 2nd table
   questions: tuple[str, ...]  # files; () or 'heldout': of data.questions
   num_questions: int  # of each file
+  question_rows: tuple[str, ...]  # of the eval qa; (): all
   question_passages: tuple[int, ...]  # other numbers of them to try; (): none
   question_fractions: tuple[float, ...]  # p of answers with chunks expanded
   copy_lengths: tuple[int, ...]  # tokens of the spans of `copying`

@@ -115,7 +115,9 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
   source = questions.build(config, split, (path,))
   marked = 'gold' in source.kinds
   rows, costs, notes = {}, {}, []
-  for name, row in ROWS.items():
+  wanted = config.eval.question_rows or tuple(ROWS)
+  for name in wanted:
+    row = ROWS[name]
     kind = row.passages if marked or row.passages != GIVEN else 'given'
     name = name if marked or name != GIVEN else 'given'
     if row.needs_gold and not marked:
@@ -392,6 +394,7 @@ def check_questions(config: Config) -> None:
   """Refuses numbers of passages that the decoder has no positions for."""
   check.positive(config.eval, 'eval.', 'num_questions')
   questions.check_questions(config)
+  check.names(config.eval.question_rows, ROWS, 'eval.question_rows')
   numbers = config.eval.question_passages
   if any(number < 1 for number in numbers):
     raise UserError(

@@ -112,6 +112,25 @@ def test_every_file_has_the_rows_and_what_judges_it(session, tables):
   )
 
 
+def test_some_rows_alone(context, tables):
+  """The same numbers, and nothing else is measured."""
+  config = context.session.config
+  wanted = ('full_context', 'no_context')
+  ev = dataclasses.replace(
+    config.eval, question_rows=wanted, question_passages=()
+  )
+  some = context.session._replace(config=toy_run.replaced(config, eval=ev))
+  path = next(path for path in tables if path.endswith('texts.jsonl'))
+  found = qa.of_file(context._replace(session=some), path)
+  rows = {name: row for name, row in found.items() if isinstance(row, dict)}
+  assert rows.keys() == set(wanted)
+  for name in wanted:
+    assert rows[name]['gold_nll'] == tables[path][name]['gold_nll']
+  bad = dataclasses.replace(config.eval, question_rows=('ful_context',))
+  with pytest.raises(UserError, match="did you mean 'full_context'"):
+    qa.check_questions(toy_run.replaced(config, eval=bad))
+
+
 def test_rows_are_held_against_what_costs_as_much(context, tables):
   """GFLOP of a first token by hand, and the pairs that follow from them."""
   config = context.session.config
