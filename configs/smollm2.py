@@ -22,7 +22,7 @@ PRESETS = {
 DURATIONS = {
   '': 'some hours on one card of 80 GB, by estimate',
   'laptop': 'an hour on two CPU cores',
-  'cpu': 'two hours on two CPU cores',
+  'cpu': 'two to three hours on two CPU cores',
   'k4': 'some hours on one card of 80 GB, by estimate',
   'k16': 'some hours on one card of 80 GB, by estimate',
 }
@@ -128,7 +128,7 @@ def get_config(preset: str = ''):
 
   c.log_every_steps = 5
   c.eval.batch_size = 32
-  c.eval.num_windows = 128 if preset == 'laptop' else 512
+  c.eval.num_windows = {'laptop': 128, 'cpu': 256}.get(preset, 512)
   c.eval.output_lengths = (4, output_length)
   c.eval.reconstruct_lengths = (k, context_length)
   c.eval.expand_fractions = fractions

@@ -92,9 +92,12 @@ def run(context: common.Context) -> dict:
   k = config.model.chunk_size
   cfg = config.stage['cpt']
   lengths = sorted(config.eval.output_lengths)
-  references = [
-    row + suffix for suffix in DECODERS.values() for row in PLAIN
-  ] + [f'refrag_k{k}', f'refrag_k{k}_shuffled']
+  references = [row + suffix for suffix in DECODERS.values() for row in PLAIN]
+  references += [
+    f'refrag_k{k}{suffix}{which}'
+    for suffix in REFRAG.values()
+    for which in ('', '_shuffled')
+  ]
   references += [
     f'refrag_k{k}_{name}_p{p:g}'
     for name in ('random', 'last')
