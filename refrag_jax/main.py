@@ -140,6 +140,8 @@ def main(argv: list[str]) -> int:
       raise
     _say(line)
     return 1
+  finally:
+    stopping.heard.clear()  # whoever called this may go on with other runs
 
 
 def _take_any_text() -> None:

@@ -165,6 +165,8 @@ def test_a_signal_while_the_config_is_read(monkeypatch, capsys):
   monkeypatch.setattr(main.cli, 'load', load)
   assert main.main([TINY]) == 75
   assert 'SIGUSR1: stopped' in capsys.readouterr().err
+  with stopping.stop_on_signal() as stop:  # of a run that begins after it
+    assert not stop.is_set()
 
 
 def test_other_errors_are_not_swallowed(monkeypatch):
