@@ -163,7 +163,7 @@ def test_a_cancelled_request_frees_its_slot(engine):
 
 def test_nothing_compiles_after_the_warm_up():
   """Whatever the lengths, the settings and who is there."""
-  engine = make(pools=((2, 24), (2, 40)))
+  engine = make(pools=((2, 40),))
   engine.warm_up()
   rng = np.random.default_rng(1)
   sizes = lambda: [
