@@ -2,7 +2,7 @@
 
   launch/models.sh
   pip install torch==2.13.0 accelerate
-  python docs/bench/engine.py [--repeats=5] [--json=OUT.json]
+  PYTHONPATH=. python docs/bench/engine.py [--repeats=5] [--json=OUT.json]
 
 On SmolLM2-135M in float32: a prefill of 256, 1,024 and 4,096 tokens; a decode
 step with 1,024 tokens in the cache, for 1 and for 8 sequences; the first token
