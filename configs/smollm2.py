@@ -21,8 +21,8 @@ PRESETS = {
 }
 DURATIONS = {
   '': 'some hours on one card of 80 GB, by estimate',
-  'laptop': 'an hour on two CPU cores',
-  'cpu': 'two to three hours on two CPU cores',
+  'laptop': 'an hour on two CPU cores, by estimate',
+  'cpu': 'two hours on two CPU cores',
   'k4': 'some hours on one card of 80 GB, by estimate',
   'k16': 'some hours on one card of 80 GB, by estimate',
 }

@@ -1,8 +1,9 @@
-"""The engine beside transformers' torch, same weights, same threads, one run.
+r"""The engine beside transformers' torch, same weights, same threads, one run.
 
   launch/models.sh
-  pip install torch==2.13.0 accelerate
-  PYTHONPATH=. python docs/bench/engine.py [--repeats=5] [--json=OUT.json]
+  .venv/bin/python -m pip install torch==2.13.0
+  PYTHONPATH=. .venv/bin/python docs/bench/engine.py \
+    [--repeats=5] [--json=OUT.json]
 
 On SmolLM2-135M in float32: a prefill of 256, 1,024 and 4,096 tokens; a decode
 step with 1,024 tokens in the cache, for 1 and for 8 sequences; the first token
@@ -26,7 +27,7 @@ import numpy as np
 
 from refrag_jax import session as session_lib
 from refrag_jax.config import load
-from refrag_jax.serve import programs
+from refrag_jax.serve import programs, torch_baseline
 from refrag_jax.serve.engine import Engine, Options, Prompt, settings_of
 
 DECODER = 'models/SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -57,12 +58,12 @@ def main() -> None:
       f'{of[0] / of[1]:.2f} (asked for: {limit})', flush=True,
     )  # fmt: skip
 
-  model = theirs()
+  model = torch_baseline.load(config, params)
   engine = make(config, params, 1, SLOT)
   for length in PREFILLS:
     a, b = in_turns(
       args.repeats, prefill(engine, ids[0, :length]),
-      torch_prefill(model, ids[:1, :length]),
+      lambda length=length: torch_baseline.generate(model, ids[:1, :length], 1),
     )  # fmt: skip
     report(f'prefill of {length} tokens', 0.8, a, b, 'torch')
   for batch, limit in zip(BATCHES, (0.8, 0.6), strict=True):
@@ -73,10 +74,9 @@ def main() -> None:
     )  # fmt: skip
     report(f'decode step, {batch} sequences at {CACHE}', limit, a, b, 'torch')
     del pool
-  del model
   for context in CONTEXTS:
-    compressed, plain, whole, parts = first_token(config, params, context)
-    a, b = in_turns(args.repeats, compressed, plain)
+    compressed, as_long, whole, parts = first_token(config, params, context)
+    a, b = in_turns(args.repeats, compressed, as_long)
     report(f'first token, {context} tokens cached, k = {K}', 1.1, a, b, 'plain')
     a, b = in_turns(args.repeats, whole, parts)
     report(f'the same, encoded first, k = {K}', 1.15, a, b, 'parts')
@@ -110,18 +110,6 @@ def make(config, params, rows: int, length: int) -> Engine:
   )  # fmt: skip
 
 
-def theirs():
-  """Transformers' own reading of the same file."""
-  import torch
-  import transformers
-
-  torch.set_num_threads(os.cpu_count())
-  directory, name = os.path.split(DECODER)
-  return transformers.AutoModelForCausalLM.from_pretrained(
-    directory, gguf_file=name, dtype=torch.float32
-  ).eval()
-
-
 def in_turns(repeats: int, *functions) -> list[list[float]]:
   """Seconds of each call of each function, after two that do not count."""
   seconds = [[] for _ in functions]
@@ -134,13 +122,18 @@ def in_turns(repeats: int, *functions) -> list[list[float]]:
   return seconds
 
 
-def prefill(engine: Engine, ids: np.ndarray):
-  """Reads tokens and draws one."""
-  prompt = Prompt(
+def plain(engine: Engine, ids: np.ndarray) -> Prompt:
+  """A request of tokens alone."""
+  return Prompt(
     ids.astype(np.int32), np.zeros((0, K), np.int32), np.zeros(0, np.int32),
     np.zeros((0, engine.cfg.encoder.width), np.float32), np.zeros(0, bool),
     np.zeros(0, np.int32),
   )  # fmt: skip
+
+
+def prefill(engine: Engine, ids: np.ndarray):
+  """Reads tokens and draws one."""
+  prompt = plain(engine, ids)
   return lambda: answer(engine, prompt)
 
 
@@ -153,15 +146,16 @@ def answer(engine: Engine, prompt: Prompt) -> None:
 
 def decode(engine: Engine, ids_BT: np.ndarray):
   """One step of a pool whose rows hold so many tokens."""
-  for row in ids_BT:
-    prefill_only(engine, row)
+  for row in ids_BT:  # slots that stay taken
+    engine.submit(plain(engine, row), Options(max_tokens=256))
+  engine.step()
   (pool,) = engine.pools
   active_B = np.ones(len(pool.running), bool)
-  position = pool.slots.position_B + 0
+  position = np.full(len(active_B), ids_BT.shape[1], np.int32)
 
   def step():
     # The same position each time: the cache stays as long as it is.
-    slots = pool.slots._replace(position_B=position + 0)
+    slots = pool.slots._replace(position_B=jax.numpy.array(position))
     pool.slots, token_B, _ = programs.decode(
       engine.weights, slots, active_B, settings_of([Options()] * len(active_B)),
       cfg=engine.cfg.decoder, live=CACHE,
@@ -169,30 +163,6 @@ def decode(engine: Engine, ids_BT: np.ndarray):
     jax.block_until_ready(token_B)
 
   return step
-
-
-def prefill_only(engine: Engine, ids: np.ndarray) -> None:
-  """Puts a request into a free slot that stays taken."""
-  prompt = Prompt(
-    ids.astype(np.int32), np.zeros((0, K), np.int32), np.zeros(0, np.int32),
-    np.zeros((0, engine.cfg.encoder.width), np.float32), np.zeros(0, bool),
-    np.zeros(0, np.int32),
-  )  # fmt: skip
-  engine.submit(prompt, Options(max_tokens=256))
-  engine._admit()
-
-
-def torch_prefill(model, ids_BT: np.ndarray):
-  import torch
-
-  ids = torch.tensor(ids_BT)
-
-  def run():
-    with torch.inference_mode():
-      out = model(ids, use_cache=True, logits_to_keep=1)
-      return int(out.logits[0, -1].argmax())
-
-  return run
 
 
 def torch_decode(model, ids_BT: np.ndarray):
@@ -208,7 +178,7 @@ def torch_decode(model, ids_BT: np.ndarray):
     with torch.inference_mode():
       out = model(token, past_key_values=cache, use_cache=True)
       tokens = out.logits[:, -1].argmax(-1).tolist()
-      cache.crop(ids_BT.shape[1])
+      cache.crop(-1)  # as long as it was
       return tokens
 
   return step
@@ -231,7 +201,7 @@ def first_token(config, params, context: int):
     )  # fmt: skip
 
   held = prompt(c_CE)
-  plain = prefill(engine, rng.integers(100, 40_000, held.positions()))
+  as_long = prefill(engine, rng.integers(100, 40_000, held.positions()))
 
   def whole():
     fresh = engine.encode(encoder_CM, len_C)
@@ -241,7 +211,7 @@ def first_token(config, params, context: int):
     jax.block_until_ready(engine.encode(encoder_CM, len_C))
     answer(engine, held)
 
-  return (lambda: answer(engine, held)), plain, whole, parts
+  return (lambda: answer(engine, held)), as_long, whole, parts
 
 
 if __name__ == '__main__':

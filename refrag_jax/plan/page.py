@@ -349,7 +349,7 @@ def answering(serving: dict[str, Any], hbm: int) -> str:
     f'Weights take {gib(serving["weight_bytes"])} of a device, and '
     f'{gib(serving["slot_bytes"])} each sequence of up to '
     f'{serving["positions"]:,} positions that it holds a part of'
-    + (f'; {fit:,} fit. ' if fit >= 0 else '. ')
+    + (f'; {fit:,} fit. ' if fit is not None else '. ')
     + f'A prefill is of one sequence, a decode step of {serving["slots"]:,}. '
     'Times are the least that arithmetic and memory allow.'
   )

@@ -47,9 +47,9 @@ class ServingPlan:
 
   slots: int
   positions: int  # of a slot
-  weight_bytes: int  # of a device
+  weight_bytes: int  # of a device, encoder, projection and policy among them
   slot_bytes: int  # of a device, for one more sequence on each of its rows
-  sequences_that_fit: int  # on all devices
+  sequences_that_fit: int | None  # on all devices; None: not known
   programs: list[ProgramPlan]
 
 
@@ -78,11 +78,13 @@ def plan(session: Session, there: topologies.Topology) -> ServingPlan:
         (f'decode, k = {k}', compressed + bench.output_tokens),
       )
     ]
-  held = device_bytes(weights)
+  params = abstract_params(session)
+  small = {group: x for group, x in params.items() if group != 'decoder'}
+  held = device_bytes((weights, small))
   a_slot = device_bytes(slots.caches) // (rows // ways)
   temp = max(p.temp_bytes for p in found)
   room = usable(there) - held - temp
-  fit = -1 if math.isinf(room) else max(0, int(room // a_slot)) * ways
+  fit = None if math.isinf(room) else max(0, int(room // a_slot)) * ways
   return ServingPlan(rows, length, held, a_slot, fit, found)
 
 
@@ -149,7 +151,7 @@ def _prefill(session, there, weights, slots, name: str, T: int) -> ProgramPlan:
     place((), jnp.int32), place((decoder.vocab_size,), jnp.bool_), settings,
     cfg=decoder, attend=model.attention,
   )  # fmt: skip
-  return _planned(there, traced, name, T, device_bytes(weights))
+  return _planned(session, there, traced, name, T, device_bytes(weights))
 
 
 def _decode(session, there, weights, slots, name: str, live: int):
@@ -163,13 +165,16 @@ def _decode(session, there, weights, slots, name: str, live: int):
   )
   length = slots.caches[0]['k'].shape[1]
   read = device_bytes(weights) + device_bytes(slots.caches) * live / length
-  return _planned(there, traced, name, live, read)
+  return _planned(session, there, traced, name, live, read)
 
 
-def _planned(there, traced, name, positions, read: float) -> ProgramPlan:
+def _planned(
+  session, there, traced, name, positions, read: float
+) -> ProgramPlan:
   """Args: read: bytes that a device cannot do without reading."""
   start = time.monotonic()
-  memory, _ = compile_with(traced, there, there.options)
+  flags = topologies.flags(there, session.config.cluster)
+  memory, _ = compile_with(traced, there, there.options | flags)
   seconds = time.monotonic() - start
   count = flops.count(traced.jaxpr) / len(there.devices)
   compute_s, hbm_s = count / there.chip.flops, read / there.chip.hbm_rate
@@ -188,7 +193,9 @@ def summary(serving: ServingPlan, gib) -> list[str]:
     f'serving  weights {gib(serving.weight_bytes)} a device, '
     f'{gib(serving.slot_bytes)} for each sequence of {serving.positions:,} '
     f'positions: '
-    + (f'{fit:,} sequences fit' if fit >= 0 else 'no bound is known here')
+    + (
+      f'{fit:,} sequences fit' if fit is not None else 'no bound is known here'
+    )
   ]
   for p in serving.programs:
     text = f'  {p.name}  {p.positions:,} positions, {p.flops / 1e12:.2f} TFLOP'

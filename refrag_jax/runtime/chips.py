@@ -35,3 +35,29 @@ CHIPS = {
   # Nothing is known of this machine; the fake devices share it.
   'cpu': Chip('cpu', math.nan, 0, math.nan, math.nan, math.nan),
 }
+
+# Devices by their JAX names. The first name that occurs in `device_kind`
+# decides, so a longer name stands before its prefix: 'TPU v5 lite' is a v5e,
+# 'TPU v5' a v5p. Of those that no plan knows only the arithmetic is.
+_ALONE = dict(hbm=0, hbm_rate=math.nan, near_rate=math.nan, far_rate=math.nan)
+DEVICES = (
+  ('H200', CHIPS['h200']),
+  ('H100 NVL', CHIPS['h100']._replace(flops=835e12, **_ALONE)),
+  ('H100 PCIe', CHIPS['h100']._replace(flops=756e12, **_ALONE)),
+  ('H100', CHIPS['h100']),
+  ('A100', CHIPS['a100']),
+  ('TPU v6', CHIPS['v6e']),
+  ('TPU v5 lite', CHIPS['v5e']),
+  ('TPU v5e', CHIPS['v5e']),
+  ('TPU v5', CHIPS['v5p']),
+  ('TPU v4 lite', CHIPS['v4']._replace(flops=138e12, **_ALONE)),
+  ('TPU v4', CHIPS['v4']),
+)
+
+
+def of_device(kind: str) -> Chip | None:
+  """The chip of a device's JAX name; None if it is not known."""
+  for name, chip in DEVICES:
+    if name.lower() in kind.lower():
+      return chip
+  return None

@@ -19,28 +19,10 @@ import numpy as np
 import rich
 from rich import progress as rich_progress
 
-from refrag_jax.runtime import stopping, watchdog
-from refrag_jax.runtime.chips import CHIPS
+from refrag_jax.runtime import chips, stopping, watchdog
 
 SAY_EVERY = 10.0  # seconds between two lines of work that has no steps
 _last_line = [0.0]  # when, by time.monotonic
-
-# Dense bf16 FLOP/s of one JAX device, from the makers' data sheets (without
-# sparsity). The first name that occurs in `device_kind` decides, so a longer
-# name stands before its prefix: 'TPU v5 lite' is a v5e, 'TPU v5' a v5p.
-PEAK_FLOPS = (
-  ('H200', CHIPS['h200'].flops),
-  ('H100 NVL', 835e12),
-  ('H100 PCIe', 756e12),
-  ('H100', CHIPS['h100'].flops),
-  ('A100', CHIPS['a100'].flops),
-  ('TPU v6', CHIPS['v6e'].flops),
-  ('TPU v5 lite', CHIPS['v5e'].flops),
-  ('TPU v5e', CHIPS['v5e'].flops),
-  ('TPU v5', CHIPS['v5p'].flops),
-  ('TPU v4 lite', 138e12),
-  ('TPU v4', CHIPS['v4'].flops),
-)
 
 # What a log line shows of a step's metrics: key, label, format.
 FIELDS = (
@@ -251,14 +233,6 @@ def format_duration(seconds: float) -> str:
   return f'{days}d {h:02}:{m:02}:{s:02}' if days else f'{h}:{m:02}:{s:02}'
 
 
-def peak_flops(device_kind: str) -> float | None:
-  """Dense bf16 FLOP/s of a device by its JAX name; None if not known."""
-  for name, peak in PEAK_FLOPS:
-    if name.lower() in device_kind.lower():
-      return peak
-  return None
-
-
 def machine_peak(devices: Sequence[jax.Device]) -> tuple[float | None, str]:
   """FLOP/s of all devices together, and what an MFU against it means.
 
@@ -268,10 +242,10 @@ def machine_peak(devices: Sequence[jax.Device]) -> tuple[float | None, str]:
   if devices[0].platform == 'cpu':
     processes = len({d.process_index for d in devices})
     return measure_matmul_flops() * processes, 'mfu of measured matmul peak'
-  peak = peak_flops(devices[0].device_kind)
-  if peak is None:
+  chip = chips.of_device(devices[0].device_kind)
+  if chip is None:
     return None, f'no mfu: peak of {devices[0].device_kind} not known'
-  return peak * len(devices), 'mfu of dense bf16 peak'
+  return chip.flops * len(devices), 'mfu of dense bf16 peak'
 
 
 @functools.cache  # once a process

@@ -69,7 +69,7 @@ class Asked(NamedTuple):
   request: requests.Request
   scores: np.ndarray | None
   start: float
-  times: list[float]  # of the first token and the last
+  times: list[float]  # of each token that was seen, after the start
 
 
 class Stream:
@@ -123,6 +123,7 @@ class Refrag:
       self.engine = Engine(
         config.model, params, self.tokenizer.eos_id, [(slots, positions)],
         max_chunks or positions, config.data.max_encoder_tokens,
+        attend=config.model.attention,
       )  # fmt: skip
 
   @classmethod
@@ -191,6 +192,7 @@ class Refrag:
     asked = [self.submit(*of, **how) for of in questions]
     while not all(of.running.finish for of in asked):
       self.step(asked)
+    self.step(asked)  # what others brought to its end
     return [self.result(of) for of in asked]
 
   def submit(
@@ -217,7 +219,8 @@ class Refrag:
     C = len(request.chunk_len_C)
     self.engine.check_chunks(C)
     with jax.set_mesh(self._mesh):
-      c_CE, scores = np.zeros((0, self.config.model.encoder.width)), None
+      width = self.config.model.encoder.width
+      c_CE, scores = np.zeros((0, width), np.float32), None
       chosen_C = np.zeros(C, bool)
       if C:
         c_CE = self.engine.encode(request.encoder_CM, request.encoder_len_C)
@@ -238,25 +241,27 @@ class Refrag:
     return Asked(running, writer, request, scores, start, [])
 
   def step(self, asked: Sequence[Asked]) -> dict[int, str]:
-    """Moves the engine on by a token; what is new of each, by its place."""
+    """Moves the engine on by a token; what is new of each, by its place.
+
+    Whoever moved the engine meanwhile: nothing that was written is lost.
+    """
     with jax.set_mesh(self._mesh):
-      news = self.engine.step()
-    out, got = {}, set(map(id, news))
-    for place, of in enumerate(asked):
-      running = of.running
-      if id(running) not in got:
-        continue
-      of.times[1:] = [time.monotonic() - of.start]
-      fresh = running.tokens[of.writer.taken :]
-      if fresh[-1:] == [self.engine.eos_id]:
-        fresh = fresh[:-1]
-      out[place] = of.writer.take(fresh)
-      if of.writer.stopped and not running.finish:
-        running.finish = 'stop'
-        self.engine.cancel(running)
-      elif running.finish:
-        out[place] += of.writer.end()
-    return out
+      self.engine.step()
+    found = {place: self._take(of) for place, of in enumerate(asked)}
+    return {place: text for place, text in found.items() if text}
+
+  def _take(self, asked: Asked) -> str:
+    """The text of the tokens that nobody has taken yet."""
+    running, writer = asked.running, asked.writer
+    fresh = running.tokens[len(asked.times) :]
+    asked.times.extend([time.monotonic() - asked.start] * len(fresh))
+    if fresh[-1:] == [self.engine.eos_id]:
+      fresh = fresh[:-1]
+    text = writer.take(fresh) if fresh else ''
+    if writer.closed and not running.finish:
+      running.finish = 'stop'
+      self.engine.cancel(running)
+    return text + (writer.end() if running.finish else '')
 
   def result(self, asked: Asked) -> Answer:
     """The answer, as far as it was written."""
@@ -272,7 +277,6 @@ class Refrag:
         prompt.expand_C, strict=True,
       )
     )  # fmt: skip
-    first, last = (*asked.times, 0.0, 0.0)[:2]
     return Answer(
       text=asked.writer.text,
       finish=running.finish,
@@ -282,17 +286,20 @@ class Refrag:
       passages=request.passages,
       context_tokens=int(request.chunk_len_C.sum()),
       positions=prompt.positions(),
-      seconds_to_first=first,
-      seconds=last or first,
+      seconds_to_first=asked.times[0] if asked.times else 0.0,
+      seconds=asked.times[-1] if asked.times else 0.0,
       notes=request.notes,
     )
 
   def _pieces(self, asked: Asked) -> Iterator[str]:
     try:
-      while not asked.running.finish:
-        new = self.step([asked]).get(0)
-        if new:
+      while True:
+        if new := self._take(asked):
           yield new
+        elif asked.running.finish:
+          return
+        else:
+          self.step([])
     finally:  # whoever reads has enough
       if not asked.running.finish:
         self.engine.cancel(asked.running)
@@ -319,9 +326,10 @@ class Refrag:
       return np.arange(C)
     if selector == 'random':
       return np.random.default_rng(seed).random(C)
-    ids = np.concatenate(
-      [ids[:n] for ids, n in zip(request.chunks_CK, request.chunk_len_C)]
+    there_CK = (
+      np.arange(request.chunks_CK.shape[1]) < (request.chunk_len_C[:, None])
     )
+    ids = request.chunks_CK[there_CK]
     nll_T = self.engine.token_nll(ids, self.tokenizer.bos_id)
     first_C = np.cumsum(request.chunk_len_C) - request.chunk_len_C
     return np.add.reduceat(nll_T, first_C) / request.chunk_len_C

@@ -14,6 +14,7 @@ ratio above its limit is owed to a slow baseline.
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import platform
 import time
@@ -35,7 +36,6 @@ from refrag_jax.runtime.progress import say
 from refrag_jax.serve.engine import Engine, Options, Prompt, bucket
 
 PERCENTILES = (50, 95, 99)
-SPARE = 64  # positions of a slot beyond what its cells need
 
 
 class Cell(NamedTuple):
@@ -84,7 +84,6 @@ def label(row: Mapping[str, Any]) -> str:
 class Times(NamedTuple):
   """Of one request, in seconds."""
 
-  first: float
   tokens: list[float]  # when each came, after its submission
   steps: dict[str, float]  # of what was done before the prefill
 
@@ -297,9 +296,9 @@ def measure(
   number = config.bench.output_tokens
   itl = np.concatenate([np.diff(x.tokens) for x in all_times])
   columns = {
-    'ttft': np.array([x.first for x in all_times]),
+    'ttft': np.array([x.tokens[0] for x in all_times]),
     'tpot': np.array(
-      [(x.tokens[-1] - x.first) / max(1, number - 1) for x in all_times]
+      [(x.tokens[-1] - x.tokens[0]) / max(1, number - 1) for x in all_times]
     ),
     'itl': itl,
     'e2el': np.array([x.tokens[-1] for x in all_times]),
@@ -367,7 +366,7 @@ def requests(
     now = time.perf_counter()
     for of, (start, tokens, _) in zip(running, out, strict=True):
       tokens += [now - start] * (len(of.tokens) - len(tokens))
-  return [Times(tokens[0], tokens, steps) for _, tokens, steps in out]
+  return [Times(tokens, steps) for _, tokens, steps in out]
 
 
 def _prompt(
@@ -414,7 +413,8 @@ def limits(rows: list[dict], model: ModelConfig, config: Config) -> None:
   for row in rows:
     cost, moved = first_token_cost(row, model, config)
     row['bytes_moved'] = moved
-    row['roofline_ms'] = 1e3 * max(cost / flop_rate, moved / byte_rate)
+    bound = max(cost / flop_rate, moved / byte_rate)
+    row['roofline_ms'] = 1e3 * bound if bound else None
     full = base.get((row['context'], row['k'], row['batch']))
     if full is None:
       continue
@@ -448,17 +448,17 @@ def first_token_cost(
 
 
 def rates(dtype: str) -> tuple[float, float]:
-  """FLOP/s and bytes/s of one device: data sheet, or on a CPU measured."""
+  """FLOP/s and bytes/s of one device: data sheet, or on a CPU measured.
+
+  What is not known is no bound: infinite. Data sheets are of bfloat16.
+  """
   device = jax.devices()[0]
   if device.platform == 'cpu':
     return progress.measure_matmul_flops(), _copy_rate()
-  kind = device.device_kind.lower()
-  for name, chip in chips.CHIPS.items():
-    if name in kind.replace(' ', ''):
-      # The data sheets' figure is bfloat16's.
-      slower = 1 if dtype == 'bfloat16' else 2
-      return chip.flops / slower, chip.hbm_rate
-  return float('nan'), float('nan')
+  chip = chips.of_device(device.device_kind) or chips.CHIPS['cpu']
+  known = lambda rate: math.inf if math.isnan(rate) else rate
+  flop_rate = known(chip.flops) if dtype == 'bfloat16' else math.inf
+  return flop_rate, known(chip.hbm_rate)
 
 
 def _copy_rate(size: int = 1 << 26, repeats: int = 5) -> float:

@@ -338,7 +338,10 @@ class Engine:
     number = prompt.positions()
     x_1TD, length = self._spliced(prompt, bucket(number, pool.lengths))
     seen_V = np.zeros(self.cfg.decoder.vocab_size, bool)
-    for ids in (prompt.prefix, prompt.given, *self._expanded(prompt)):
+    K = self.cfg.chunk_size
+    read_CK = np.arange(K) < prompt.chunk_len_C[:, None]
+    read_CK &= prompt.expand_C[:, None]
+    for ids in (prompt.prefix, prompt.given, prompt.chunks_CK[read_CK]):
       seen_V[ids] = True
     pool.slots, token_1, logprob_1 = programs.prefill(
       self.weights, pool.slots, np.int32(row), x_1TD, length, seen_V,
@@ -374,13 +377,6 @@ class Engine:
       self.small, self.weights.embed_VD, batch, c_CE,
       _rows(prompt.expand_C, slots), model=self.model, length=length,
     )  # fmt: skip
-
-  @staticmethod
-  def _expanded(prompt: Prompt) -> list[np.ndarray]:
-    return [
-      prompt.chunks_CK[c, : prompt.chunk_len_C[c]]
-      for c in np.flatnonzero(prompt.expand_C)
-    ]
 
   def _decode(self, pool: Pool) -> bool:
     """One token more for every row that is to have one; whether any is."""

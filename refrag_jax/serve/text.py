@@ -17,12 +17,7 @@ class Writer:
     self._tokenizer, self._stops = tokenizer, tuple(stops)
     self._ids: list[int] = []
     self.text = ''  # what was given out
-    self.stopped = False  # a stop string came; nothing follows
-
-  @property
-  def taken(self) -> int:
-    """How many tokens came."""
-    return len(self._ids)
+    self.closed = False  # it ended, or a stop string came: nothing follows
 
   def take(self, ids: Sequence[int]) -> str:
     """More tokens; returns the text that they add for certain."""
@@ -34,17 +29,18 @@ class Writer:
     return self._give(final=True)
 
   def _give(self, final: bool) -> str:
-    if self.stopped:
+    if self.closed:
       return ''
+    self.closed = final
     whole = self._tokenizer.decode(self._ids)
     found = [at for stop in self._stops if (at := whole.find(stop)) >= 0]
     if found:
-      whole, self.stopped = whole[: min(found)], True
+      whole, self.closed = whole[: min(found)], True
     elif not final:
       whole = whole.rstrip(UNFINISHED)
       whole = whole[: len(whole) - self._may_stop(whole)]
     # A decoder that takes back what it wrote has to wait until it is done.
-    if not whole.startswith(self.text) and not final and not self.stopped:
+    if not whole.startswith(self.text) and not self.closed:
       return ''
     new = whole[len(self.text) :]
     self.text += new

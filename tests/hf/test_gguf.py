@@ -263,26 +263,6 @@ def test_wordpieces_are_spelt_as_bert_spells_them(special, tmp_path):
   assert list(tokenizers.load(path).encode('A a Ab')[0]) == [9, 6, 9, 7]
 
 
-def test_the_real_encoder_is_the_same_from_either(tmp_path):
-  source = real_models.minilm()
-  if source is None:
-    pytest.skip('needs MiniLM')
-  path = str(tmp_path / 'minilm.gguf')
-  words = pathlib.Path(source, 'vocab.txt').read_text().split('\n')[:-1]
-  gguf_files.write_bert(path, source, words)
-  ours, theirs = sources.locate(path), sources.locate(source)
-  assert ours.numbers == theirs.numbers
-  ids = [tokenizers.load(of) for of in (path, source)]
-  text = [
-    "Ünïcode, 日本 don't [MASK] 3.14 x\u0300",
-    *(real_models.lines(300) or []),
-  ]
-  for one, other in zip(*(of.encode_batch(text) for of in ids), strict=True):
-    np.testing.assert_array_equal(one, other)
-  special = [(t.cls_id, t.sep_id, t.pad_id, t.mask_id) for t in ids]
-  assert special[0] == special[1]
-
-
 @pytest.mark.parametrize(
   ('how', 'sentence'),
   [

@@ -6,6 +6,7 @@ Dimension key: B batch, T positions.
 """
 
 import os
+import pathlib
 import re
 
 import numpy as np
@@ -15,11 +16,12 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('accelerate')  # which transformers reads GGUF with
 hf_torch = pytest.importorskip('hf_torch')
 
+import gguf_files  # noqa: E402
 import real_models  # noqa: E402
 import transformers  # noqa: E402
 
 from refrag_jax.data import tokenizers  # noqa: E402
-from refrag_jax.hf import hub  # noqa: E402
+from refrag_jax.hf import hub, sources  # noqa: E402
 from refrag_jax.models.refrag import Refrag  # noqa: E402
 
 PATH = real_models.smollm2()
@@ -86,3 +88,22 @@ def test_ids_of_ten_thousand_lines():
   spaced = [n for n in range(len(lines)) if whole[n] != found[n]]
   print(f'{len(spaced)} of {len(lines)} lines differ as a whole')
   assert all(re.search(r'\s\s\d|^\s+\d', lines[n]) for n in spaced)
+
+
+def test_the_real_encoder_is_the_same_from_either(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  source = real_models.minilm()
+  path = str(tmp_path / 'minilm.gguf')
+  words = pathlib.Path(source, 'vocab.txt').read_text().split('\n')[:-1]
+  gguf_files.write_bert(path, source, words)
+  ours, theirs = sources.locate(path), sources.locate(source)
+  assert ours.numbers == theirs.numbers
+  ids = [tokenizers.load(of) for of in (path, source)]
+  text = [
+    "Ünïcode, 日本 don't [MASK] 3.14 x\u0300",
+    *(real_models.lines(300) or []),
+  ]
+  for one, other in zip(*(of.encode_batch(text) for of in ids), strict=True):
+    np.testing.assert_array_equal(one, other)
+  special = [(t.cls_id, t.sep_id, t.pad_id, t.mask_id) for t in ids]
+  assert special[0] == special[1]

@@ -13,7 +13,7 @@ import rich
 from rich.console import Console
 
 from refrag_jax.errors import UserError
-from refrag_jax.runtime import metrics, progress
+from refrag_jax.runtime import chips, metrics, progress
 
 
 def lines(workdir, name='metrics.jsonl'):
@@ -246,7 +246,8 @@ def test_format_duration(seconds, text):
    ('TPU v6e', 918e12), ('cpu', None), ('NVIDIA T4', None)],
 )  # fmt: skip
 def test_peak_flops_by_device_kind(kind, peak):
-  assert progress.peak_flops(kind) == peak
+  chip = chips.of_device(kind)
+  assert (chip and chip.flops) == peak
 
 
 def test_the_peak_of_a_cpu_is_measured_once_a_process(monkeypatch):

@@ -3,6 +3,7 @@
 Dimension key: C chunks of all passages.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -212,6 +213,34 @@ def test_a_stream_that_nobody_reads_to_its_end_frees_its_slot(model):
   assert model.engine.idle
 
 
+def test_streams_that_are_read_in_turns_lose_nothing(model):
+  """Whoever moves the engine moves it for all."""
+  asked = [('what?', PASSAGES), ('who?', ['a reward']), ('é?', [])]
+  how = dict(max_tokens=7, temperature=1.0, seed=2)
+  alone = [model.answer(*of, **how) for of in asked]
+  streams = [model.answer(*of, stream=True, **how) for of in asked]
+  first = next(iter(streams[0]))
+  whole = [''.join(stream) for stream in reversed(streams)][::-1]
+  whole[0] = first + whole[0]
+  assert whole == [of.text for of in alone]
+  for stream, of in zip(streams, alone, strict=True):
+    assert stream.answer.tokens == of.tokens
+    assert stream.answer.seconds_to_first > 0
+
+
+@pytest.mark.parametrize('attention', ['dense', 'blockwise'])
+def test_prefills_attend_as_the_config_says(config, params, model, attention):
+  how = dict(expand=0.5, max_tokens=6, selector='ppl_desc')
+  kind = dataclasses.replace(config.model, attention=attention)
+  other = Refrag(
+    toy_run.replaced(config, model=kind), params, GROUPS, toy_run.mesh(),
+    slots=1, positions=128,
+  )  # fmt: skip
+  assert other.engine.attend == attention
+  expected = model.answer('what?', PASSAGES, **how)
+  assert other.answer('what?', PASSAGES, **how).tokens == expected.tokens
+
+
 class Fake:
   """A tokenizer of code points in UTF-8, a byte an id."""
 
@@ -227,7 +256,7 @@ def test_text_comes_in_whole_characters_and_no_stop_string_is_begun():
   assert pieces[:6] == ['a', '', 'é', '', '', '日']
   assert ''.join(pieces) == 'aé日EN😀' and writer.take([]) == ''
   assert writer.take(b'N') == '' and writer.take(b'D') == ''
-  assert writer.stopped and writer.text == 'aé日EN😀' and not writer.end()
+  assert writer.closed and writer.text == 'aé日EN😀' and not writer.end()
   writer = Writer(Fake, ['END'])
   assert writer.take(b'xE') == 'x' and writer.end() == 'E'
   writer = Writer(Fake)
