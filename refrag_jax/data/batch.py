@@ -127,6 +127,31 @@ def cut_chunks(batch: Batch, chunks: slice) -> Batch:
   }
 
 
+def fitted(batch: Batch, outputs: int) -> Batch:
+  """The batch without the prefix's slots and the last chunks that no row fills.
+
+  On the host; with the first `outputs` output slots, without pieces. Chunks
+  keep their places, so that a row's passages still begin where they did; one
+  slot is left, as the encoder wants it.
+  """
+  there_C = (batch['chunk_len_BC'] > 0).any(0)
+  chunks = slice(int(there_C.nonzero()[0].max(initial=0)) + 1)
+  prefix_BQ = batch['prefix_BQ'][:, : int(batch['prefix_len_B'].max())]
+  return (
+    cut_chunks(batch, chunks)
+    | {'prefix_BQ': prefix_BQ}
+    | _first_outputs(batch, outputs)
+  )
+
+
+def _first_outputs(batch: Batch, number: int) -> Batch:
+  return {
+    field: values[:, :number]
+    for field, values in batch.items()
+    if axes(field) == 'BO'
+  }
+
+
 def without_pieces(batch: Batch) -> Batch:
   return {field: batch[field] for field in batch if field not in PIECES}
 
@@ -153,12 +178,8 @@ def last_tokens(batch: Batch) -> Batch:
 
 def cut_outputs(batch: Batch, number: int) -> Batch:
   """The batch with the first outputs alone, all of which are there."""
-  cut = {
-    field: values[:, :number]
-    for field, values in batch.items()
-    if axes(field) == 'BO'
-  }
-  return batch | cut | {'output_len_B': batch['output_len_B'] * 0 + number}
+  full_B = batch['output_len_B'] * 0 + number
+  return batch | _first_outputs(batch, number) | {'output_len_B': full_B}
 
 
 def plain(

@@ -126,19 +126,20 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
       context.leave_out(f'row {name} of qa', common.missing(row.role))
       continue
     asked = source.examples(kind, config.eval.num_questions)
-    if (kind, row.given_as) == ('none', 'tokens'):  # no slots for them either
-      asked = batch_lib.cut_chunks(asked, slice(0))
+    if row.given_as != 'replug':  # it takes the passages apart
+      asked = fitted(asked, source)
     rows[name] = measure(context, source, asked, row)
     if row is ROWS[GIVEN]:
       rows |= expanded(context, source, asked, row, name)
     if row in BY_NUMBER and config.eval.question_passages:
-      costs[name] = first_token_cost(context, source, asked, row)
+      costs[name] = first_token_cost(context, asked, row)
       for number in config.eval.question_passages:
         other = of_number(source, number)
         asked = other.examples(kind, config.eval.num_questions)
+        asked = fitted(asked, source)
         of = f'{name}_of_{number}'
         rows[of] = measure(context, other, asked, row)
-        costs[of] = first_token_cost(context, other, asked, row)
+        costs[of] = first_token_cost(context, asked, row)
         fewer = int((num_passages(other.config, asked) < number).sum())
         if fewer:
           notes.append(
@@ -172,6 +173,17 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
   return out | ({'note': '; '.join(notes)} if notes else {})
 
 
+def fitted(asked: dict, source) -> dict:
+  """The questions in slots for the longest of them, and for any answer."""
+  room = asked['output_BO'].shape[1] - source.prompt_slots
+  return batch_lib.fitted(asked, most_given(asked) + room)
+
+
+def most_given(asked: dict) -> int:
+  """The most output slots that are given in a row, before its answer."""
+  return int(asked['loss_mask_BO'].argmax(1).max())
+
+
 def of_number(source, number: int):
   """The questions with up to so many passages (the paper's Figure 4)."""
   data = dataclasses.replace(source.config, num_passages=number)
@@ -189,11 +201,11 @@ def of_full_context(name: str) -> bool:
   return name.partition('_of_')[0] in FULL_ROWS
 
 
-def first_token_cost(context, source, asked: dict, row: Row) -> dict:
+def first_token_cost(context, asked: dict, row: Row) -> dict:
   """What the first token of an answer costs, passages in hand.
 
-  Tokens and chunks of the first question, padded as all are: those of one row
-  (on a mesh, of one row a device). Chunks are encoded in it.
+  Tokens and chunks of the first question, padded to the longest one: those of
+  one row (on a mesh, of one row a device). Chunks are encoded in it.
 
   Returns:
     gflop, counted from the jaxpr; and the STAT of milliseconds, compiled before
@@ -201,9 +213,10 @@ def first_token_cost(context, source, asked: dict, row: Row) -> dict:
   """
   rows = sharding.axis_size('batch', context.session.mesh)
   batch = batch_lib.take(asked, np.arange(rows) % len(asked['doc_B']))
-  batch = batch_lib.cut_outputs(batch, source.prompt_slots + 1)
+  given = most_given(asked)
+  batch = batch_lib.cut_outputs(batch, given + 1)
   static = dict(
-    given_as=row.given_as, prompt=source.prompt_slots, expand=0.0,
+    given_as=row.given_as, prompt=given, expand=0.0,
     eos_id=context.session.tokenizer.eos_id,
   )  # fmt: skip
   model, params = context.session.model, context.params(row.role)
@@ -282,6 +295,7 @@ def measure(
   if all(question.choices for question in chosen):
     row_X, options = source.options(asked)
     # Of whole options, not of their tokens in the mean: they differ in length.
+    options = batch_lib.fitted(options, int(options['output_len_B'].max()))
     nll_X = nll(options) * options['loss_mask_BO'].sum(1)
     columns['accuracy'] = np.array(
       [
@@ -292,7 +306,7 @@ def measure(
     )
     return columns
   texts = written_texts(
-    context, row.role, asked, given_as, source.prompt_slots, expand
+    context, row.role, asked, given_as, most_given(asked), expand
   )
   whole = all(question.whole for question in chosen)
   metrics = text_metrics.SUMMARIES if whole else text_metrics.ANSWERS
