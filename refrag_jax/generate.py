@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from refrag_jax.data import batch as batch_lib
 from refrag_jax.models import splice
-from refrag_jax.models.decoder import init_cache
 from refrag_jax.models.refrag import Refrag
 
 
@@ -57,13 +56,12 @@ def greedy(
   layout = splice.layout_of(
     batch | {'output_BO': forced}, expand_BC, num_expanded
   )
-  B, T = layout.token_BT.shape
-  cache = init_cache(
-    model.cfg.decoder, B, T + num_tokens - 1, jnp.dtype(model.cfg.compute_dtype)
-  )
+  B = len(layout.token_BT)
   hidden_BTD, cache = model.apply(
-    variables, layout, e_BCD, cache, method=Refrag.run
+    variables, layout, e_BCD, {}, method=Refrag.run
   )
+  room = ((0, 0), (0, 0), (0, 0), (0, num_tokens - 1), (0, 0))
+  cache = jax.tree.map(lambda x_YBMTH: jnp.pad(x_YBMTH, room), cache)
   head_DV = model.apply(variables, method=Refrag.head)
   length_B = layout.valid_BT.sum(1).astype(jnp.int32)
   last_BD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], 1)[

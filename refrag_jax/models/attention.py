@@ -61,9 +61,8 @@ def attend(
   """Causal softmax attention, (B, T, N, H); softmax in float32.
 
   Args:
-    kind: of ATTENTION. The fused kernels know neither places nor segments: with
-      a cache or with packed rows `blockwise` stands in for them. One query at a
-      time needs no blocks.
+    kind: of KINDS. The fused kernels know neither places nor segments: with
+      packed rows `blockwise` stands in for them. One query needs no blocks.
     window: keys that a query sees, its own place included; 0: all.
   """
   plain = k_BSMH.shape[1] == q_BTNH.shape[1] and query.segment_BT is None
@@ -93,6 +92,76 @@ def attend(
   )(q_BTNH, k_BSMH, v_BSMH, query, key)
 
 
+def decode(
+  q_B1NH, k_B1MH, v_B1MH, cache: dict, query: Places, key: Places, window: int
+) -> tuple[jax.Array, dict]:
+  """Attention of one position more of each row, with those in the cache.
+
+  Args:
+    cache: {'k', 'v'}: (B, M, S, H), position p in slot p. A head's keys lie
+      side by side, as they are read.
+    query: where each row's new position stands; beyond S nothing is written.
+    key: of the slots that are looked at, the first ones.
+
+  Returns:
+    (B, 1, N, H), and the cache with the new keys and values in it.
+  """
+  heads = 'heads'
+  if k_B1MH.shape[2] % sharding.axis_size('heads'):
+    heads = None
+  rows_B, slot_B = jnp.arange(len(q_B1NH)), query.index_BT[:, 0]
+  put = lambda name, new_B1MH: (
+    cache[name].at[rows_B, :, slot_B].set(new_B1MH[:, 0], mode='drop')
+  )
+  cache = {'k': put('k', k_B1MH), 'v': put('v', v_B1MH)}
+  in_cache = ('batch', heads, None, None)
+  by_position = ('batch', None, heads, None)
+  look = functools.partial(_decode, live=key.index_BT.shape[1], window=window)
+  out_B1NH = sharding.per_device(
+    look, (by_position, in_cache, in_cache, ('batch', None)), by_position
+  )(q_B1NH, cache['k'], cache['v'], query.index_BT)
+  return out_B1NH, cache
+
+
+def _decode(q_B1NH, k_BMSH, v_BMSH, index_B1, live: int, window: int):
+  B, _, N, H = q_B1NH.shape
+  M = k_BMSH.shape[1]
+
+  def of(q_BMGH, k_BMSH, v_BMSH, index_B1):
+    key = Places(jnp.arange(live, dtype=jnp.int32)[None])
+    seen_B1S = visible(Places(index_B1), key, window)
+    logits_BMGS = layers.einsum32('BMGH,BMSH->BMGS', q_BMGH, k_BMSH)
+    logits_BMGS = jnp.where(seen_B1S[:, None], logits_BMGS * H**-0.5, NEG)
+    weights_BMGS = jax.nn.softmax(logits_BMGS, -1).astype(v_BMSH.dtype)
+    return jnp.einsum('BMGS,BMSH->BMGH', weights_BMGS, v_BMSH)
+
+  def at_once(q_BMGH, k_BMSH, v_BMSH, index_B1):
+    return of(q_BMGH, k_BMSH[:, :, :live], v_BMSH[:, :, :live], index_B1)
+
+  def by_row(*rows):
+    def one(b):
+      first = lambda x: (1, *x.shape[1:2], live, *x.shape[3:])
+      part = lambda x, shape: jax.lax.dynamic_slice(
+        x, (b,) + (0,) * (x.ndim - 1), shape
+      )
+      q_BMGH, k_BMSH, v_BMSH, index_B1 = rows
+      return of(
+        part(q_BMGH, (1, *q_BMGH.shape[1:])),
+        part(k_BMSH, first(k_BMSH)),
+        part(v_BMSH, first(v_BMSH)),
+        part(index_B1, (1, 1)),
+      )[0]
+
+    return jax.lax.map(one, jnp.arange(B))
+
+  # On a CPU a slice of all rows would be copied, and each row's stays near.
+  out_BMGH = jax.lax.platform_dependent(
+    q_B1NH.reshape(B, M, N // M, H), k_BMSH, v_BMSH, index_B1,
+    cpu=by_row, default=at_once,
+  )  # fmt: skip
+  return out_BMGH.reshape(B, 1, N, H)
+
+
 # --- Blocks, in plain JAX -----------------------------------------------------
 
 
@@ -107,16 +176,23 @@ def blockwise(
   """
   B, T, N, H = q_BTNH.shape
   M = k_BSMH.shape[2]
-  q_BTMGH = q_BTNH.reshape(B, T, M, N // M, H)
-  out_BTMGH = _flash(
+  G = N // M
+  X = min(QUERIES, T)
+  q_PBXMGH = _blocks(q_BTNH.reshape(B, T, M, G, H), QUERIES)
+  # The queries that share a key/value head stand in one matrix, so that a block
+  # is one product a head.
+  q_PBMRH = q_PBXMGH.transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, M, G * X, H)
+  out_PBMRH = _flash(
     window,
-    _blocks(q_BTMGH, QUERIES),
-    _blocks(k_BSMH, KEYS),
-    _blocks(v_BSMH, KEYS),
+    q_PBMRH,
+    _blocks(k_BSMH, KEYS).swapaxes(2, 3),
+    _blocks(v_BSMH, KEYS).swapaxes(2, 3),
     _blocks_of(query, QUERIES, -1),
     _blocks_of(key, KEYS, NOWHERE),
   )
-  return _whole(out_BTMGH)[:, :T].reshape(B, T, N, H)
+  out_PBMGXH = out_PBMRH.reshape(-1, B, M, G, X, H)
+  out_BPXMGH = out_PBMGXH.transpose(1, 0, 4, 2, 3, 5)
+  return out_BPXMGH.reshape(B, -1, N, H)[:, :T]
 
 
 def _blocks(x_BT, size: int, fill: int = 0) -> jax.Array:
@@ -137,20 +213,62 @@ def _blocks_of(places: Places, size: int, nowhere: int) -> Places:
   )
 
 
-def _whole(x_PBX) -> jax.Array:
-  """The inverse of `_blocks`, what was filled up included."""
-  x_BPX = x_PBX.swapaxes(0, 1)
-  return x_BPX.reshape(x_BPX.shape[0], -1, *x_BPX.shape[3:])
+NONE, SOME, ALL = range(3)  # of a block's pairs are visible
 
 
-def _logits(q_BXMGH, k_BYMH, query: Places, key: Places, window: int):
-  """Float32 (B, M, G, X, Y), NEG where a query does not see."""
-  logits_BMGXY = jnp.einsum(
-    'BXMGH,BYMH->BMGXY', q_BXMGH, k_BYMH, preferred_element_type=jnp.float32
+def _seen(query: Places, key: Places, window: int) -> jax.Array:
+  """NONE, SOME or ALL for each block of queries and of keys, (P, R).
+
+  Bounds: NONE and ALL are certain, SOME is not.
+  """
+  there = query.index_BT >= 0  # the others are filled up
+  q_min = jnp.where(there, query.index_BT, NOWHERE).min(-1)[:, None]
+  q_max = query.index_BT.max(-1)[:, None]
+  k_min, k_max = key.index_BT.min(-1)[None], key.index_BT.max(-1)[None]
+  none, whole = q_max < k_min, q_min >= k_max
+  if window:
+    none |= q_min - k_max >= window
+    whole &= q_max - k_min < window
+  if query.segment_BT is not None:
+    whole &= False
+  return jnp.where(none.all(-1), NONE, jnp.where(whole.all(-1), ALL, SOME))
+
+
+def _where_seen(seen, function, carry, *args):
+  """`function(carry, *args, masked)`, or `carry` where there is nothing to see.
+
+  A CPU leaves out what no query of a block sees, half of a long row. On the
+  others a branch in a loop costs more than the block does: they mask all.
+  """
+  whole = lambda seen, carry, *args: function(carry, *args, True)
+  by_kind = lambda seen, carry, *args: jax.lax.switch(
+    seen,
+    [
+      lambda carry, *args: carry,
+      lambda carry, *args: function(carry, *args, True),
+      lambda carry, *args: function(carry, *args, False),
+    ],
+    carry,
+    *args,
   )
-  logits_BMGXY *= q_BXMGH.shape[-1] ** -0.5
+  return jax.lax.platform_dependent(
+    seen, carry, *args, cpu=by_kind, default=whole
+  )
+
+
+def _logits(q_BMRH, k_BMYH, query: Places, key: Places, window: int, masked):
+  """Float32 (B, M, R, Y); if `masked`, NEG where a query does not see."""
+  logits_BMRY = jnp.einsum(
+    'BMRH,BMYH->BMRY', q_BMRH, k_BMYH, preferred_element_type=jnp.float32
+  )
+  logits_BMRY *= q_BMRH.shape[-1] ** -0.5
+  if not masked:
+    return logits_BMRY
   seen_BXY = visible(query, key, window)
-  return jnp.where(seen_BXY[:, None, None], logits_BMGXY, NEG)
+  B, M, R, Y = logits_BMRY.shape
+  logits_BMGXY = logits_BMRY.reshape(B, M, -1, seen_BXY.shape[1], Y)
+  masked_BMGXY = jnp.where(seen_BXY[:, None, None], logits_BMGXY, NEG)
+  return masked_BMGXY.reshape(B, M, R, Y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -162,80 +280,91 @@ def _flash_forward(window, q, k, v, query, key):
   """Every leaf has its blocks as the leading axis."""
 
   def rows(block):
-    q_BXMGH, query = block
-    B, X, M, G, H = q_BXMGH.shape
+    q_BMRH, query, seen_R = block
+    B, M, R, H = q_BMRH.shape
 
-    def add(carry, block):
-      sum_BMGXH, norm_BMGX, top_BMGX = carry
-      k_BYMH, v_BYMH, key = block
-      logits_BMGXY = _logits(q_BXMGH, k_BYMH, query, key, window)
-      new_BMGX = jnp.maximum(top_BMGX, logits_BMGXY.max(-1))
-      weights_BMGXY = jnp.exp(logits_BMGXY - new_BMGX[..., None])
-      kept_BMGX = jnp.exp(top_BMGX - new_BMGX)
-      more_BMGXH = jnp.einsum(
-        'BMGXY,BYMH->BMGXH',
-        weights_BMGXY.astype(v_BYMH.dtype),
-        v_BYMH,
+    def add(carry, block, masked):
+      sum_BMRH, norm_BMR, top_BMR = carry
+      k_BMYH, v_BMYH, key = block
+      logits_BMRY = _logits(q_BMRH, k_BMYH, query, key, window, masked)
+      new_BMR = jnp.maximum(top_BMR, logits_BMRY.max(-1))
+      weights_BMRY = jnp.exp(logits_BMRY - new_BMR[..., None])
+      kept_BMR = jnp.exp(top_BMR - new_BMR)
+      more_BMRH = jnp.einsum(
+        'BMRY,BMYH->BMRH',
+        weights_BMRY.astype(v_BMYH.dtype),
+        v_BMYH,
         preferred_element_type=jnp.float32,
       )
       return (
-        sum_BMGXH * kept_BMGX[..., None] + more_BMGXH,
-        norm_BMGX * kept_BMGX + weights_BMGXY.sum(-1),
-        new_BMGX,
-      ), None
+        sum_BMRH * kept_BMR[..., None] + more_BMRH,
+        norm_BMR * kept_BMR + weights_BMRY.sum(-1),
+        new_BMR,
+      )
+
+    def step(carry, block):
+      seen, *block = block
+      return _where_seen(seen, add, carry, block), None
 
     start = (
-      jnp.zeros((B, M, G, X, H), jnp.float32),
-      jnp.zeros((B, M, G, X), jnp.float32),
-      jnp.full((B, M, G, X), NEG, jnp.float32),
+      jnp.zeros((B, M, R, H), jnp.float32),
+      jnp.zeros((B, M, R), jnp.float32),
+      jnp.full((B, M, R), NEG, jnp.float32),
     )
-    (sum_BMGXH, norm_BMGX, top_BMGX), _ = jax.lax.scan(add, start, (k, v, key))
-    out_BMGXH = sum_BMGXH / norm_BMGX[..., None]
-    out_BXMGH = out_BMGXH.transpose(0, 3, 1, 2, 4).astype(q_BXMGH.dtype)
-    return out_BXMGH, top_BMGX + jnp.log(norm_BMGX)
+    (sum_BMRH, norm_BMR, top_BMR), _ = jax.lax.scan(
+      step, start, (seen_R, k, v, key)
+    )
+    # Queries that see nothing are padding; 0 / 0 would spread from them.
+    norm_BMR = jnp.maximum(norm_BMR, jnp.finfo(jnp.float32).tiny)
+    out_BMRH = (sum_BMRH / norm_BMR[..., None]).astype(q_BMRH.dtype)
+    return out_BMRH, top_BMR + jnp.log(norm_BMR)
 
   out, logsumexp = checkpoint_name(
-    jax.lax.map(rows, (q, query)), stack.ATTENTION
+    jax.lax.map(rows, (q, query, _seen(query, key, window))), stack.ATTENTION
   )
   return out, (q, k, v, query, key, out, logsumexp)
 
 
 def _flash_backward(window, kept, d_out):
   q, k, v, query, key, out, logsumexp = kept
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
   def rows(sums, block):
-    q_BXMGH, query, out_BXMGH, logsumexp_BMGX, d_out_BXMGH = block
-    # The mean of d_weights_BMGXY under the row's weights.
-    mean_BMGX = jnp.einsum(
-      'BXMGH,BXMGH->BMGX',
-      d_out_BXMGH,
-      out_BXMGH,
-      preferred_element_type=jnp.float32,
-    )
+    q_BMRH, query, seen_R, out_BMRH, logsumexp_BMR, d_out_BMRH = block
+    # The mean of d_weights_BMRY under the row's weights.
+    mean_BMR = dot('BMRH,BMRH->BMR', d_out_BMRH, out_BMRH)
 
-    def add(dq_BXMGH, block):
-      k_BYMH, v_BYMH, key, (dk_BYMH, dv_BYMH) = block
-      dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-      logits_BMGXY = _logits(q_BXMGH, k_BYMH, query, key, window)
-      weights_BMGXY = jnp.exp(logits_BMGXY - logsumexp_BMGX[..., None])
-      d_weights_BMGXY = dot('BXMGH,BYMH->BMGXY', d_out_BXMGH, v_BYMH)
-      d_logits_BMGXY = weights_BMGXY * (d_weights_BMGXY - mean_BMGX[..., None])
-      d_logits_BMGXY *= q_BXMGH.shape[-1] ** -0.5
-      weights_BMGXY = weights_BMGXY.astype(v_BYMH.dtype)
-      d_logits_BMGXY = d_logits_BMGXY.astype(k_BYMH.dtype)
-      dv_BYMH += dot('BMGXY,BXMGH->BYMH', weights_BMGXY, d_out_BXMGH)
-      dk_BYMH += dot('BMGXY,BXMGH->BYMH', d_logits_BMGXY, q_BXMGH)
-      dq_BXMGH += dot('BMGXY,BYMH->BXMGH', d_logits_BMGXY, k_BYMH)
-      return dq_BXMGH, (dk_BYMH, dv_BYMH)
+    def add(carry, block, masked):
+      dq_BMRH, dk_BMYH, dv_BMYH = carry
+      k_BMYH, v_BMYH, key = block
+      logits_BMRY = _logits(q_BMRH, k_BMYH, query, key, window, masked)
+      weights_BMRY = jnp.exp(logits_BMRY - logsumexp_BMR[..., None])
+      d_weights_BMRY = dot('BMRH,BMYH->BMRY', d_out_BMRH, v_BMYH)
+      d_logits_BMRY = weights_BMRY * (d_weights_BMRY - mean_BMR[..., None])
+      d_logits_BMRY *= q_BMRH.shape[-1] ** -0.5
+      weights_BMRY = weights_BMRY.astype(v_BMYH.dtype)
+      d_logits_BMRY = d_logits_BMRY.astype(k_BMYH.dtype)
+      return (
+        dq_BMRH + dot('BMRY,BMYH->BMRH', d_logits_BMRY, k_BMYH),
+        dk_BMYH + dot('BMRY,BMRH->BMYH', d_logits_BMRY, q_BMRH),
+        dv_BMYH + dot('BMRY,BMRH->BMYH', weights_BMRY, d_out_BMRH),
+      )
 
-    dq_BXMGH, sums = jax.lax.scan(
-      add, jnp.zeros(q_BXMGH.shape, jnp.float32), (k, v, key, sums)
+    def step(dq_BMRH, block):
+      seen, sums, *block = block
+      dq_BMRH, *sums = _where_seen(seen, add, (dq_BMRH, *sums), block)
+      return dq_BMRH, tuple(sums)
+
+    dq_BMRH, sums = jax.lax.scan(
+      step, jnp.zeros(q_BMRH.shape, jnp.float32), (seen_R, sums, k, v, key)
     )
-    return sums, dq_BXMGH.astype(q_BXMGH.dtype)
+    return sums, dq_BMRH.astype(q_BMRH.dtype)
 
   zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
   (dk, dv), dq = jax.lax.scan(
-    rows, (zeros(k), zeros(v)), (q, query, out, logsumexp, d_out)
+    rows,
+    (zeros(k), zeros(v)),
+    (q, query, _seen(query, key, window), out, logsumexp, d_out),
   )
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 

@@ -48,20 +48,16 @@ class Block(nn.Module):
     q_BTNH = constrain(q_BTNH, 'batch', 'sequence', 'heads', None)
     k_BTMH = constrain(k_BTMH, 'batch', None, 'heads', None)
     v_BTMH = constrain(v_BTMH, 'batch', None, 'heads', None)
-    if cache == {}:  # what is read here will be all of it
-      cache = {'k': k_BTMH, 'v': v_BTMH}
-    elif cache is not None:
-      rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-      cache = {
-        'k': cache['k'].at[rows_B1, query.index_BT].set(k_BTMH),
-        'v': cache['v'].at[rows_B1, query.index_BT].set(v_BTMH),
-      }
-      # Of its slots those that `key` has places for.
-      live = key.index_BT.shape[1]
-      k_BTMH, v_BTMH = cache['k'][:, :live], cache['v'][:, :live]
-    out_BTNH = attention.attend(
-      self.attention, q_BTNH, k_BTMH, v_BTMH, query, key, c.sliding_window
-    )
+    if cache:  # one position more of each row
+      out_BTNH, cache = attention.decode(
+        q_BTNH, k_BTMH, v_BTMH, cache, query, key, c.sliding_window
+      )
+    else:
+      out_BTNH = attention.attend(
+        self.attention, q_BTNH, k_BTMH, v_BTMH, query, key, c.sliding_window
+      )
+      if cache is not None:  # what was read here is all of it
+        cache = {'k': k_BTMH.swapaxes(1, 2), 'v': v_BTMH.swapaxes(1, 2)}
     x_BTD += dense('o_proj', out_BTNH, (N, H, D), num_in=2)
     if self.cross is not None:
       x_BTD = self.cross(x_BTD, memory)
@@ -131,20 +127,22 @@ class Decoder(nn.Module):
 
     Args:
       embeds_BTD: what stands at each position, tokens and chunks alike.
-      positions_BT: int32 rotary positions; with a cache also the slots.
+      positions_BT: int32 rotary positions; with a cache also the slots, which
+        are counted from 0.
       segment_ids_BT: packing: a position sees earlier ones of its own segment
         only; 0 is padding. None: one segment a row, padding at the end.
-      cache: None, or {'k', 'v'}: (Y, B, S, M, H) as from `init_cache`.
+      cache: None; {}, to have what is read here kept; or {'k', 'v'} of that,
+        (Y, B, M, S, H), to read one position more of each row (T = 1).
       memory: what `cross` reads; None without one.
 
     Returns:
-      hidden_BTD after the final norm, and the new cache (None without one).
+      hidden_BTD after the final norm, and the cache with it (None without one).
     """
     c = self.cfg
     index = lambda number: jnp.arange(number, dtype=jnp.int32)[None]
-    if cache is not None:
+    if cache:
       query = attention.Places(positions_BT)
-      key = attention.Places(index(cache['k'].shape[2]))
+      key = attention.Places(index(cache['k'].shape[3]))
     else:
       query = attention.Places(index(embeds_BTD.shape[1]), segment_ids_BT)
       key = query
@@ -163,9 +161,3 @@ def rope_angles(cfg: DecoderConfig, positions_BT: jax.Array):
     cfg.rope_original_length,
   )
   return layers.rope_angles(positions_BT, cfg.head_dim, cfg.rope_theta, scaling)
-
-
-def init_cache(cfg: DecoderConfig, batch: int, slots: int, dtype) -> dict:
-  """An empty key/value cache: two arrays (Y, B, S, M, H)."""
-  shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
-  return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}

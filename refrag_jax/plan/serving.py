@@ -163,7 +163,7 @@ def _decode(session, there, weights, slots, name: str, live: int):
   traced = programs.decode.trace(
     weights, slots, place((rows,), jnp.bool_), settings, cfg=decoder, live=live
   )
-  length = slots.caches[0]['k'].shape[1]
+  length = slots.caches[0]['k'].shape[2]
   read = device_bytes(weights) + device_bytes(slots.caches) * live / length
   return _planned(session, there, traced, name, live, read)
 

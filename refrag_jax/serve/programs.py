@@ -26,7 +26,7 @@ from refrag_jax.serve import sampling
 from refrag_jax.sharding import constrain
 
 NLL_BLOCK = 128  # tokens whose logits are there at once
-Cache = list[dict[str, jax.Array]]  # of each layer: k and v, (B, S, M, H)
+Cache = list[dict[str, jax.Array]]  # of each layer: k and v, (B, M, S, H)
 
 
 class Weights(NamedTuple):
@@ -48,7 +48,7 @@ class Slots(NamedTuple):
 
 
 # Of what `Slots` holds, by the number of its axes.
-AXES = {4: ('batch', None, 'heads', None), 2: ('batch', None), 1: ('batch',)}
+AXES = {4: ('batch', 'heads', None, None), 2: ('batch', None), 1: ('batch',)}
 
 
 def unstack(params: dict, cfg: ModelConfig) -> Weights:
@@ -77,7 +77,7 @@ def unstack(params: dict, cfg: ModelConfig) -> Weights:
 def new_slots(*, cfg: ModelConfig, rows: int, length: int) -> Slots:
   """A pool with nothing in it."""
   c = cfg.decoder
-  shape = (rows, length, c.num_kv_heads, c.head_dim)
+  shape = (rows, c.num_kv_heads, length, c.head_dim)
   zeros = lambda: jnp.zeros(shape, jnp.dtype(cfg.compute_dtype))
   slots = Slots(
     [{'k': zeros(), 'v': zeros()} for _ in range(c.num_layers)],
@@ -230,7 +230,7 @@ def decode(
   Returns:
     The slots; tokens (B,) and their log-probabilities.
   """
-  S = slots.caches[0]['k'].shape[1]
+  S = slots.caches[0]['k'].shape[2]
   place_B = jnp.where(active_B, slots.position_B, S)
   x_B1D = weights.embed_VD[slots.token_B][:, None]
   hidden_B1D, caches = _blocks(

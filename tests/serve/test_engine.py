@@ -278,7 +278,7 @@ def test_every_mesh_writes_the_same(shape):
     assert a.tokens == b.tokens
     np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
   assert seen == []
-  axes = sharding.to_spec(('batch', None, 'heads', None), (4, 48, 2, 4), mesh)
+  axes = sharding.to_spec(('batch', 'heads', None, None), (4, 2, 48, 4), mesh)
   wanted = jax.sharding.NamedSharding(mesh, axes)
   for leaf in jax.tree.leaves(engine.pools[0].slots.caches):
     assert leaf.sharding.is_equivalent_to(wanted, 4)
