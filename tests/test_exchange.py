@@ -800,7 +800,7 @@ def test_a_checkpoint_answers_and_so_does_its_export(
   source = f'{with_config[1]}/checkpoints/reconstruct'
   ask = dict(expand='1', max_tokens=8)
   answers = [
-    refrag_jax.Refrag.from_pretrained(of, slots=1).answer(
+    refrag_jax.Refrag.from_pretrained(of, pools=[(1, 0)]).answer(
       'q?', ['some text to read'], **ask
     )
     for of in (source, exported)

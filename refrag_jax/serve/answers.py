@@ -96,22 +96,30 @@ class Refrag:
     params: the parameters of all groups.
     trained: the groups that are not fresh.
     mesh: the devices.
-    slots: requests that are answered at once.
-    positions: of each, question, context and answer together; 0: what the
-      decoder has, 2,048 at most.
-    max_chunks: the most chunks of one context; 0: as many as `positions`.
+    pools: (requests at once, positions of each) of one pool or several; a
+      request goes where it fits best. Positions are question, context and
+      answer together; 0: as many as the decoder has, 2,048 at most.
+    max_chunks: the most chunks of one context; 0: as many as positions.
+    int8: keep the decoder's matrices in 8 bits, a quarter of float32's memory.
   """
 
   def __init__(
     self, config: Config, params: dict, trained: Sequence[str],
-    mesh: jax.sharding.Mesh, slots: int = 4, positions: int = 0,
-    max_chunks: int = 0,
+    mesh: jax.sharding.Mesh, pools: Sequence[tuple[int, int]] = ((4, 0),),
+    max_chunks: int = 0, int8: bool = False,
   ):  # fmt: skip
     limit = config.model.decoder.max_length
-    positions = positions or min(limit or 2048, 2048)
-    if limit and positions > limit:
+    whole = min(limit or 2048, 2048)
+    pools = [(slots, positions or whole) for slots, positions in pools]
+    longest = max((positions for _, positions in pools), default=0)
+    if not pools or min(map(min, pools)) < 1:
       raise UserError(
-        f'{positions} positions are asked for, and the decoder has {limit} '
+        f'pools {pools}: give (requests at once, positions of each), each of '
+        'them 1 or more'
+      )
+    if limit and longest > limit:
+      raise UserError(
+        f'{longest} positions are asked for, and the decoder has {limit} '
         '(config.model.decoder.max_length)'
       )
     self.config, self.trained, self._mesh = config, tuple(trained), mesh
@@ -121,9 +129,9 @@ class Refrag:
     )
     with jax.set_mesh(mesh):
       self.engine = Engine(
-        config.model, params, self.tokenizer.eos_id, [(slots, positions)],
-        max_chunks or positions, config.data.max_encoder_tokens,
-        attend=config.model.attention,
+        config.model, params, self.tokenizer.eos_id, pools,
+        max_chunks or longest, config.data.max_encoder_tokens,
+        attend=config.model.attention, int8=int8,
       )  # fmt: skip
 
   @classmethod
@@ -132,7 +140,7 @@ class Refrag:
 
     Args:
       source: RUN/checkpoints/STAGE, or a directory that --mode=export wrote.
-      **options: slots, positions, max_chunks, as above.
+      **options: pools, max_chunks, int8, as above.
 
     Raises:
       UserError: there is none, or its config is not beside it.

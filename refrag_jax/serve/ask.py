@@ -41,7 +41,8 @@ def run(
     )
   expansion.budget(expand or 0)  # before a minute of loading
   texts = passages_lib.read(passages) if passages else []
-  model = Refrag.of_config(config, source or _checkpoint(workdir), slots=1)
+  source = source or _checkpoint(workdir)
+  model = Refrag.of_config(config, source, pools=[(1, 0)])
   stream = model.answer(
     question, texts, expand=expand or 0, selector=selector, stream=True,
     max_tokens=config.data.answer_length,

@@ -169,12 +169,13 @@ class Engine:
     max_chunks: the most chunks of a prompt.
     max_encoder_tokens: M, encoder tokens of a chunk.
     attend: how a prefill computes attention, of attention.KINDS.
+    int8: keep the decoder's matrices in 8 bits.
   """
 
   def __init__(
     self, cfg: ModelConfig, params: dict, eos_id: int,
     pools: Sequence[tuple[int, int]], max_chunks: int, max_encoder_tokens: int,
-    attend: str = 'dense',
+    attend: str = 'dense', int8: bool = False,
   ):  # fmt: skip
     if 'lora' in params:
       params = lora.merge(params, cfg.lora)
@@ -188,7 +189,7 @@ class Engine:
       self._everywhere = NamedSharding(mesh, PartitionSpec())
     self.model = Refrag(cfg)
     self.small = {x: params[x] for x in ('encoder', 'projection', 'policy')}
-    self.weights = programs.unstack(params, cfg)
+    self.weights = programs.unstack(params, cfg, int8)
     self.pools = [Pool(cfg, *of) for of in sorted(pools, key=lambda p: p[1])]
     self.longest = max(pool.length for pool in self.pools)
     # Lengths of the texts that chunks are scored by, token by token.

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from refrag_jax.config.schema import DecoderConfig, ModelConfig
-from refrag_jax.models import attention, layers, splice
+from refrag_jax.models import attention, layers, lora, splice
 from refrag_jax.models.decoder import Block, rope_angles
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.serve import sampling
@@ -30,12 +30,22 @@ Cache = list[dict[str, jax.Array]]  # of each layer: k and v, (B, M, S, H)
 
 
 class Weights(NamedTuple):
-  """A decoder's parameters as the engine keeps them, in the compute dtype."""
+  """A decoder's parameters as the engine keeps them, in the compute dtype.
+
+  Matrices may be Int8.
+  """
 
   embed_VD: jax.Array
-  head_DV: jax.Array
+  head_DV: 'jax.Array | Int8'
   norm: dict[str, jax.Array]
   layers: list[Any]  # of each block its own
+
+
+class Int8(NamedTuple):
+  """A matrix in 8 bits, with a scale for each of its output channels."""
+
+  values: jax.Array  # int8
+  scale: jax.Array  # float32, 1 along the inputs
 
 
 class Slots(NamedTuple):
@@ -51,25 +61,59 @@ class Slots(NamedTuple):
 AXES = {4: ('batch', 'heads', None, None), 2: ('batch', None), 1: ('batch',)}
 
 
-def unstack(params: dict, cfg: ModelConfig) -> Weights:
-  """The parameters of `decoder`, layer by layer; adapters are merged before."""
+def unstack(params: dict, cfg: ModelConfig, int8: bool = False) -> Weights:
+  """The parameters of `decoder`, layer by layer; adapters are merged before.
+
+  Args:
+    int8: keep the matrices in 8 bits; embeddings and norms stay as they are.
+  """
   decoder, dtype = params['decoder'], jnp.dtype(cfg.compute_dtype)
   narrow = lambda x: x.astype(dtype)
   embed_VD = narrow(decoder['embed_tokens'])
   tied = cfg.decoder.tie_embeddings
 
+  def matrix(x, num_in: int = 1):
+    return quantized(x, num_in) if int8 else narrow(x)
+
+  projections = lora.shapes(cfg.decoder)
+
+  def of(path, x):
+    *_, name, kind = (key.key for key in path)
+    if kind == 'scale':
+      return x  # norms compute in float32
+    return matrix(x, projections[name][1]) if kind == 'kernel' else narrow(x)
+
   def of_layer(y):
-    # Norms stay in float32: that is what they compute in.
     return jax.tree_util.tree_map_with_path(
-      lambda path, x: x[y] if 'scale' in str(path[-1]) else narrow(x[y]),
-      decoder['layers'],
+      lambda path, x: of(path, x[y]), decoder['layers']
     )
 
   return Weights(
     embed_VD,
-    embed_VD.T if tied else narrow(decoder['lm_head']),
+    matrix(decoder['embed_tokens'].T if tied else decoder['lm_head']),
     decoder['norm'],
     [of_layer(y) for y in range(cfg.decoder.num_layers)],
+  )
+
+
+@functools.partial(jax.jit, static_argnames='num_in')
+def quantized(x: jax.Array, num_in: int) -> Int8:
+  """The nearest of 255 values, of each output channel's largest magnitude.
+
+  Args:
+    num_in: leading axes that a product sums over.
+  """
+  largest = jnp.abs(x).max(tuple(range(num_in)), keepdims=True)
+  scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / 127
+  return Int8(jnp.round(x / scale).astype(jnp.int8), scale)
+
+
+def _wide(tree: Any, dtype: jnp.dtype) -> Any:
+  """Matrices of 8 bits as those of the compute dtype, one use long."""
+  return jax.tree.map(
+    lambda x: (x.values * x.scale).astype(dtype) if isinstance(x, Int8) else x,
+    tree,
+    is_leaf=lambda x: isinstance(x, Int8),
   )
 
 
@@ -252,7 +296,8 @@ def decode(
 
 def logits(weights: Weights, hidden_BD) -> jax.Array:
   """float32 (B, V)."""
-  return layers.einsum32('BD,DV->BV', hidden_BD, weights.head_DV)
+  head_DV = _wide(weights.head_DV, hidden_BD.dtype)
+  return layers.einsum32('BD,DV->BV', hidden_BD, head_DV)
 
 
 def _blocks(weights, x_BTD, caches, positions_BT, live, cfg, attend):
@@ -263,7 +308,13 @@ def _blocks(weights, x_BTD, caches, positions_BT, live, cfg, attend):
   block, new = Block(cfg, attend, None, None), []
   for layer, cache in zip(weights.layers, caches, strict=True):
     x_BTD, cache = block.apply(
-      {'params': layer}, x_BTD, cache, angles, query, key, None
+      {'params': _wide(layer, x_BTD.dtype)},
+      x_BTD,
+      cache,
+      angles,
+      query,
+      key,
+      None,
     )
     new.append(cache)
   norm = layers.RMSNorm(cfg.norm_eps)

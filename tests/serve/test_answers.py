@@ -46,8 +46,7 @@ def model(config, params):
     params,
     GROUPS,
     toy_run.mesh(),
-    slots=3,
-    positions=128,
+    pools=[(3, 128)],
     max_chunks=16,
   )
 
@@ -228,13 +227,37 @@ def test_streams_that_are_read_in_turns_lose_nothing(model):
     assert stream.answer.seconds_to_first > 0
 
 
+def test_pools_and_matrices_of_8_bits(config, params, model):
+  """Short requests lie in short slots; answers are those of one long pool."""
+  make = lambda **options: Refrag(
+    config, params, GROUPS, toy_run.mesh(), **options
+  )
+  asked = [('what?', PASSAGES), ('who?', ['a']), ('é?', [])]
+  how = dict(expand=0.5, max_tokens=6)
+  other = make(pools=[(1, 128), (2, 48)])
+  assert [pool.length for pool in other.engine.pools] == [48, 128]
+  expected = model.answer_batch(asked, **how)
+  found = other.answer_batch(asked, **how)
+  assert [x.tokens for x in found] == [x.tokens for x in expected]
+  for pools, said in (([], 'requests at once'), ([(0, 9)], 'or more')):
+    with pytest.raises(UserError, match=said):
+      make(pools=pools)
+  small = make(pools=[(1, 128)], int8=True)
+  for layer in small.engine.weights.layers:
+    assert layer['q_proj']['kernel'].values.dtype == np.int8
+  close = small.answer('what?', PASSAGES, **how)
+  assert close.logprobs != expected[0].logprobs
+  first = lambda answer: answer.logprobs[0]
+  np.testing.assert_allclose(first(close), first(expected[0]), atol=0.05)
+
+
 @pytest.mark.parametrize('attention', ['dense', 'blockwise'])
 def test_prefills_attend_as_the_config_says(config, params, model, attention):
   how = dict(expand=0.5, max_tokens=6, selector='ppl_desc')
   kind = dataclasses.replace(config.model, attention=attention)
   other = Refrag(
     toy_run.replaced(config, model=kind), params, GROUPS, toy_run.mesh(),
-    slots=1, positions=128,
+    pools=[(1, 128)],
   )  # fmt: skip
   assert other.engine.attend == attention
   expected = model.answer('what?', PASSAGES, **how)

@@ -299,3 +299,13 @@ def test_a_step_copies_no_cache(engine):
   text = compiled.as_text()
   assert f'f32[{shape}]' in text
   assert not re.findall(rf'f32\[{shape}\]\S* copy\(', text)
+
+
+def test_matrices_of_8_bits_are_the_nearest_of_their_channel():
+  x = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32)
+  x[..., 2] = 0  # nothing to scale
+  found = engine_lib.programs.quantized(x, 2)
+  assert found.scale.shape == (1, 1, 7) and found.values.dtype == np.int8
+  half_a_step = np.abs(x).max((0, 1)) / 127 / 2
+  error = np.abs(np.array(found.values * found.scale) - x)
+  assert (error <= half_a_step * 1.001).all() and error.max() > 0
