@@ -226,7 +226,7 @@ class BenchConfig:
   contexts: tuple[int, ...]  # tokens of context
   chunk_sizes: tuple[int, ...]  # k; (): the model's own
   fractions: tuple[float, ...]  # p, shares of chunks that stay tokens
-  batches: tuple[int, ...]  # requests at once
+  batches: tuple[int, ...]  # requests at once; 0: as many as fit
   question_tokens: int
   output_tokens: int  # written by each request, whatever they are
   repeats: int  # of each cell, with fresh prompts

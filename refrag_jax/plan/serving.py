@@ -58,7 +58,7 @@ def plan(session: Session, there: topologies.Topology) -> ServingPlan:
   bench, model = session.config.bench, session.config.model
   context, k = max(bench.contexts), model.chunk_size
   ways = sharding.axis_size('batch', session.mesh)
-  rows = -(-max(bench.batches) // ways) * ways
+  rows = -(-max(1, *bench.batches) // ways) * ways
   length = context + bench.question_tokens + bench.output_tokens
   compressed = context // k + bench.question_tokens
   with jax.set_mesh(session.mesh):

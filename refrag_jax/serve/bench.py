@@ -8,7 +8,8 @@ fixed number of tokens; programs are compiled before, and a cell that compiles
 all the same says so. Times run from the passages, cut into chunks, in hand to
 the token on the host; what cutting takes is beside. Beside each speed-up stands
 what FLOPs allow, and beside each time what the device's FLOPs and bytes do: a
-ratio above its limit is owed to a slow baseline.
+ratio above its limit is owed to a slow baseline. Where as many requests are
+asked for as fit, what counts is how many they are and what all of them bring.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import itertools
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,11 +33,16 @@ from refrag_jax.config import check
 from refrag_jax.config.schema import Config, ModelConfig, expanded_chunks
 from refrag_jax.data import chunking, tokenizers
 from refrag_jax.errors import UserError
+from refrag_jax.models import lora
 from refrag_jax.runtime import chips, environment, files, progress
 from refrag_jax.runtime.progress import say
+from refrag_jax.serve import programs
 from refrag_jax.serve.engine import Engine, Options, Prompt, bucket
 
 PERCENTILES = (50, 95, 99)
+AS_MANY_AS_FIT = 0  # in config.bench.batches
+MOST = 512  # at once, however many fit
+KEPT = 0.1  # of a device's memory is for what a program needs beside its slots
 
 
 class Cell(NamedTuple):
@@ -47,6 +54,7 @@ class Cell(NamedTuple):
   p: float
   cached: bool  # chunk embeddings in hand
   batch: int
+  saturated: bool = False  # as many as fit
 
   @property
   def chunks(self) -> int:
@@ -102,18 +110,26 @@ def run(config: Config, workdir: str, source: str) -> int:
   opened = session_lib.settle_attention(session_lib.open_model(config))
   with jax.set_mesh(opened.mesh):
     params, from_source = _params(opened, source)
+    if 'lora' in params:
+      params = lora.merge(params, config.model.lora)
+    if config.bench.transformers:
+      from refrag_jax.serve import torch_baseline  # torch, which few have
+
+      of_torch = torch_baseline.load(config, params)
     texts = Texts(opened.config, workdir)
+    # Once for all chunk sizes, and in place of what they were made of.
+    params['decoder'] = programs.unstack(params, opened.config.model)
     rows, compile_s, late = [], 0.0, 0
-    for k, batch in itertools.product(
-      _chunk_sizes(config), config.bench.batches
-    ):
-      chosen = list(cells(config, k, batch))
+    for chosen in groups(config):
+      k = chosen[0].k
       model = dataclasses.replace(opened.config.model, chunk_size=k)
+      if chosen[0].saturated:
+        chosen = [as_many_as_fit(chosen[0], model, config)]
       start = time.perf_counter()
       engine = _engine(model, config, params, chosen)
-      engine.warm_up()
+      engine.warm_up(_positions(chosen, config))
       compile_s += time.perf_counter() - start
-      say(f'bench: k = {k}, {batch} at once: {len(chosen)} cells')
+      say(f'bench: k = {k}, {chosen[0].batch} at once: {len(chosen)} cells')
       for cell in chosen:
         with _compiles() as seen:
           row = measure(engine, texts, cell, config)
@@ -126,9 +142,7 @@ def run(config: Config, workdir: str, source: str) -> int:
         )
       del engine
     if config.bench.transformers:
-      from refrag_jax.serve import torch_baseline  # torch, which few have
-
-      rows += torch_baseline.rows(config, params, list(cells_of_torch(config)))
+      rows += torch_baseline.rows(config, of_torch, cells_of_torch(config))
   limits(rows, opened.config.model, config)
   device = jax.devices()[0]
   out = {
@@ -163,11 +177,15 @@ def check_bench(config: Config) -> None:
       raise UserError(f'config.bench.{name} is empty: give one at least')
   sizes = _chunk_sizes(config)
   for name, values in (
-    ('contexts', section.contexts), ('batches', section.batches),
-    ('chunk_sizes', sizes),
+    ('contexts', section.contexts), ('chunk_sizes', sizes),
   ):  # fmt: skip
     if any(value <= 0 for value in values):
       raise UserError(f'config.bench.{name} {values} must all be above 0')
+  if any(value < 0 for value in section.batches):
+    raise UserError(
+      f'config.bench.batches {section.batches}: give numbers of requests, or '
+      f'{AS_MANY_AS_FIT} for as many as fit'
+    )
   if any(not 0 <= p < 1 for p in section.fractions):
     raise UserError(
       f'config.bench.fractions {section.fractions}: use shares from 0 up to 1'
@@ -192,21 +210,63 @@ def _chunk_sizes(config: Config) -> tuple[int, ...]:
   return config.bench.chunk_sizes or (config.model.chunk_size,)
 
 
+def groups(config: Config) -> Iterator[list[Cell]]:
+  """Cells that one engine measures."""
+  for k, batch in itertools.product(_chunk_sizes(config), config.bench.batches):
+    chosen = list(cells(config, k, batch))
+    if batch == AS_MANY_AS_FIT:
+      yield from ([cell] for cell in chosen)
+    else:
+      yield chosen
+
+
 def cells(config: Config, k: int, batch: int) -> Iterator[Cell]:
   """The cells of one chunk size and number of requests."""
+  full = batch == AS_MANY_AS_FIT
   for context in config.bench.contexts:
-    yield Cell('full_context', context, k, 0.0, True, batch)
-    yield Cell('last_k', context, k, 0.0, True, batch)
+    yield Cell('full_context', context, k, 0.0, True, batch, full)
+    if not full:
+      yield Cell('last_k', context, k, 0.0, True, batch)
     for p in dict.fromkeys(config.bench.fractions):
-      for cached in (True, False):
-        yield Cell('refrag', context, k, p, cached, batch)
+      for cached in (True,) if full else (True, False):
+        yield Cell('refrag', context, k, p, cached, batch, full)
+
+
+def as_many_as_fit(cell: Cell, model: ModelConfig, config: Config) -> Cell:
+  """The cell with the number of slots that the device has room for."""
+  slots = jax.eval_shape(
+    lambda: programs.new_slots(cfg=model, rows=1, length=_length(cell, config))
+  )
+  ways = len(jax.devices())
+  a_slot = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(slots))
+  number = int(free_bytes() * ways // a_slot) // ways * ways
+  if number < 1:
+    raise UserError(
+      f'no slot of {_length(cell, config):,} positions ({a_slot / 1e9:.1f} GB) '
+      'fits beside the weights: lower config.bench.contexts'
+    )
+  return cell._replace(batch=min(number, MOST))
+
+
+def free_bytes() -> float:
+  """What a device has left for slots; of a CPU, its share of the machine's."""
+  device = jax.devices()[0]
+  stats = device.memory_stats()
+  if stats is None:
+    pages = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    return (1 - KEPT) * pages / len(jax.devices())
+  return (1 - KEPT) * stats['bytes_limit'] - stats['bytes_in_use']
+
+
+def _length(cell: Cell, config: Config) -> int:
+  """Positions that the cell's requests take."""
+  return cell.read + config.bench.question_tokens + config.bench.output_tokens
 
 
 def cells_of_torch(config: Config) -> Iterator[Cell]:
   """Full context, which does not depend on k."""
-  for batch, context in itertools.product(
-    config.bench.batches, config.bench.contexts
-  ):
+  batches = [x for x in config.bench.batches if x != AS_MANY_AS_FIT]
+  for batch, context in itertools.product(batches, config.bench.contexts):
     k = _chunk_sizes(config)[0]
     yield Cell('transformers', context, k, 0.0, True, batch)
 
@@ -223,13 +283,21 @@ def _engine(
   model: ModelConfig, config: Config, params: dict, chosen: Sequence[Cell]
 ) -> Engine:
   """With one pool, of the batch's rows and the longest cell's positions."""
-  needed = max(cell.read for cell in chosen) + config.bench.question_tokens
-  needed += config.bench.output_tokens
+  needed = max(_length(cell, config) for cell in chosen)
   return Engine(
     model, params, -1, [(chosen[0].batch, needed)],
     max(cell.chunks for cell in chosen), config.data.max_encoder_tokens,
     attend=model.attention,
   )  # fmt: skip
+
+
+def _positions(chosen: Sequence[Cell], config: Config) -> set[int]:
+  """How many any request of these cells has at any time."""
+  return {
+    x
+    for length in (_length(cell, config) for cell in chosen)
+    for x in range(length - config.bench.output_tokens, length + 1)
+  }
 
 
 @contextlib.contextmanager
@@ -285,8 +353,12 @@ def measure(
   """A row of bench.json."""
   rng = np.random.default_rng((cell.context, cell.k, cell.batch))
   all_times, spans = [], []
-  for turn in range(1 + config.bench.repeats):
-    asked = [_asked(texts, cell, config, rng) for _ in range(cell.batch)]
+  # Each slot is taken twice, so that most of the time all of them are.
+  number, turns = cell.batch, config.bench.repeats
+  if cell.saturated:
+    number, turns = 2 * cell.batch, 1
+  for turn in range(1 + turns):
+    asked = [_asked(texts, cell, config, rng) for _ in range(number)]
     start = time.perf_counter()
     times = requests(engine, cell, asked, config.bench.output_tokens)
     if turn:  # the first one warms caches
@@ -308,6 +380,11 @@ def measure(
     name: float(np.mean([x.steps[name] for x in all_times]) * 1e3)
     for name in all_times[0].steps
   }
+  if cell.arm == 'refrag':
+    steps['project'] = 1e3 * project_seconds(engine, cell, asked[0])
+  if cell.batch == 1:  # the others wait for each other
+    before = sum(steps.get(x, 0.0) for x in ('encode', 'policy', 'project'))
+    steps['prefill'] = float(columns['ttft'].mean() * 1e3) - before
   return {
     'model': config.name,
     **cell._asdict(),
@@ -344,6 +421,20 @@ def _asked(texts, cell: Cell, config: Config, rng) -> tuple:
   vocab = min(texts.tokenizer.vocab_size, config.model.decoder.vocab_size)
   question = rng.integers(0, vocab, config.bench.question_tokens)
   return chunks, question.astype(np.int32), seconds
+
+
+def project_seconds(engine: Engine, cell: Cell, asked: tuple) -> float:
+  """From chunk embeddings to the decoder's input, by itself; a median."""
+  chunks, question, _ = asked
+  c_CE = engine.encode(chunks.encoder_CM, chunks.encoder_len_C)
+  prompt = _prompt(engine, cell, chunks, question, c_CE, {})
+  length = bucket(prompt.positions(), engine.pools[0].lengths)
+  seconds = []
+  for _ in range(3):
+    start = time.perf_counter()
+    jax.block_until_ready(engine.spliced(prompt, length))
+    seconds.append(time.perf_counter() - start)
+  return statistics.median(seconds)
 
 
 def requests(
@@ -405,18 +496,25 @@ def _prompt(
 def limits(rows: list[dict], model: ModelConfig, config: Config) -> None:
   """Adds to each row its speed-up, what FLOPs allow, and the roofline."""
   flop_rate, byte_rate = rates(model.compute_dtype)
-  base = {
-    (row['context'], row['k'], row['batch']): row
-    for row in rows
-    if row['arm'] == 'full_context'
-  }
+  among = lambda row: (
+    row['context'], row['k'], 'fit' if row['saturated'] else row['batch']
+  )  # fmt: skip
+  base = {among(row): row for row in rows if row['arm'] == 'full_context'}
+  bound = lambda cost, moved: (
+    1e3 * max(cost / flop_rate, moved / byte_rate) or None
+  )
   for row in rows:
     cost, moved = first_token_cost(row, model, config)
     row['bytes_moved'] = moved
-    bound = max(cost / flop_rate, moved / byte_rate)
-    row['roofline_ms'] = 1e3 * bound if bound else None
-    full = base.get((row['context'], row['k'], row['batch']))
+    row['roofline_ms'] = bound(cost, moved)
+    row['tpot_roofline_ms'] = bound(*next_token_cost(row, model, config))
+    full = base.get(among(row))
     if full is None:
+      continue
+    row['throughput_ratio'] = (
+      row['request_throughput'] / full['request_throughput']
+    )
+    if row['saturated']:  # a first token waits for a slot there
       continue
     row['speedup'] = full['mean_ttft_ms'] / row['mean_ttft_ms']
     row['flop_limit'] = first_token_cost(full, model, config)[0] / cost
@@ -445,6 +543,22 @@ def first_token_cost(
       cost += flops.encoder_flops(encoder, chunks, length)
       moved += flops.encoder_flops(encoder, 1, 1) / 2
   return float(cost), float(moved * itemsize)
+
+
+def next_token_cost(
+  row: dict, model: ModelConfig, config: Config
+) -> tuple[float, float]:
+  """FLOPs and bytes of one step of all requests, halfway through an answer."""
+  decoder, batch = model.decoder, row['batch']
+  positions = row['decoder_positions'] + config.bench.output_tokens / 2
+  head = decoder.width * decoder.vocab_size
+  weights = flops.decoder_flops(vars(decoder), 1) / 2 + head
+  query = decoder.num_heads * decoder.head_dim
+  key_values = 2 * decoder.num_kv_heads * decoder.head_dim
+  looked_at = batch * decoder.num_layers * positions
+  cost = 2 * batch * weights + 4 * looked_at * query
+  moved = weights + looked_at * key_values
+  return cost, moved * jnp.dtype(model.compute_dtype).itemsize
 
 
 def rates(dtype: str) -> tuple[float, float]:

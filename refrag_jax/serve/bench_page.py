@@ -20,14 +20,19 @@ PANELS = (
 
 def page(bench: Mapping[str, Any]) -> str:
   """The whole page."""
-  rows = bench['rows']
+  rows = [row for row in bench['rows'] if not row['saturated']]
+  full = [row for row in bench['rows'] if row['saturated']]
   about = (
     f'{bench["devices"]} x {bench["device"]}, {bench["cpus"]} CPUs, '
     f'{bench["dtype"]}, jax {bench["versions"].get("jax", "?")}; parameters '
     f'{bench["parameters"]}. Compiled in {bench["compile_s"]:.0f} s before; '
     f'{bench["compiles_after_warmup"]} programs compiled after.'
   )
-  parts = [('Times', f'<p>{page_lib.text(about)}</p>{table(rows)}')]
+  parts = [
+    ('Times', f'<p>{page_lib.text(about)}</p>{table(rows) if rows else ""}')
+  ]
+  if full:
+    parts.append(('As many as fit', saturated(full)))
   parts += [
     (
       f'{batch} at once',
@@ -46,8 +51,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """A line a cell."""
   head = [
     'read as', 'context', 'at once', 'positions', 'padded', 'TTFT, ms', 'p50',
-    'p99', 'TPOT, ms', 'tokens/s', 'encode, ms', 'speed-up', 'FLOP limit',
-    'of the limit', 'roofline, ms',
+    'p99', 'roofline', 'encode, ms', 'policy', 'project', 'prefill', 'TPOT, ms',
+    'roofline', 'tokens/s', 'speed-up', 'FLOP limit', 'of the limit',
   ]  # fmt: skip
   number = page_lib.number
   body = [
@@ -67,13 +72,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
       ),
       number(row['p50_ttft_ms'], 1),
       number(row['p99_ttft_ms'], 1),
+      number(row.get('roofline_ms'), 1),
+      *(
+        number(row['split_ms'].get(step), 1)
+        for step in ('encode', 'policy', 'project', 'prefill')
+      ),
       number(row['mean_tpot_ms'], 2),
+      number(row.get('tpot_roofline_ms'), 2),
       number(row['output_throughput'], 1),
-      number(row['split_ms'].get('encode'), 1),
       number(row.get('speedup'), 2),
       number(row.get('flop_limit'), 2),
       number(row.get('fraction_of_limit'), 2),
-      number(row.get('roofline_ms'), 1),
     ]
     for row in rows
   ]
@@ -81,8 +90,37 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     'TTFT: from the chunks of the passages, or their embeddings, in hand to '
     'the first token; TPOT: each token after it. A speed-up is over full '
     'context with as many requests; its FLOP limit counts what both multiply. '
-    'More than the limit is owed to a slow baseline. The roofline is the time '
-    'that FLOPs or bytes take at the least.'
+    'More than the limit is owed to a slow baseline. A roofline is the time '
+    'that FLOPs or bytes take at the least. Encode, policy, project and '
+    'prefill are the parts of TTFT, in ms; the last is what the others leave.'
+  )
+  return page_lib.table(head, body, note)
+
+
+def saturated(rows: Sequence[Mapping[str, Any]]) -> str:
+  """A line a cell that had as many requests at once as the device holds."""
+  head = [
+    'read as', 'context', 'positions', 'at once', 'requests/s',
+    'of full context', 'tokens/s', 'TPOT, ms', 'roofline',
+  ]  # fmt: skip
+  number = page_lib.number
+  body = [
+    [
+      page_lib.text(label(row)),
+      number(row['context']),
+      number(row['decoder_positions']),
+      number(row['batch']),
+      number(row['request_throughput'], 2),
+      number(row.get('throughput_ratio'), 2),
+      number(row['output_throughput'], 1),
+      number(row['mean_tpot_ms'], 2),
+      number(row.get('tpot_roofline_ms'), 2),
+    ]
+    for row in rows
+  ]
+  note = (
+    'Each slot is taken twice. Chunk embeddings are in hand; prompts are '
+    'prefilled one by one between the steps of the others.'
   )
   return page_lib.table(head, body, note)
 

@@ -13,7 +13,7 @@ such a length is compiled by `warm_up`, and none after it.
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -163,7 +163,8 @@ class Engine:
 
   Args:
     cfg: the model's numbers.
-    params: its parameters, as a checkpoint gives them.
+    params: its parameters, as a checkpoint gives them; those of the decoder may
+      be programs.Weights already.
     eos_id: the token that ends an answer.
     pools: (slots, positions of a slot) of each.
     max_chunks: the most chunks of a prompt.
@@ -189,7 +190,9 @@ class Engine:
       self._everywhere = NamedSharding(mesh, PartitionSpec())
     self.model = Refrag(cfg)
     self.small = {x: params[x] for x in ('encoder', 'projection', 'policy')}
-    self.weights = programs.unstack(params, cfg, int8)
+    self.weights = params['decoder']
+    if not isinstance(self.weights, programs.Weights):
+      self.weights = programs.unstack(params, cfg, int8)
     self.pools = [Pool(cfg, *of) for of in sorted(pools, key=lambda p: p[1])]
     self.longest = max(pool.length for pool in self.pools)
     # Lengths of the texts that chunks are scored by, token by token.
@@ -260,18 +263,24 @@ class Engine:
       self.waiting.remove(running)
     self._finish(running, 'cancelled')
 
-  def warm_up(self) -> None:
+  def warm_up(self, positions: Iterable[int] = ()) -> None:
     """Compiles, and runs, every program that a request can ask for.
 
     Nothing may be running.
+
+    Args:
+      positions: how many the requests will have, from their prompts on to the
+        last token of the answer; (): any.
     """
+    positions = list(positions)
     k, E = self.cfg.chunk_size, self.cfg.encoder.width
     for C in self.chunk_lengths[1:]:
       ids_CM = np.zeros((C, self.max_encoder_tokens), np.int32)
       self.score(self.encode(ids_CM, np.ones(C, np.int32)), C)
     for pool in self.pools:
       nobody_B = np.zeros(len(pool.running), bool)
-      for length in pool.lengths:
+      asked = {bucket(x, pool.lengths) for x in positions if x <= pool.length}
+      for length in sorted(asked) or pool.lengths:
         fewest = [0, *(x + 1 for x in self.chunk_lengths)]
         for C, least in zip(self.chunk_lengths, fewest, strict=False):
           if least + 1 > length:  # with a token before them
@@ -281,7 +290,7 @@ class Engine:
             np.ones(C, np.int32), np.zeros((C, E), np.float32),
             np.zeros(C, bool), np.zeros(0, np.int32),
           )  # fmt: skip
-          x_1TD, number = self._spliced(prompt, length)
+          x_1TD, number = self.spliced(prompt, length)
         pool.slots, *_ = programs.prefill(
           self.weights, pool.slots, np.int32(0), x_1TD, number,
           np.zeros(self.cfg.decoder.vocab_size, bool),
@@ -337,7 +346,7 @@ class Engine:
   def _prefill(self, pool: Pool, row: int, running: Running) -> None:
     prompt = running.prompt
     number = prompt.positions()
-    x_1TD, length = self._spliced(prompt, bucket(number, pool.lengths))
+    x_1TD, length = self.spliced(prompt, bucket(number, pool.lengths))
     seen_V = np.zeros(self.cfg.decoder.vocab_size, bool)
     K = self.cfg.chunk_size
     read_CK = np.arange(K) < prompt.chunk_len_C[:, None]
@@ -351,8 +360,8 @@ class Engine:
     pool.running[row], running.asked = running, 1
     pool.unread.append(({0: running}, token_1, logprob_1))
 
-  def _spliced(self, prompt: Prompt, length: int):
-    """The decoder's input, (1, T, D), and its length."""
+  def spliced(self, prompt: Prompt, length: int) -> tuple[jax.Array, jax.Array]:
+    """The decoder's input, (1, T, D), and how much of its `length` there is."""
     C = len(prompt.chunk_len_C)
     slots = bucket(C, self.chunk_lengths)
     row = lambda ids: (

@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,14 +22,13 @@ from refrag_jax.runtime.progress import say
 
 
 def rows(
-  config: Config, params: dict, cells: Sequence[Any]
+  config: Config, model: Any, cells: Iterable[Any]
 ) -> list[dict[str, Any]]:
   """Rows of bench.json, one a cell: times of prefill and of each step.
 
-  Raises:
-    UserError: torch or transformers is not installed.
+  Args:
+    model: as from `load`.
   """
-  model = load(config, params)
   out = []
   for cell in cells:
     positions = cell.context + config.bench.question_tokens
@@ -69,7 +68,11 @@ def rows(
 
 
 def load(config: Config, params: dict) -> Any:
-  """The decoder as transformers' own model, in float32, ready to run."""
+  """The decoder as transformers' own model, in float32, ready to run.
+
+  Raises:
+    UserError: torch or transformers is not installed.
+  """
   try:
     import torch
     import transformers

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 import toy_config
 import toy_run
@@ -57,9 +58,14 @@ def test_every_cell_is_measured_and_none_compiles(
     assert {*VLLM, 'request_throughput', 'output_throughput'} <= row.keys()
     assert row['mean_ttft_ms'] < row['mean_e2el_ms']
     assert row['p50_ttft_ms'] <= row['p99_ttft_ms']
-    assert row['split_ms'].keys() == {'tokenize', 'store', 'policy'}
+    assert row['split_ms'].keys() == {'tokenize', 'store', 'policy', 'project'}
     fresh = rows['refrag', context, 0.0, False]
-    assert fresh['split_ms'].keys() == {'tokenize', 'store', 'encode'}
+    assert fresh['split_ms'].keys() == {
+      'tokenize',
+      'store',
+      'encode',
+      'project',
+    }
     held = rows['refrag', context, 0.0, True]
     assert held['flop_limit'] > fresh['flop_limit'] > 0
     projected = flops.projection_flops(
@@ -78,6 +84,43 @@ def test_every_cell_is_measured_and_none_compiles(
   assert 'REFRAG, k = 4, p = 0.25, in hand' in page and '<svg' in page
 
 
+def test_as_many_as_fit(folder, tmp_path, monkeypatch):
+  """By the bytes of a slot; one request's time is the sum of its parts."""
+  monkeypatch.setattr(bench.session_lib.sharding, 'make_mesh', one_device)
+  monkeypatch.setattr(bench.jax, 'devices', lambda: jax.local_devices()[:1])
+  monkeypatch.setattr(bench, 'free_bytes', lambda: 40_000)
+  cfg = config(
+    folder, batches=(0, 1), contexts=(64,), fractions=(0.0,), repeats=1
+  )
+  assert bench.run(cfg, str(tmp_path), '') == 0
+  out = json.loads((tmp_path / 'bench.json').read_text())
+  assert out['compiles_after_warmup'] == 0
+  full, refrag = (row for row in out['rows'] if row['saturated'])
+  c = cfg.model.decoder
+  for row in (full, refrag):
+    length = row['decoder_positions'] + 3
+    a_slot = 2 * 4 * c.num_layers * length * c.num_kv_heads * c.head_dim
+    a_slot += c.vocab_size + 8
+    assert row['batch'] == 40_000 // a_slot and row['requests'] == (
+      2 * row['batch']
+    )
+  assert refrag['batch'] > full['batch'] > 1
+  assert refrag['throughput_ratio'] == pytest.approx(
+    refrag['request_throughput'] / full['request_throughput']
+  )
+  (alone,) = (
+    row for row in out['rows']
+    if row['batch'] == 1 and row['arm'] == 'refrag' and not row['cached']
+  )  # fmt: skip
+  parts = sum(alone['split_ms'][x] for x in ('encode', 'project', 'prefill'))
+  assert parts == pytest.approx(alone['mean_ttft_ms'])
+  page = (tmp_path / 'bench.html').read_text()
+  assert 'As many as fit' in page
+  monkeypatch.setattr(bench, 'free_bytes', lambda: 100)
+  with pytest.raises(UserError, match='no slot of 71 positions'):
+    bench.run(cfg, str(tmp_path), '')
+
+
 def one_device(**_):
   return toy_run.mesh()
 
@@ -94,7 +137,7 @@ def test_other_chunk_sizes_with_the_same_weights(folder):
     (dict(contexts=()), 'contexts is empty'),
     (dict(contexts=(30,)), '30 tokens are no whole chunks of 4'),
     (dict(chunk_sizes=(4, 5)), '32 tokens are no whole chunks of 5'),
-    (dict(batches=(0,)), 'batches .* must all be above 0'),
+    (dict(batches=(-1,)), 'or 0 for as many as fit'),
     (dict(fractions=(1.0,)), 'fractions .* use shares'),
     (dict(repeats=0), 'bench.repeats is 0'),
   ],
