@@ -66,10 +66,9 @@ def get_config(preset: str = ''):
   c.data.tokenizer, c.data.encoder_tokenizer = DECODER, ENCODER
   c.model.lora.rank = 16
   c.model.policy.update(num_heads=c.model.encoder.num_heads, mlp_width=1024)
+  c.model.attention = 'fused'
   if on_card:
-    c.model.update(
-      compute_dtype='bfloat16', attention='fused', remat='dots', loss_block=64
-    )
+    c.model.update(compute_dtype='bfloat16', remat='dots', loss_block=64)
   k = {'k4': 4, 'k16': 16}.get(preset, 8)
   c.model.chunk_size = k
   c.data.max_encoder_tokens = 2 * k + 8

@@ -93,8 +93,7 @@ def ours():
   found = cli.load(cli.parse(['--config=configs/smollm2.py:k16']))
   config = load.changed(
     found.config,
-    ['model.compute_dtype=float32', 'model.attention=dense',
-     'model.lora.rank=0'],
+    ['model.compute_dtype=float32', 'model.lora.rank=0'],
   )  # fmt: skip
   opened = session_lib.open_model(config)
   with jax.set_mesh(opened.mesh):
@@ -106,7 +105,7 @@ def make(config, params, rows: int, length: int) -> Engine:
   """An engine with one pool."""
   return Engine(
     config.model, params, 1 << 30, [(rows, length)], 1024,
-    config.data.max_encoder_tokens, attend='dense',
+    config.data.max_encoder_tokens, attend='blockwise',
   )  # fmt: skip
 
 

@@ -75,9 +75,7 @@ def attend(
     return layers.attention(q_BTNH, k_BSMH, v_BSMH, mask_BTS)
   # The others would be gathered: each device takes its rows, queries and heads,
   # and all keys.
-  heads = 'heads'
-  if k_BSMH.shape[2] % sharding.axis_size('heads'):
-    heads = None  # a key/value head stays with its queries
+  heads = _shared_out(k_BSMH)
   rows, keys = ('batch', 'sequence'), ('batch', None)
   return sharding.per_device(
     functools.partial(ATTENTION[kind], window=window),
@@ -90,6 +88,11 @@ def attend(
     ),
     (*rows, heads, None),
   )(q_BTNH, k_BSMH, v_BSMH, query, key)
+
+
+def _shared_out(k_BSMH) -> str | None:
+  """The axis of the heads; None where the key/value heads do not divide."""
+  return None if k_BSMH.shape[2] % sharding.axis_size('heads') else 'heads'
 
 
 def decode(
@@ -106,9 +109,7 @@ def decode(
   Returns:
     (B, 1, N, H), and the cache with the new keys and values in it.
   """
-  heads = 'heads'
-  if k_B1MH.shape[2] % sharding.axis_size('heads'):
-    heads = None
+  heads = _shared_out(k_B1MH)
   rows_B, slot_B = jnp.arange(len(q_B1NH)), query.index_BT[:, 0]
   put = lambda name, new_B1MH: (
     cache[name].at[rows_B, :, slot_B].set(new_B1MH[:, 0], mode='drop')
@@ -138,21 +139,19 @@ def _decode(q_B1NH, k_BMSH, v_BMSH, index_B1, live: int, window: int):
   def at_once(q_BMGH, k_BMSH, v_BMSH, index_B1):
     return of(q_BMGH, k_BMSH[:, :, :live], v_BMSH[:, :, :live], index_B1)
 
-  def by_row(*rows):
-    def one(b):
-      first = lambda x: (1, *x.shape[1:2], live, *x.shape[3:])
-      part = lambda x, shape: jax.lax.dynamic_slice(
-        x, (b,) + (0,) * (x.ndim - 1), shape
+  def by_row(q_BMGH, k_BMSH, v_BMSH, index_B1):
+    def of_row(b):
+      row = lambda x, *size: jax.lax.dynamic_slice(
+        x, (b,) + (0,) * (x.ndim - 1), (1, *size)
       )
-      q_BMGH, k_BMSH, v_BMSH, index_B1 = rows
       return of(
-        part(q_BMGH, (1, *q_BMGH.shape[1:])),
-        part(k_BMSH, first(k_BMSH)),
-        part(v_BMSH, first(v_BMSH)),
-        part(index_B1, (1, 1)),
+        row(q_BMGH, M, N // M, H),
+        row(k_BMSH, M, live, H),
+        row(v_BMSH, M, live, H),
+        row(index_B1, 1),
       )[0]
 
-    return jax.lax.map(one, jnp.arange(B))
+    return jax.lax.map(of_row, jnp.arange(B))
 
   # On a CPU a slice of all rows would be copied, and each row's stays near.
   out_BMGH = jax.lax.platform_dependent(
