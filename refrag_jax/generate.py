@@ -50,20 +50,57 @@ def greedy(
     num_expanded: static bound on expanded chunks in a row.
     num_tokens: W, static.
   """
-  variables = {'params': params}
   # One slot more than training's layout: the last forced token is an input.
   forced = jnp.pad(batch['output_BO'], ((0, 0), (0, 1)))
   layout = splice.layout_of(
     batch | {'output_BO': forced}, expand_BC, num_expanded
   )
-  B = len(layout.token_BT)
   hidden_BTD, cache = model.apply(
-    variables, layout, e_BCD, {}, method=Refrag.run
+    {'params': params}, layout, e_BCD, {}, method=Refrag.run
   )
   room = ((0, 0), (0, 0), (0, 0), (0, num_tokens - 1), (0, 0))
   cache = jax.tree.map(lambda x_YBMTH: jnp.pad(x_YBMTH, room), cache)
-  head_DV = model.apply(variables, method=Refrag.head)
   length_B = layout.valid_BT.sum(1).astype(jnp.int32)
+  return _write(model, params, hidden_BTD, cache, length_B, num_tokens, eos_id)
+
+
+def scored_and_written(
+    model: Refrag, params, batch, expand_BC, num_expanded: int, prompt: int,
+    eos_id: int,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+  """NLL of a batch's outputs, (B, O), and their `continuation`, from one pass.
+
+  What is scored stands in the cache where the continuation will; each token is
+  written over it before it is looked at.
+  """
+  variables = {'params': params}
+  e_BCD = None
+  if num_expanded < expand_BC.shape[1]:
+    e_BCD = model.apply(variables, batch, method=Refrag.project_chunks)
+  layout = splice.layout_of(batch, expand_BC, num_expanded)
+  hidden_BTD, cache = model.apply(
+    variables, layout, e_BCD, {}, method=Refrag.run
+  )
+  hidden_BOD = jnp.take_along_axis(hidden_BTD, layout.output_BO[..., None], 1)
+  nll_BO = model.apply(
+    variables, hidden_BOD, batch['output_BO'], method=Refrag.nll
+  )
+  given_B1 = batch['loss_mask_BO'].argmax(1)[:, None]
+  length_B = jnp.take_along_axis(layout.output_BO, given_B1, 1)[:, 0] + 1
+  tokens_BW = _write(
+    model, params, hidden_BTD, cache, length_B,
+    batch['output_BO'].shape[1] - prompt, eos_id,
+  )  # fmt: skip
+  return nll_BO, tokens_BW
+
+
+def _write(
+    model: Refrag, params, hidden_BTD, cache, length_B, num_tokens: int,
+    eos_id: int,
+) -> jax.Array:  # fmt: skip
+  """The most likely tokens behind the first `length_B` positions, (B, W)."""
+  variables = {'params': params}
+  head_DV = model.apply(variables, method=Refrag.head)
   last_BD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], 1)[
     :, 0
   ]
@@ -78,6 +115,7 @@ def greedy(
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
 
   first_B = choose(last_BD)
+  B = len(first_B)
   tokens_BW = jnp.full((B, num_tokens), eos_id, jnp.int32).at[:, 0].set(first_B)
   if num_tokens == 1:
     return tokens_BW

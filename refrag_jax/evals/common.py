@@ -141,7 +141,8 @@ def map_batches(
   """`function(batch, *static)` over all rows, in batches of one shape.
 
   Args:
-    function: jitted; takes the batch's leaves on device, returns (B, ...).
+    function: jitted; takes the batch's leaves on device, returns (B, ...), or
+      several such arrays, as is returned here.
     batch: host arrays (W, ...); the last batch is filled up and cut off again.
     rows: of a batch; 0 takes the config's.
 
@@ -167,7 +168,8 @@ def map_batches(
     )
     parts.append(function(placed, *static))
   # Fetched at the end, so that the device is not waited for at each batch.
-  return np.concatenate([sharding.fetch(part) for part in parts])[:total]
+  whole = lambda *of: np.concatenate([sharding.fetch(x) for x in of])[:total]
+  return jax.tree.map(whole, *parts)
 
 
 def other_document(doc_W: np.ndarray) -> np.ndarray:

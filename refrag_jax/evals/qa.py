@@ -290,9 +290,9 @@ def measure(
   nll = lambda batch: common.apply(
     context, row.role, answer_nll, batch, given_as=given_as, expand=expand
   )
-  columns = {'gold_nll': nll(asked)}
   chosen = [source.questions[i] for i in asked['id_B']]
   if all(question.choices for question in chosen):
+    columns = {'gold_nll': nll(asked)}
     row_X, options = source.options(asked)
     # Of whole options, not of their tokens in the mean: they differ in length.
     options = batch_lib.fitted(options, int(options['output_len_B'].max()))
@@ -305,9 +305,12 @@ def measure(
       float,
     )
     return columns
-  texts = written_texts(
-    context, row.role, asked, given_as, most_given(asked), expand
-  )
+  nll_W, ids_WN = common.apply(
+    context, row.role, nll_and_greedy, asked, given_as=given_as,
+    prompt=most_given(asked), eos_id=context.session.tokenizer.eos_id,
+    expand=expand,
+  )  # fmt: skip
+  columns, texts = {'gold_nll': nll_W}, texts_of(context, ids_WN)
   whole = all(question.whole for question in chosen)
   metrics = text_metrics.SUMMARIES if whole else text_metrics.ANSWERS
   for name, metric in metrics.items():
@@ -332,13 +335,9 @@ def replug_column(context, source, asked: dict, row: Row) -> dict:
   return {'gold_nll': nll_W}
 
 
-def written_texts(
-  context, role: str, batch, given_as: str, prompt: int, expand: float
-) -> list[str]:
-  """Greedy answers as text."""
-  tokenizer = context.session.tokenizer
-  ids_WN = written(context, role, batch, given_as, prompt, expand)
-  texts = []
+def texts_of(context, ids_WN: np.ndarray) -> list[str]:
+  """Answers as text, each up to its end."""
+  tokenizer, texts = context.session.tokenizer, []
   for ids in ids_WN.tolist():
     eos_id = tokenizer.eos_id
     end = ids.index(eos_id) if eos_id in ids else len(ids)
@@ -381,14 +380,30 @@ def greedy(
   model, params, batch, given_as: str, prompt: int, eos_id: int, expand: float
 ):
   """The most probable ids after what is given, (B, O - prompt)."""
-  B, C, _ = batch['chunks_BCK'].shape
-  as_tokens = given_as == 'tokens'
-  expand_BC, most = jnp.full((B, C), as_tokens), C if as_tokens else 0
-  if expand:
-    expand_BC, most = expand_share(batch, expand)
+  expand_BC, most = read_as_tokens(batch, given_as, expand)
   return generate.continuation(
     model, params, batch, expand_BC, most, prompt, eos_id
   )
+
+
+def nll_and_greedy(
+  model, params, batch, given_as: str, prompt: int, eos_id: int, expand: float
+):
+  """Mean NLL of each gold answer, (B,), and what `greedy` writes."""
+  expand_BC, most = read_as_tokens(batch, given_as, expand)
+  nll_BO, ids_BN = generate.scored_and_written(
+    model, params, batch, expand_BC, most, prompt, eos_id
+  )
+  return losses.masked_mean(nll_BO, batch['loss_mask_BO']), ids_BN
+
+
+def read_as_tokens(batch, given_as: str, expand: float):
+  """Which chunks are tokens, bool (B, C), and the most of a row."""
+  B, C, _ = batch['chunks_BCK'].shape
+  if expand:
+    return expand_share(batch, expand)
+  as_tokens = given_as == 'tokens'
+  return jnp.full((B, C), as_tokens), C if as_tokens else 0
 
 
 def expand_share(batch, p: float):

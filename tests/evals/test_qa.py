@@ -316,8 +316,13 @@ def test_empty_slots_change_nothing(context, session):
     whole, least = (qa.measure(context, source, x, row) for x in (asked, cut))
     for name, values in whole.items():
       np.testing.assert_allclose(values, least[name], rtol=1e-5, err_msg=name)
-    texts = (
-      qa.written_texts(context, 'sft', x, given_as, prompt, 0.0)
-      for x, prompt in ((asked, source.prompt_slots), (cut, qa.most_given(cut)))
-    )
-    assert next(texts) == next(texts)
+    for x, prompt in ((asked, source.prompt_slots), (cut, qa.most_given(cut))):
+      how = dict(given_as=given_as, prompt=prompt, eos_id=0, expand=0.0)
+      nll_W, ids_WN = common.apply(context, 'sft', qa.nll_and_greedy, x, **how)
+      alone_W = common.apply(
+        context, 'sft', qa.answer_nll, x, given_as=given_as, expand=0.0
+      )
+      np.testing.assert_allclose(nll_W, alone_W, rtol=1e-5)
+      np.testing.assert_array_equal(
+        ids_WN, common.apply(context, 'sft', qa.greedy, x, **how)
+      )
