@@ -3,7 +3,7 @@
 # 80 GB: random weights in bfloat16, one request at a time as in the paper
 # (Figure 2), no question but BOS, k = 16 and 32; then as many requests as fit.
 # Results: bench.json and bench.html under runs/latency_gpu. Not run on a card
-# yet; by its FLOPs and bytes it takes some minutes, most of them compilation.
+# yet.
 #
 # ARGS such as --config.bench.contexts=4096,16384.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

@@ -2,7 +2,7 @@
 
   launch/models.sh
   PYTHONPATH=. .venv/bin/python docs/bench/int8.py --text=TEXT.jsonl.gz \
-    [--documents=64] [--tokens=512] [--init_from=DECODER,ENCODER]
+    [--documents=48] [--tokens=256]
 
 The first tokens of each held-out document, behind BOS, by the engine's own
 programs (`Engine.token_nll`), with matrices as they came and in 8 bits.
@@ -27,19 +27,17 @@ def main() -> None:
   """Prints both means, and their difference by document."""
   parser = argparse.ArgumentParser()
   parser.add_argument('--text', required=True)
-  parser.add_argument('--documents', type=int, default=64)
-  parser.add_argument('--tokens', type=int, default=512)
-  parser.add_argument('--init_from', default='')
+  parser.add_argument('--documents', type=int, default=48)
+  parser.add_argument('--tokens', type=int, default=256)
   args = parser.parse_args()
   found = cli.load(cli.parse(['--config=configs/smollm2.py:laptop']))
   config = load.changed(
     found.config, [f'data.text={args.text}', 'model.lora.rank=0']
   )
-  source = args.init_from or config.init_from
   opened = session_lib.open_model(config)
   with tempfile.TemporaryDirectory() as workdir, jax.set_mesh(opened.mesh):
     data = session_lib.open_data(opened.config, workdir)
-    params, _ = session_lib.load_params(opened, source, 'int8.py')
+    params, _ = session_lib.load_params(opened, config.init_from, 'int8.py')
     engines = [
       Engine(
         opened.config.model, params, 0, [(1, 8)],

@@ -233,25 +233,21 @@ def _seen(query: Places, key: Places, window: int) -> jax.Array:
   return jnp.where(none.all(-1), NONE, jnp.where(whole.all(-1), ALL, SOME))
 
 
-def _where_seen(seen, function, carry, *args):
-  """`function(carry, *args, masked)`, or `carry` where there is nothing to see.
+def _where_seen(seen, add, carry, block):
+  """`add(carry, block, masked)`, or `carry` where there is nothing to see.
 
-  A CPU leaves out what no query of a block sees, half of a long row. On the
-  others a branch in a loop costs more than the block does: they mask all.
+  A CPU leaves out what no query of a block sees, half of a long row. Elsewhere
+  a branch in every turn of the loop has not been measured: all is masked.
   """
-  whole = lambda seen, carry, *args: function(carry, *args, True)
-  by_kind = lambda seen, carry, *args: jax.lax.switch(
-    seen,
-    [
-      lambda carry, *args: carry,
-      lambda carry, *args: function(carry, *args, True),
-      lambda carry, *args: function(carry, *args, False),
-    ],
-    carry,
-    *args,
-  )
+  masked = functools.partial(add, masked=True)
+  branches = [lambda carry, block: carry, masked]  # NONE, SOME, ALL
+  branches.append(functools.partial(add, masked=False))
   return jax.lax.platform_dependent(
-    seen, carry, *args, cpu=by_kind, default=whole
+    seen,
+    carry,
+    block,
+    cpu=lambda *args: jax.lax.switch(args[0], branches, *args[1:]),
+    default=lambda seen, carry, block: masked(carry, block),
   )
 
 

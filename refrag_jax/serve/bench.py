@@ -530,9 +530,8 @@ def first_token_cost(
   positions, chunks = row['decoder_positions'], row['context'] // row['k']
   head = decoder['width'] * decoder['vocab_size']
   cost = flops.decoder_flops(decoder, positions) + 2 * head
-  key_values = 2 * decoder['num_kv_heads'] * decoder['head_dim']
-  weights = flops.decoder_flops(decoder, 1) / 2 + head
-  moved = weights + positions * decoder['num_layers'] * key_values
+  weights, key_values = _sizes(model)
+  moved = weights + positions * key_values
   if row['arm'] == 'refrag':
     cost += flops.projection_flops(encoder, decoder, chunks)
     moved += chunks * encoder['width']
@@ -551,14 +550,20 @@ def next_token_cost(
   """FLOPs and bytes of one step of all requests, halfway through an answer."""
   decoder, batch = model.decoder, row['batch']
   positions = row['decoder_positions'] + config.bench.output_tokens / 2
-  head = decoder.width * decoder.vocab_size
-  weights = flops.decoder_flops(vars(decoder), 1) / 2 + head
-  query = decoder.num_heads * decoder.head_dim
-  key_values = 2 * decoder.num_kv_heads * decoder.head_dim
-  looked_at = batch * decoder.num_layers * positions
-  cost = 2 * batch * weights + 4 * looked_at * query
-  moved = weights + looked_at * key_values
+  weights, key_values = _sizes(model)
+  query = decoder.num_layers * decoder.num_heads * decoder.head_dim
+  cost = batch * (2 * weights + 4 * positions * query)
+  moved = weights + batch * positions * key_values
   return cost, moved * jnp.dtype(model.compute_dtype).itemsize
+
+
+def _sizes(model: ModelConfig) -> tuple[float, int]:
+  """Numbers in the decoder's matrices, and in a position's keys and values."""
+  decoder = model.decoder
+  head = decoder.width * decoder.vocab_size
+  key_values = 2 * decoder.num_kv_heads * decoder.head_dim
+  weights = flops.decoder_flops(vars(decoder), 1) / 2 + head
+  return weights, decoder.num_layers * key_values
 
 
 def rates(dtype: str) -> tuple[float, float]:

@@ -18,6 +18,48 @@ PANELS = (
 )
 
 
+def ttft(row: Mapping[str, Any]) -> dict[str, Any]:
+  """The STAT of the time to the first token, in ms."""
+  return {
+    'mean': row['mean_ttft_ms'],
+    'se': row.get('se_ttft_ms'),
+    'n': row['requests'],
+  }
+
+
+# Heading; key of a row, or a function of it; digits.
+NAME = ('read as', label, 0)
+CONTEXT, POSITIONS, AT_ONCE = (
+  ('context', 'context', 0),
+  ('positions', 'decoder_positions', 0),
+  ('at once', 'batch', 0),
+)
+STEP = (('TPOT, ms', 'mean_tpot_ms', 2), ('roofline', 'tpot_roofline_ms', 2))
+TOKENS = ('tokens/s', 'output_throughput', 1)
+COLUMNS = (
+  NAME, CONTEXT, AT_ONCE, POSITIONS,
+  ('padded', 'padded_positions', 0),
+  ('TTFT, ms', ttft, 1),
+  ('p50', 'p50_ttft_ms', 1),
+  ('p99', 'p99_ttft_ms', 1),
+  ('roofline', 'roofline_ms', 1),
+  ('encode, ms', 'split_ms.encode', 1),
+  ('policy', 'split_ms.policy', 1),
+  ('project', 'split_ms.project', 1),
+  ('prefill', 'split_ms.prefill', 1),
+  *STEP, TOKENS,
+  ('speed-up', 'speedup', 2),
+  ('FLOP limit', 'flop_limit', 2),
+  ('of the limit', 'fraction_of_limit', 2),
+)  # fmt: skip
+SATURATED = (
+  NAME, CONTEXT, POSITIONS, AT_ONCE,
+  ('requests/s', 'request_throughput', 2),
+  ('of full context', 'throughput_ratio', 2),
+  TOKENS, *STEP,
+)  # fmt: skip
+
+
 def page(bench: Mapping[str, Any]) -> str:
   """The whole page."""
   rows = [row for row in bench['rows'] if not row['saturated']]
@@ -49,43 +91,6 @@ def page(bench: Mapping[str, Any]) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """A line a cell."""
-  head = [
-    'read as', 'context', 'at once', 'positions', 'padded', 'TTFT, ms', 'p50',
-    'p99', 'roofline', 'encode, ms', 'policy', 'project', 'prefill', 'TPOT, ms',
-    'roofline', 'tokens/s', 'speed-up', 'FLOP limit', 'of the limit',
-  ]  # fmt: skip
-  number = page_lib.number
-  body = [
-    [
-      page_lib.text(label(row)),
-      number(row['context']),
-      number(row['batch']),
-      number(row['decoder_positions']),
-      number(row['padded_positions']),
-      page_lib.measured(
-        {
-          'mean': row['mean_ttft_ms'],
-          'se': row.get('se_ttft_ms'),
-          'n': row['requests'],
-        },
-        1,
-      ),
-      number(row['p50_ttft_ms'], 1),
-      number(row['p99_ttft_ms'], 1),
-      number(row.get('roofline_ms'), 1),
-      *(
-        number(row['split_ms'].get(step), 1)
-        for step in ('encode', 'policy', 'project', 'prefill')
-      ),
-      number(row['mean_tpot_ms'], 2),
-      number(row.get('tpot_roofline_ms'), 2),
-      number(row['output_throughput'], 1),
-      number(row.get('speedup'), 2),
-      number(row.get('flop_limit'), 2),
-      number(row.get('fraction_of_limit'), 2),
-    ]
-    for row in rows
-  ]
   note = (
     'TTFT: from the chunks of the passages, or their embeddings, in hand to '
     'the first token; TPOT: each token after it. A speed-up is over full '
@@ -94,35 +99,33 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     'that FLOPs or bytes take at the least. Encode, policy, project and '
     'prefill are the parts of TTFT, in ms; the last is what the others leave.'
   )
-  return page_lib.table(head, body, note)
+  return _table(rows, COLUMNS, note)
 
 
 def saturated(rows: Sequence[Mapping[str, Any]]) -> str:
   """A line a cell that had as many requests at once as the device holds."""
-  head = [
-    'read as', 'context', 'positions', 'at once', 'requests/s',
-    'of full context', 'tokens/s', 'TPOT, ms', 'roofline',
-  ]  # fmt: skip
-  number = page_lib.number
-  body = [
-    [
-      page_lib.text(label(row)),
-      number(row['context']),
-      number(row['decoder_positions']),
-      number(row['batch']),
-      number(row['request_throughput'], 2),
-      number(row.get('throughput_ratio'), 2),
-      number(row['output_throughput'], 1),
-      number(row['mean_tpot_ms'], 2),
-      number(row.get('tpot_roofline_ms'), 2),
-    ]
-    for row in rows
-  ]
   note = (
     'Each slot is taken twice. Chunk embeddings are in hand; prompts are '
     'prefilled one by one between the steps of the others.'
   )
-  return page_lib.table(head, body, note)
+  return _table(rows, SATURATED, note)
+
+
+def _table(rows, columns: Sequence[tuple[str, Any, int]], note: str) -> str:
+  def cell(row, what, digits: int) -> str:
+    if isinstance(what, str):  # a key, or one of its parts
+      key, _, part = what.partition('.')
+      value = row.get(key, {}).get(part) if part else row.get(key)
+      return page_lib.number(value, digits)
+    value = what(row)
+    if isinstance(value, str):
+      return page_lib.text(value)
+    return page_lib.measured(value, digits)
+
+  body = [
+    [cell(row, what, digits) for _, what, digits in columns] for row in rows
+  ]
+  return page_lib.table([head for head, *_ in columns], body, note)
 
 
 def figure(rows: Sequence[Mapping[str, Any]], batch: int) -> str:

@@ -170,7 +170,8 @@ class Engine:
     max_chunks: the most chunks of a prompt.
     max_encoder_tokens: M, encoder tokens of a chunk.
     attend: how a prefill computes attention, of attention.KINDS.
-    int8: keep the decoder's matrices in 8 bits.
+    int8: keep the decoder's matrices in 8 bits; programs.Weights stay as they
+      are.
   """
 
   def __init__(

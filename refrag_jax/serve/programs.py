@@ -29,6 +29,13 @@ NLL_BLOCK = 128  # tokens whose logits are there at once
 Cache = list[dict[str, jax.Array]]  # of each layer: k and v, (B, M, S, H)
 
 
+class Int8(NamedTuple):
+  """A matrix in 8 bits, with a scale for each of its output channels."""
+
+  values: jax.Array  # int8
+  scale: jax.Array  # float32, 1 along the inputs
+
+
 class Weights(NamedTuple):
   """A decoder's parameters as the engine keeps them, in the compute dtype.
 
@@ -36,16 +43,9 @@ class Weights(NamedTuple):
   """
 
   embed_VD: jax.Array
-  head_DV: 'jax.Array | Int8'
+  head_DV: jax.Array | Int8
   norm: dict[str, jax.Array]
   layers: list[Any]  # of each block its own
-
-
-class Int8(NamedTuple):
-  """A matrix in 8 bits, with a scale for each of its output channels."""
-
-  values: jax.Array  # int8
-  scale: jax.Array  # float32, 1 along the inputs
 
 
 class Slots(NamedTuple):
@@ -307,14 +307,9 @@ def _blocks(weights, x_BTD, caches, positions_BT, live, cfg, attend):
   key = attention.Places(jnp.arange(live, dtype=jnp.int32)[None])
   block, new = Block(cfg, attend, None, None), []
   for layer, cache in zip(weights.layers, caches, strict=True):
+    variables = {'params': _wide(layer, x_BTD.dtype)}
     x_BTD, cache = block.apply(
-      {'params': _wide(layer, x_BTD.dtype)},
-      x_BTD,
-      cache,
-      angles,
-      query,
-      key,
-      None,
+      variables, x_BTD, cache, angles, query, key, None
     )
     new.append(cache)
   norm = layers.RMSNorm(cfg.norm_eps)
