@@ -332,6 +332,7 @@ def base() -> ml_collections.ConfigDict:
       output_tokens=16,
       repeats=5,
       transformers=False,
+      llama_cpp='',
     )
   )
 

@@ -54,6 +54,7 @@ HOMES = {
   'absl': (),
   'tensorflow': (),
   'torch': ('serve.torch_baseline',),
+  'llama_cpp': ('serve.llama_cpp_baseline',),
 }
 
 

@@ -157,7 +157,7 @@ def decode(engine: Engine, ids_BT: np.ndarray):
     slots = pool.slots._replace(position_B=jax.numpy.array(position))
     pool.slots, token_B, _ = programs.decode(
       engine.weights, slots, active_B, settings_of([Options()] * len(active_B)),
-      cfg=engine.cfg.decoder, live=CACHE,
+      cfg=engine.cfg.decoder, attend='blockwise', live=CACHE,
     )  # fmt: skip
     jax.block_until_ready(token_B)
 

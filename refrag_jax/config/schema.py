@@ -231,6 +231,7 @@ class BenchConfig:
   output_tokens: int  # written by each request, whatever they are
   repeats: int  # of each cell, with fresh prompts
   transformers: bool  # the same decoder in transformers' torch beside it
+  llama_cpp: str  # a .gguf file that llama.cpp reads beside it; '': none
 
 
 @dataclasses.dataclass(frozen=True)

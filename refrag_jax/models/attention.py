@@ -18,6 +18,7 @@ would be as large as the logits.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -96,11 +97,14 @@ def _shared_out(k_BSMH) -> str | None:
 
 
 def decode(
-  q_B1NH, k_B1MH, v_B1MH, cache: dict, query: Places, key: Places, window: int
-) -> tuple[jax.Array, dict]:
+  kind: str, q_B1NH, k_B1MH, v_B1MH, cache: dict, query: Places, key: Places,
+  window: int,
+) -> tuple[jax.Array, dict]:  # fmt: skip
   """Attention of one position more of each row, with those in the cache.
 
   Args:
+    kind: of KINDS; with `cudnn` the cache is read by a kernel of JAX's Pallas
+      library where its shape allows, else by plain products as with the others.
     cache: {'k', 'v'}: (B, M, S, H), position p in slot p. A head's keys lie
       side by side, as they are read.
     query: where each row's new position stands; beyond S nothing is written.
@@ -117,7 +121,11 @@ def decode(
   cache = {'k': put('k', k_B1MH), 'v': put('v', v_B1MH)}
   in_cache = ('batch', heads, None, None)
   by_position = ('batch', None, heads, None)
-  look = functools.partial(_decode, live=key.index_BT.shape[1], window=window)
+  S, H = cache['k'].shape[2:]
+  look = functools.partial(_decode, live=key.index_BT.shape[1])
+  if kind == 'cudnn' and triton_takes(S, H):
+    look = triton_decode
+  look = functools.partial(look, window=window)
   out_B1NH = sharding.per_device(
     look, (by_position, in_cache, in_cache, ('batch', None)), by_position
   )(q_B1NH, cache['k'], cache['v'], query.index_BT)
@@ -383,6 +391,46 @@ def cudnn(q_BTNH, k_BSMH, v_BSMH, query, key, window: int) -> jax.Array:
   )
 
 
+def triton_takes(S: int, H: int) -> bool:
+  """Whether `triton_decode` can read a cache (.., S, H): blocks of 2^n."""
+  return not S % TRITON_LEAST and not H & (H - 1)
+
+
+def triton_decode(
+  q_B1NH, k_BMSH, v_BMSH, index_B1, window: int, interpret: bool = False
+) -> jax.Array:
+  """The kernel in JAX's Pallas library that reads a cache, (B, 1, N, H).
+
+  It reads each row up to its own position and not beyond, and shares a row out
+  over several programs.
+
+  Args:
+    index_B1: int32; a row that stands beyond S reads nothing and gets zeros.
+    interpret: run it in plain JAX, for tests on a CPU.
+  """
+  from jax.experimental.pallas.ops.gpu import decode_attention
+
+  B, _, N, H = q_B1NH.shape
+  M, S = k_BMSH.shape[1:3]
+  block = math.gcd(S, TRITON_BLOCK)
+  # The queries of a key/value head are that kernel's heads, and it has one of
+  # keys and values: each head is a row of its own, nothing moves.
+  rows = lambda x: x.reshape(B * M, -1, H)
+  end_B = jnp.where(index_B1[:, 0] < S, index_B1[:, 0] + 1, 0)
+  end_X = jnp.repeat(end_B, M)
+  out_XGH = decode_attention.mqa(
+    rows(q_B1NH),
+    rows(k_BMSH),
+    rows(v_BMSH),
+    start_idx=jnp.maximum(end_X - window, 0) if window else None,
+    kv_seq_len=end_X,
+    block_k=block,
+    k_splits=math.gcd(S // block, TRITON_SPLITS),
+    interpret=interpret,
+  )
+  return out_XGH.reshape(B, 1, N, H)
+
+
 def splash(
   q_BTNH, k_BSMH, v_BSMH, query, key, window: int, interpret: bool = False
 ) -> jax.Array:
@@ -432,6 +480,9 @@ def splash(
   return out_BNTH.swapaxes(1, 2)[:, :T]
 
 
+# Keys that it reads at once, at most and at least, and programs a row at most:
+# the library's own numbers.
+TRITON_BLOCK, TRITON_LEAST, TRITON_SPLITS = 128, 16, 16
 LANES = 128  # a TPU's registers: the kernel's blocks are multiples of it
 KERNELS = {'cudnn': cudnn, 'splash': splash}
 ATTENTION = {'blockwise': blockwise} | KERNELS

@@ -50,8 +50,9 @@ class Block(nn.Module):
     v_BTMH = constrain(v_BTMH, 'batch', None, 'heads', None)
     if cache:  # one position more of each row
       out_BTNH, cache = attention.decode(
-        q_BTNH, k_BTMH, v_BTMH, cache, query, key, c.sliding_window
-      )
+        self.attention, q_BTNH, k_BTMH, v_BTMH, cache, query, key,
+        c.sliding_window,
+      )  # fmt: skip
     else:
       out_BTNH = attention.attend(
         self.attention, q_BTNH, k_BTMH, v_BTMH, query, key, c.sliding_window

@@ -155,14 +155,15 @@ def _prefill(session, there, weights, slots, name: str, T: int) -> ProgramPlan:
 
 
 def _decode(session, there, weights, slots, name: str, live: int):
-  decoder, rows = session.config.model.decoder, slots.token_B.shape[0]
+  model, rows = session.config.model, slots.token_B.shape[0]
   place = lambda shape, dtype: _everywhere(session, shape, dtype)
   settings = jax.tree.map(
     lambda x: place(x.shape, x.dtype), settings_of([Options()] * rows)
   )
   traced = programs.decode.trace(
-    weights, slots, place((rows,), jnp.bool_), settings, cfg=decoder, live=live
-  )
+    weights, slots, place((rows,), jnp.bool_), settings, cfg=model.decoder,
+    attend=model.attention, live=live,
+  )  # fmt: skip
   length = slots.caches[0]['k'].shape[2]
   read = device_bytes(weights) + device_bytes(slots.caches) * live / length
   return _planned(session, there, traced, name, live, read)

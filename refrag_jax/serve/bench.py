@@ -14,6 +14,7 @@ asked for as fit, what counts is how many they are and what all of them bring.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -36,10 +37,9 @@ from refrag_jax.errors import UserError
 from refrag_jax.models import lora
 from refrag_jax.runtime import chips, environment, files, progress
 from refrag_jax.runtime.progress import say
-from refrag_jax.serve import programs
+from refrag_jax.serve import baselines, programs
 from refrag_jax.serve.engine import Engine, Options, Prompt, bucket
 
-PERCENTILES = (50, 95, 99)
 AS_MANY_AS_FIT = 0  # in config.bench.batches
 MOST = 512  # at once, however many fit
 KEPT = 0.1  # of a device's memory is for what a program needs beside its slots
@@ -77,6 +77,7 @@ ARMS = {
   'last_k': 'last tokens',
   'refrag': 'REFRAG',
   'transformers': 'transformers',
+  'llama_cpp': 'llama.cpp',
 }
 
 
@@ -112,10 +113,7 @@ def run(config: Config, workdir: str, source: str) -> int:
     params, from_source = _params(opened, source)
     if 'lora' in params:
       params = lora.merge(params, config.model.lora)
-    if config.bench.transformers:
-      from refrag_jax.serve import torch_baseline  # torch, which few have
-
-      of_torch = torch_baseline.load(config, params)
+    others = _baselines(config, params)
     texts = Texts(opened.config, workdir)
     # Once for all chunk sizes, and in place of what they were made of.
     params['decoder'] = programs.unstack(params, opened.config.model)
@@ -141,8 +139,8 @@ def run(config: Config, workdir: str, source: str) -> int:
           f'{row["mean_ttft_ms"]:.1f} ms, then {row["mean_tpot_ms"]:.2f} each'
         )
       del engine
-    if config.bench.transformers:
-      rows += torch_baseline.rows(config, of_torch, cells_of_torch(config))
+    for arm, generate in others.items():
+      rows += baselines.rows(config, generate, plain_cells(config, arm))
   limits(rows, opened.config.model, config)
   device = jax.devices()[0]
   out = {
@@ -263,12 +261,33 @@ def _length(cell: Cell, config: Config) -> int:
   return cell.read + config.bench.question_tokens + config.bench.output_tokens
 
 
-def cells_of_torch(config: Config) -> Iterator[Cell]:
-  """Full context, which does not depend on k."""
+def _baselines(config: Config, params: dict) -> dict[str, baselines.Generate]:
+  """What is asked for beside the engine, ready to run, arm -> function."""
+  out = {}
+  if config.bench.transformers:
+    from refrag_jax.serve import torch_baseline  # torch, which few have
+
+    model = torch_baseline.load(config, params)
+    out['transformers'] = functools.partial(torch_baseline.generate, model)
+  if config.bench.llama_cpp:
+    from refrag_jax.serve import llama_cpp_baseline
+
+    section = config.bench
+    longest = max(section.contexts) + section.question_tokens
+    out['llama_cpp'] = llama_cpp_baseline.load(
+      section.llama_cpp, longest + section.output_tokens
+    )
+  return out
+
+
+def plain_cells(config: Config, arm: str) -> Iterator[Cell]:
+  """A baseline's: full context, which does not depend on k."""
   batches = [x for x in config.bench.batches if x != AS_MANY_AS_FIT]
   for batch, context in itertools.product(batches, config.bench.contexts):
+    if arm == 'llama_cpp' and batch > 1:
+      continue  # its Python package reads one sequence at a time
     k = _chunk_sizes(config)[0]
-    yield Cell('transformers', context, k, 0.0, True, batch)
+    yield Cell(arm, context, k, 0.0, True, batch)
 
 
 def _params(opened, source: str) -> tuple[dict, str]:
@@ -393,26 +412,11 @@ def measure(
     'decoder_positions': positions,
     'padded_positions': bucket(positions, engine.pools[0].lengths),
     'requests': len(all_times),
-    **_statistics(columns),
+    **baselines.statistics_ms(**columns),
     'request_throughput': len(all_times) / seconds,
     'output_throughput': len(all_times) * number / seconds,
     'split_ms': steps,
   }
-
-
-def _statistics(columns: dict[str, np.ndarray]) -> dict[str, float]:
-  """By the names of `vllm bench serve`, in milliseconds."""
-  out = {}
-  for name, values in columns.items():
-    ms = values * 1e3
-    if not len(ms):
-      continue
-    out[f'mean_{name}_ms'] = float(ms.mean())
-    if len(ms) > 1:
-      out[f'se_{name}_ms'] = float(ms.std(ddof=1) / len(ms) ** 0.5)
-    for q in PERCENTILES:
-      out[f'p{q}_{name}_ms'] = float(np.percentile(ms, q))
-  return out
 
 
 def _asked(texts, cell: Cell, config: Config, rng) -> tuple:

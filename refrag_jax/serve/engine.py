@@ -169,7 +169,7 @@ class Engine:
     pools: (slots, positions of a slot) of each.
     max_chunks: the most chunks of a prompt.
     max_encoder_tokens: M, encoder tokens of a chunk.
-    attend: how a prefill computes attention, of attention.KINDS.
+    attend: how attention is computed, of attention.KINDS.
     int8: keep the decoder's matrices in 8 bits; programs.Weights stay as they
       are.
   """
@@ -299,7 +299,7 @@ class Engine:
         )  # fmt: skip
         pool.slots, *_ = programs.decode(
           self.weights, pool.slots, nobody_B, pool.settings(),
-          cfg=self.cfg.decoder, live=length,
+          cfg=self.cfg.decoder, attend=self.attend, live=length,
         )  # fmt: skip
 
   @property
@@ -402,7 +402,7 @@ class Engine:
     live = bucket(1 + max(r.position() for r in rows.values()), pool.lengths)
     pool.slots, token_B, logprob_B = programs.decode(
       self.weights, pool.slots, active_B, pool.settings(),
-      cfg=self.cfg.decoder, live=live,
+      cfg=self.cfg.decoder, attend=self.attend, live=live,
     )  # fmt: skip
     for running in rows.values():
       running.asked += 1

@@ -259,16 +259,17 @@ def prefill(
 
 
 @functools.partial(
-  jax.jit, static_argnames=('cfg', 'live'), donate_argnames='slots'
+  jax.jit, static_argnames=('cfg', 'attend', 'live'), donate_argnames='slots'
 )
 def decode(
   weights: Weights, slots: Slots, active_B, settings: sampling.Settings, *,
-  cfg: DecoderConfig, live: int,
+  cfg: DecoderConfig, attend: str, live: int,
 ):  # fmt: skip
   """One token more for every active row; the others stay as they are.
 
   Args:
     active_B: bool.
+    attend: of attention.KINDS.
     live: positions that are looked at, static; no active row has more.
 
   Returns:
@@ -278,7 +279,7 @@ def decode(
   place_B = jnp.where(active_B, slots.position_B, S)
   x_B1D = weights.embed_VD[slots.token_B][:, None]
   hidden_B1D, caches = _blocks(
-    weights, x_B1D, slots.caches, place_B[:, None], live, cfg, 'dense'
+    weights, x_B1D, slots.caches, place_B[:, None], live, cfg, attend
   )
   token_B, logprob_B = sampling.sample(
     logits(weights, hidden_B1D[:, 0]), slots.seen_BV, settings, place_B + 1

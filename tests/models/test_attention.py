@@ -242,6 +242,47 @@ def test_what_cudnn_is_asked_equals_the_dense_product(window, monkeypatch):
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize('window', [0, 6])
+@pytest.mark.parametrize('S', [16, 48, 4608])  # the last one in several parts
+def test_the_gpu_kernel_of_a_step_equals_the_plain_products(
+  S, window, monkeypatch
+):
+  """Run in plain JAX; a GPU compiles the same program."""
+  monkeypatch.setattr(
+    attention,
+    'triton_decode',
+    functools.partial(attention.triton_decode, interpret=True),
+  )
+  B, N, M, H = 4, 6, 2, 8
+  q_B1NH, k_B1MH, v_B1MH = arrays(B=B, T=1, S=1, N=N, M=M, H=H)
+  _, *held = arrays(B=B, T=1, S=S, N=N, M=M, H=H, seed=1)
+  cache = {name: x.swapaxes(1, 2) for name, x in zip('kv', held, strict=True)}
+  at_B1 = jnp.array([[0], [7], [S - 1], [S]], jnp.int32)  # the last: nobody
+  want, got = (
+    attention.decode(
+      kind, q_B1NH, k_B1MH, v_B1MH, cache, Places(at_B1), Places(index(S)),
+      window,
+    )
+    for kind in ('dense', 'cudnn')
+  )  # fmt: skip
+  np.testing.assert_allclose(got[0][:3], want[0][:3], atol=1e-5)
+  assert (got[0][3] == 0).all()
+  jax.tree.map(np.testing.assert_array_equal, got[1], want[1])
+
+
+def test_a_cache_that_the_gpu_kernel_cannot_read_is_read_plainly(monkeypatch):
+  monkeypatch.setattr(attention, 'triton_decode', None)
+  assert attention.triton_takes(4608, 64) and attention.triton_takes(16, 128)
+  for S, H in ((20, 64), (48, 80)):
+    assert not attention.triton_takes(S, H)
+    q_B1NH, k_B1MH, v_B1MH = arrays(T=1, S=1, H=H)
+    cache = dict.fromkeys('kv', jnp.ones((4, 2, S, H)))
+    attention.decode(
+      'cudnn', q_B1NH, k_B1MH, v_B1MH, cache,
+      Places(jnp.full((4, 1), 3)), Places(index(S)), 0,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize('kind', attention.KERNELS)
 @pytest.mark.parametrize('case', ['packed', 'cache'])
 def test_fused_kernels_leave_what_they_do_not_know_to_blocks(

@@ -1,6 +1,8 @@
 """The bench: its cells, the keys that others read, and what is refused."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -11,6 +13,7 @@ from refrag_jax import flops
 from refrag_jax.errors import UserError
 from refrag_jax.serve import bench
 
+OTHERS = ('transformers', 'llama_cpp')
 VLLM = [
   f'{of}_{name}_ms'
   for name in ('ttft', 'tpot', 'itl', 'e2el')
@@ -119,6 +122,51 @@ def test_as_many_as_fit(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(bench, 'free_bytes', lambda: 100)
   with pytest.raises(UserError, match='no slot of 71 positions'):
     bench.run(cfg, str(tmp_path), '')
+
+
+def test_baselines_stand_beside_it(folder, tmp_path, monkeypatch):
+  """Both read full context; llama.cpp, one sequence at a time."""
+  pytest.importorskip('torch')
+  monkeypatch.setattr(bench.session_lib.sharding, 'make_mesh', one_device)
+  asked = []
+
+  class Llama:
+    def __init__(self, path, n_ctx, **_):
+      if path == 'broken.gguf':
+        raise ValueError('Failed to load model from file')
+      assert path == 'file.gguf' and n_ctx == 32 + 4 + 3
+
+    def reset(self):
+      asked.append([])
+
+    def eval(self, tokens):
+      asked[-1] += tokens
+
+    def sample(self, temp):
+      assert temp == 0.0
+      return 7
+
+  monkeypatch.setitem(sys.modules, 'llama_cpp', SimpleNamespace(Llama=Llama))
+  changes = dict(contexts=(32,), batches=(1, 2), fractions=(0.0,))
+  cfg = config(folder, transformers=True, llama_cpp='file.gguf', **changes)
+  assert bench.run(cfg, str(tmp_path), '') == 0
+  rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
+  found = [(r['arm'], r['batch']) for r in rows if r['arm'] in OTHERS]
+  assert found == [('transformers', 1), ('transformers', 2), ('llama_cpp', 1)]
+  for row in rows:
+    if row['arm'] in OTHERS:
+      assert {*VLLM, 'request_throughput', 'output_throughput'} <= row.keys()
+      assert row['decoder_positions'] == 36
+      assert row['speedup'] > 0 and row['flop_limit'] == 1
+  # Every turn has a prompt of its own, and each token is read once.
+  assert len(asked) == 3 and {len(x) for x in asked} == {36 + 2}
+  assert asked[0] != asked[1] and asked[0][-2:] == [7, 7]
+  broken = config(folder, llama_cpp='broken.gguf', **changes)
+  with pytest.raises(UserError, match='broken.gguf: Failed to load'):
+    bench.run(broken, str(tmp_path), '')
+  monkeypatch.setitem(sys.modules, 'llama_cpp', None)
+  with pytest.raises(UserError, match='pip install llama-cpp-python'):
+    bench.run(broken, str(tmp_path), '')
 
 
 def one_device(**_):

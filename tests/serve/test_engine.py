@@ -6,6 +6,7 @@ Dimension key: B rows, C chunks, K chunk size, E encoder width.
 import dataclasses
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -105,6 +106,23 @@ def test_one_request_is_what_the_evals_write(engine, seed):
   assert running.finish == ('stop' if running.tokens[-1] == EOS else 'length')
   assert len(running.logprobs) == len(running.tokens)
   assert engine.idle
+
+
+def test_torch_beside_it_writes_the_same(engine):
+  """The bench's baseline has the engine's weights."""
+  torch = pytest.importorskip('torch')
+  from refrag_jax.serve import torch_baseline
+
+  model = torch_baseline.load(SimpleNamespace(model=CFG), PARAMS)
+  ids = np.random.default_rng(0).integers(4, CFG.decoder.vocab_size, 20)
+  plain = dataclasses.replace(prompt(0, 0), prefix=ids, given=ids[:0])
+  (running,) = answers(engine, [(plain, Options(max_tokens=8))])
+  written = model.generate(
+    torch.tensor(ids[None]), max_new_tokens=8, do_sample=False,
+    eos_token_id=EOS, pad_token_id=EOS,
+  )  # fmt: skip
+  assert running.tokens == written[0, 20:].tolist()
+  assert len(torch_baseline.generate(model, ids[None], 3)) == 3
 
 
 def test_batch_mates_change_nothing(engine):
@@ -290,7 +308,7 @@ def test_a_step_copies_no_cache(engine):
   pool = engine.pools[1]
   compiled = engine_lib.programs.decode.lower(
     engine.weights, pool.slots, np.ones(2, bool), pool.settings(),
-    cfg=CFG.decoder, live=96,
+    cfg=CFG.decoder, attend='dense', live=96,
   ).compile()  # fmt: skip
   caches = jax.tree.leaves(pool.slots.caches)
   whole = sum(x.nbytes for x in caches)
