@@ -14,11 +14,12 @@ asked for as fit, what counts is how many they are and what all of them bring.
 
 import contextlib
 import dataclasses
+import datetime
 import functools
+import importlib.metadata
 import itertools
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,9 +82,15 @@ ARMS = {
 }
 
 
+# What a baseline computes with.
+BELOW = {'transformers': 'torch', 'llama_cpp': 'llama-cpp-python'}
+
+
 def label(row: Mapping[str, Any]) -> str:
   """What a row reads, for people."""
   name = ARMS[row['arm']]
+  if row['arm'] == 'last_k':
+    return f'{name}, one for {row["k"]}'
   if row['arm'] != 'refrag':
     return name
   held = 'in hand' if row['cached'] else 'encoded'
@@ -149,7 +156,11 @@ def run(config: Config, workdir: str, source: str) -> int:
     'cpus': os.cpu_count(),
     'dtype': config.model.compute_dtype,
     'parameters': from_source,
-    'versions': environment.versions() | {'python': platform.python_version()},
+    'versions': environment.versions()
+    | {
+      name: importlib.metadata.version(name) for name in map(BELOW.get, others)
+    },
+    'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
     'git': environment.git_commit(),
     'compile_s': compile_s,
     'compiles_after_warmup': late,
@@ -195,6 +206,13 @@ def check_bench(config: Config) -> None:
       )
   longest = max(section.contexts) + section.question_tokens
   longest += section.output_tokens
+  most = encoder_tokens(config, max(sizes))
+  if config.model.encoder.max_length < most:
+    raise UserError(
+      f'config.bench.chunk_sizes: chunks of {max(sizes)} have up to {most} '
+      f'encoder tokens, and the encoder has {config.model.encoder.max_length} '
+      'positions (config.model.encoder.max_length)'
+    )
   limit = config.model.decoder.max_length
   if 0 < limit < longest:
     raise UserError(
@@ -206,6 +224,13 @@ def check_bench(config: Config) -> None:
 
 def _chunk_sizes(config: Config) -> tuple[int, ...]:
   return config.bench.chunk_sizes or (config.model.chunk_size,)
+
+
+def encoder_tokens(config: Config, k: int) -> int:
+  """M of chunks of k tokens: as many for each as with the config's own k."""
+  special = 2
+  rest = config.data.max_encoder_tokens - special
+  return special + -(-rest * k // config.model.chunk_size)
 
 
 def groups(config: Config) -> Iterator[list[Cell]]:
@@ -305,7 +330,7 @@ def _engine(
   needed = max(_length(cell, config) for cell in chosen)
   return Engine(
     model, params, -1, [(chosen[0].batch, needed)],
-    max(cell.chunks for cell in chosen), config.data.max_encoder_tokens,
+    max(cell.chunks for cell in chosen), encoder_tokens(config, chosen[0].k),
     attend=model.attention,
   )  # fmt: skip
 
@@ -344,7 +369,7 @@ class Texts:
     self.tokenizer, corpus = session.tokenizer, session.corpus
     self._cut = lambda text, k: chunking.chunk_passage(
       text, session.tokenizer, tokenizers.load(config.data.encoder_tokenizer),
-      k, config.data.max_encoder_tokens,
+      k, encoder_tokens(config, k),
     )  # fmt: skip
     self._documents = itertools.cycle(
       map(corpus.document_text, corpus.documents('heldout').tolist())
@@ -542,7 +567,7 @@ def first_token_cost(
     if row['p']:
       cost += flops.policy_flops(vars(model.policy), encoder, chunks)
     if not row['cached']:
-      length = config.data.max_encoder_tokens
+      length = encoder_tokens(config, row['k'])
       cost += flops.encoder_flops(encoder, chunks, length)
       moved += flops.encoder_flops(encoder, 1, 1) / 2
   return float(cost), float(moved * itemsize)

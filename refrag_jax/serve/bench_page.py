@@ -75,17 +75,19 @@ def page(bench: Mapping[str, Any]) -> str:
   ]
   if full:
     parts.append(('As many as fit', saturated(full)))
-  parts += [
-    (
-      f'{batch} at once',
-      page_lib.figure(
-        figure([row for row in rows if row['batch'] == batch], batch),
-        'Times as many as with full context, by the length of the context. '
-        'Above 1 is faster.',
-      ),
+  for batch in dict.fromkeys(row['batch'] for row in rows):
+    of_batch = [row for row in rows if row['batch'] == batch]
+    parts.append(
+      (
+        f'{batch} at once',
+        page_lib.figure(
+          by_context(of_batch),
+          'Times as many as with full context, by the length of the context. '
+          'Above 1 is faster.',
+        )
+        + by_fraction(of_batch),
+      )
     )
-    for batch in dict.fromkeys(row['batch'] for row in rows)
-  ]
   return page_lib.page('Latency', page_lib.sections(parts))
 
 
@@ -128,34 +130,71 @@ def _table(rows, columns: Sequence[tuple[str, Any, int]], note: str) -> str:
   return page_lib.table([head for head, *_ in columns], body, note)
 
 
-def figure(rows: Sequence[Mapping[str, Any]], batch: int) -> str:
-  """Three panels of speed-ups over full context, as the paper's Figure 2."""
-  series: dict[str, dict[int, Mapping]] = {}
+def by_context(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Three panels of speed-ups over full context, as the paper's Figure 2.
+
+  REFRAG with as little expanded as there is.
+  """
+  least = min(row['p'] for row in rows if row['arm'] == 'refrag')
+  full, series = {}, {}
   for row in rows:
-    series.setdefault(label(row), {})[row['context']] = row
-  full = series.pop(label({'arm': 'full_context'}))
+    if row['arm'] == 'full_context':  # measured beside each k
+      full[row['context'], row['k']] = row
+    elif row['arm'] != 'last_k' and row['p'] in (0.0, least):
+      series.setdefault(label(row), {})[row['context']] = row
+  contexts = sorted({context for context, _ in full})
   with matplotlib.rc_context(STYLE):
-    drawn = Figure(figsize=(9, 3.2), layout='constrained')
+    drawn = Figure(figsize=(9, 3.4), layout='constrained')
     panels = drawn.subplots(1, len(PANELS))
     for axes, (column, more, title) in zip(panels, PANELS, strict=True):
       for i, (name, of) in enumerate(series.items()):
-        contexts = sorted(of.keys() & full.keys())
         ratios = [
-          of[c][column] / full[c][column]
-          if more
-          else full[c][column] / of[c][column]
-          for c in contexts
+          (of[c][column] / full[c, of[c]['k']][column]) ** (1 if more else -1)
+          for c in sorted(of)
         ]
-        axes.plot(
-          contexts, ratios, marker='osD^vx'[i % 6], markersize=4,
-          color=SERIES[i % len(SERIES)], label=name,
-          linestyle="-" if "in hand" in name else "--",
-        )  # fmt: skip
-      axes.axhline(1, color=MUTED, linewidth=0.8)
+        _line(axes, i, sorted(of), ratios, name)
       axes.set(title=title, xscale='log', xlabel='tokens of context')
-      axes.set_xticks(sorted(full), [f'{c:,}' for c in sorted(full)])
+      axes.set_xticks(contexts, [f'{c:,}' for c in contexts])
       axes.minorticks_off()
-    panels[0].set_ylabel('times as fast')
-    handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc='outside lower center', ncols=3)
-    return svg(drawn, f'bench{batch}', f'speed-ups, {batch} requests at once')
+    _finish(drawn, panels[0])
+    return svg(drawn, f'bench{rows[0]["batch"]}', 'speed-ups by context')
+
+
+def by_fraction(rows: Sequence[Mapping[str, Any]]) -> str:
+  """What expanding costs at the longest context; '' for a single share."""
+  longest = max(row['context'] for row in rows)
+  series: dict[tuple[int, bool], dict[float, float]] = {}
+  for row in rows:
+    if row['arm'] == 'refrag' and row['context'] == longest:
+      of = series.setdefault((row['k'], row['cached']), {})
+      of[row['p']] = row['speedup']
+  if max(map(len, series.values())) < 2:
+    return ''
+  with matplotlib.rc_context(STYLE):
+    drawn = Figure(figsize=(5, 3.4), layout='constrained')
+    axes = drawn.subplots()
+    for i, ((k, cached), of) in enumerate(series.items()):
+      name = f'k = {k}, {"in hand" if cached else "encoded"}'
+      _line(axes, i, sorted(of), [of[p] for p in sorted(of)], name)
+    axes.set(title='time to first token', xlabel='share of chunks as tokens')
+    _finish(drawn, axes)
+    name = f'bench{rows[0]["batch"]}p'
+    return page_lib.figure(
+      svg(drawn, name, 'speed-ups by the share of chunks that stay tokens'),
+      f'What expanding costs, at {longest:,} tokens of context.',
+    )
+
+
+def _line(axes, i: int, x, y, name: str) -> None:
+  axes.plot(
+    x, y, marker='osD^vx'[i % 6], markersize=4, color=SERIES[i % len(SERIES)],
+    label=name, linestyle='-' if 'in hand' in name else '--',
+  )  # fmt: skip
+
+
+def _finish(drawn: Figure, first) -> None:
+  for axes in drawn.axes:
+    axes.axhline(1, color=MUTED, linewidth=0.8)
+  first.set_ylabel('times as fast')
+  handles, labels = first.get_legend_handles_labels()
+  drawn.legend(handles, labels, loc='outside lower center', ncols=2)

@@ -148,6 +148,7 @@ def test_baselines_stand_beside_it(folder, tmp_path, monkeypatch):
 
   monkeypatch.setitem(sys.modules, 'llama_cpp', SimpleNamespace(Llama=Llama))
   changes = dict(contexts=(32,), batches=(1, 2), fractions=(0.0,))
+  monkeypatch.setitem(bench.BELOW, 'llama_cpp', 'numpy')  # it is not installed
   cfg = config(folder, transformers=True, llama_cpp='file.gguf', **changes)
   assert bench.run(cfg, str(tmp_path), '') == 0
   rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
@@ -179,9 +180,26 @@ def test_other_chunk_sizes_with_the_same_weights(folder):
   assert [c.read for c in found if c.arm == 'refrag'][:4] == [4, 4, 11, 11]
 
 
+def test_longer_chunks_have_more_encoder_tokens(folder):
+  cfg = config(folder)
+  k, M = cfg.model.chunk_size, cfg.data.max_encoder_tokens
+  assert bench.encoder_tokens(cfg, k) == M
+  assert bench.encoder_tokens(cfg, 4 * k) == 2 + 4 * (M - 2)
+  assert bench.encoder_tokens(cfg, 1) >= 3
+  cost = lambda cached: bench.first_token_cost(
+    dict(arm='refrag', context=64, k=4 * k, p=0.0, cached=cached,
+         decoder_positions=20), cfg.model, cfg,
+  )[0]  # fmt: skip
+  encoder = vars(cfg.model.encoder)
+  assert cost(False) - cost(True) == flops.encoder_flops(
+    encoder, 64 // (4 * k), 2 + 4 * (M - 2)
+  )
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
+    (dict(chunk_sizes=(4, 1024), contexts=(1024,)), 'the encoder has .* posi'),
     (dict(contexts=()), 'contexts is empty'),
     (dict(contexts=(30,)), '30 tokens are no whole chunks of 4'),
     (dict(chunk_sizes=(4, 5)), '32 tokens are no whole chunks of 5'),
