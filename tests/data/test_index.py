@@ -187,17 +187,23 @@ def test_a_killed_run_leaves_shards_and_no_worker(sources, tmp_path, runs):
   units = len(runs)
   runs.clear()
   cache = tmp_path / 'cache'
-  run = subprocess.Popen(
-    [sys.executable, '-c', KILLED, str(SHARD), str(cache), *sources], cwd=ROOT
-  )
-  deadline = time.monotonic() + 60
-  while len(list(cache.glob('.building-*/*/*-*.npz'))) < 5:
-    assert time.monotonic() < deadline and run.poll() is None
-    time.sleep(0.001)
-  started = [n for n in os.listdir('/proc') if stat(n)[1:2] == [str(run.pid)]]
-  assert len(started) == 2
-  run.kill()
-  run.wait()
+  job = index.job(sources, BYTES, str(cache), 0.2)
+  index.open_directory(job)
+  # The last unit is somebody else's, so that the run is not through before.
+  with workers.Claims(job.path('claims')) as claims:
+    (last,) = index.STAGES[-1].units(job)
+    assert claims.take(f'{index.STAGES[-1].name}-{last}')
+    run = subprocess.Popen(
+      [sys.executable, '-c', KILLED, str(SHARD), str(cache), *sources], cwd=ROOT
+    )
+    deadline = time.monotonic() + 60
+    while len(list(cache.glob('.building-*/*/*-*.npz'))) < 5:
+      assert time.monotonic() < deadline and run.poll() is None
+      time.sleep(0.001)
+    started = [n for n in os.listdir('/proc') if stat(n)[1:2] == [str(run.pid)]]
+    assert len(started) == 2
+    run.kill()
+    run.wait()
   while any(stat(n)[:1] not in ([], ['Z']) for n in started):
     assert time.monotonic() < deadline
     time.sleep(0.01)
