@@ -231,7 +231,9 @@ class BenchConfig:
   output_tokens: int  # written by each request, whatever they are
   repeats: int  # of each cell, with fresh prompts
   transformers: bool  # the same decoder in transformers' torch beside it
-  llama_cpp: str  # a .gguf file that llama.cpp reads beside it; '': none
+  # A .gguf file that llama.cpp reads beside it; '': none. What came in later
+  # has a default, so that configs saved before, beside checkpoints, are read.
+  llama_cpp: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

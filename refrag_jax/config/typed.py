@@ -130,7 +130,11 @@ def _convert_fields(values: Mapping[str, Any], cls: type, key: str) -> Any:
         f'unknown config key {prefix + str(name)!r}'
         + (did_you_mean(prefix + str(name), known) or '; delete it')
       )
-  missing = [f.name for f in dataclasses.fields(cls) if f.name not in values]
+  missing = [
+    field.name
+    for field in dataclasses.fields(cls)
+    if field.name not in values and field.default is dataclasses.MISSING
+  ]
   if missing:
     raise UserError(
       f'config.{prefix}{missing[0]} is missing: set it in the config file '
@@ -138,7 +142,8 @@ def _convert_fields(values: Mapping[str, Any], cls: type, key: str) -> Any:
     )
   return cls(
     **{
-      name: convert(values[name], hints[name], prefix + name) for name in hints
+      name: convert(value, hints[name], prefix + name)
+      for name, value in values.items()
     }
   )
 

@@ -340,6 +340,15 @@ def test_factors_above_the_context_are_dropped():
   assert config.context_chunks(stage, 8) == (8,)
 
 
+def test_a_config_saved_before_a_setting_came_in_is_read():
+  values = tree()
+  del values['bench']['llama_cpp']
+  assert build(values).bench.llama_cpp == ''
+  del values['bench']['repeats']
+  with pytest.raises(UserError, match=r'config.bench.repeats is missing'):
+    build(values)
+
+
 def test_a_stage_that_does_not_run_may_be_unfinished():
   built = load('tiny.py', 'stages=lm', 'evals=()', 'stage.grpo.clip_eps=0')
   assert built.config.stage['grpo'].clip_eps == 0
