@@ -31,6 +31,7 @@ from refrag_jax.models import layers, stack
 # Lengths of the blocks of `blockwise`, for speed alone: on a CPU their logits
 # stay in the cache, elsewhere their products fill the matrix units.
 QUERIES, KEYS = 256, 512
+TURN = 6  # heads of a cache that a CPU reads at once, at most, likewise
 NEG = -1e30
 NOWHERE = jnp.iinfo(jnp.int32).max
 
@@ -114,13 +115,15 @@ def decode(
     (B, 1, N, H), and the cache with the new keys and values in it.
   """
   heads = _shared_out(k_B1MH)
-  rows_B, slot_B = jnp.arange(len(q_B1NH)), query.index_BT[:, 0]
-  put = lambda name, new_B1MH: (
-    cache[name].at[rows_B, :, slot_B].set(new_B1MH[:, 0], mode='drop')
-  )
-  cache = {'k': put('k', k_B1MH), 'v': put('v', v_B1MH)}
   in_cache = ('batch', heads, None, None)
   by_position = ('batch', None, heads, None)
+  put = sharding.per_device(
+    _put, (in_cache, by_position, ('batch', None)), in_cache
+  )
+  cache = {
+    'k': put(cache['k'], k_B1MH, query.index_BT),
+    'v': put(cache['v'], v_B1MH, query.index_BT),
+  }
   S, H = cache['k'].shape[2:]
   look = functools.partial(_decode, live=key.index_BT.shape[1])
   if kind == 'cudnn' and triton_takes(S, H):
@@ -132,45 +135,63 @@ def decode(
   return out_B1NH, cache
 
 
+def _put(cache_BMSH, new_B1MH, index_B1):
+  """The cache with a position more of each row, in place.
+
+  By rows and heads: an update of one place alone XLA makes one of a slice, with
+  a test whether it is inside, and copies the cache for that.
+  """
+  B, M, S, H = cache_BMSH.shape
+  slot_X, heads_X = jnp.repeat(index_B1[:, 0], M), jnp.arange(B * M)
+  new_XH = new_B1MH.reshape(B * M, H)
+  cache_XSH = cache_BMSH.reshape(B * M, S, H)
+  cache_XSH = cache_XSH.at[heads_X, slot_X].set(new_XH, mode='drop')
+  return cache_XSH.reshape(B, M, S, H)
+
+
 def _decode(q_B1NH, k_BMSH, v_BMSH, index_B1, live: int, window: int):
   B, _, N, H = q_B1NH.shape
-  M = k_BMSH.shape[1]
+  M, S = k_BMSH.shape[1:3]
+  X = B * M  # each key/value head of a row by itself
 
-  def of(q_BMGH, k_BMSH, v_BMSH, index_B1):
+  def of(q_XGH, k_XSH, v_XSH, index_X1):
     key = Places(jnp.arange(live, dtype=jnp.int32)[None])
-    seen_B1S = visible(Places(index_B1), key, window)
-    logits_BMGS = layers.einsum32('BMGH,BMSH->BMGS', q_BMGH, k_BMSH)
-    logits_BMGS = jnp.where(seen_B1S[:, None], logits_BMGS * H**-0.5, NEG)
-    weights_BMGS = jax.nn.softmax(logits_BMGS, -1).astype(v_BMSH.dtype)
-    return jnp.einsum('BMGS,BMSH->BMGH', weights_BMGS, v_BMSH)
+    seen_X1S = visible(Places(index_X1), key, window)
+    logits_XGS = layers.einsum32('XGH,XSH->XGS', q_XGH, k_XSH)
+    logits_XGS = jnp.where(seen_X1S, logits_XGS * H**-0.5, NEG)
+    weights_XGS = jax.nn.softmax(logits_XGS, -1).astype(v_XSH.dtype)
+    return jnp.einsum('XGS,XSH->XGH', weights_XGS, v_XSH)
 
-  def at_once(q_BMGH, k_BMSH, v_BMSH, index_B1):
-    return of(q_BMGH, k_BMSH[:, :, :live], v_BMSH[:, :, :live], index_B1)
+  def at_once(q_XGH, k_XSH, v_XSH, index_X1):
+    return of(q_XGH, k_XSH[:, :live], v_XSH[:, :live], index_X1)
 
-  def by_rows(q_BMGH, k_BMSH, v_BMSH, index_B1):
-    # Two, so that two cores have something to do; all in one turn is no loop.
-    X = 2 if B % 2 == 0 and B > 2 else 1
+  def in_turns(q_XGH, k_XSH, v_XSH, index_X1):
+    size = max(n for n in range(1, TURN + 1) if X % n == 0 and n < max(X, 2))
 
-    def of_rows(x):
-      rows = lambda x_B, *size: jax.lax.dynamic_slice(
-        x_B, (x * X,) + (0,) * (x_B.ndim - 1), (X, *size)
+    def turn(i):
+      part = lambda x, *shape: jax.lax.dynamic_slice(
+        x, (i * size,) + (0,) * (x.ndim - 1), (size, *shape)
       )
       return of(
-        rows(q_BMGH, M, N // M, H),
-        rows(k_BMSH, M, live, H),
-        rows(v_BMSH, M, live, H),
-        rows(index_B1, 1),
+        part(q_XGH, N // M, H),
+        part(k_XSH, live, H),
+        part(v_XSH, live, H),
+        part(index_X1, 1),
       )
 
-    return jax.lax.map(of_rows, jnp.arange(B // X))
+    return jax.lax.map(turn, jnp.arange(X // size)).reshape(X, N // M, H)
 
-  # On a CPU a slice of all rows would be copied, and that of few stays near.
-  out_BMGH = jax.lax.platform_dependent(
-    q_B1NH.reshape(B, M, N // M, H), k_BMSH, v_BMSH, index_B1,
-    cpu=lambda *args: by_rows(*args).reshape(B, M, N // M, H),
+  # On a CPU a slice of all would be copied; that of few stays near, and what
+  # only a loop reads is not copied for being written just before.
+  out_XGH = jax.lax.platform_dependent(
+    q_B1NH.reshape(X, N // M, H),
+    k_BMSH.reshape(X, S, H),
+    v_BMSH.reshape(X, S, H),
+    jnp.repeat(index_B1, M, 0),
+    cpu=in_turns,
     default=at_once,
-  )  # fmt: skip
-  return out_BMGH.reshape(B, 1, N, H)
+  )
+  return out_XGH.reshape(B, 1, N, H)
 
 
 # --- Blocks, in plain JAX -----------------------------------------------------
