@@ -11,7 +11,7 @@ import sys
 from refrag_jax.serve.bench import label
 
 HEADS = (
-  'read as', 'positions', 'TTFT, ms', 'speed-up', 'FLOPs allow',
+  'read as', 'positions', 'padded', 'TTFT, ms', 'speed-up', 'FLOPs allow',
   'of that', 'roofline, ms', 'encode', 'prefill', 'TPOT, ms', 'tokens/s',
 )  # fmt: skip
 
@@ -44,6 +44,7 @@ def cells(row: dict) -> list[str]:
   return [
     label(row),
     f'{row["decoder_positions"]:,}',
+    f'{row["padded_positions"]:,}',
     number(row['mean_ttft_ms'], 1) + ('' if se is None else f' ± {se:.1f}'),
     number(row.get('speedup'), 2),
     number(row.get('flop_limit'), 2),

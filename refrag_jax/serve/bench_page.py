@@ -152,7 +152,8 @@ def by_context(rows: Sequence[Mapping[str, Any]]) -> str:
           (of[c][column] / full[c, of[c]['k']][column]) ** (1 if more else -1)
           for c in sorted(of)
         ]
-        _line(axes, i, sorted(of), ratios, name)
+        other = next(iter(of.values()))['arm'] != 'refrag'
+        _line(axes, i, sorted(of), ratios, name, MUTED if other else '')
       axes.set(title=title, xscale='log', xlabel='tokens of context')
       axes.set_xticks(contexts, [f'{c:,}' for c in contexts])
       axes.minorticks_off()
@@ -185,9 +186,10 @@ def by_fraction(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _line(axes, i: int, x, y, name: str) -> None:
+def _line(axes, i: int, x, y, name: str, colour: str = '') -> None:
   axes.plot(
-    x, y, marker='osD^vx'[i % 6], markersize=4, color=SERIES[i % len(SERIES)],
+    x, y, marker='osD^vxP*'[i % 8], markersize=4,
+    color=colour or SERIES[i % len(SERIES)],
     label=name, linestyle='-' if 'in hand' in name else '--',
   )  # fmt: skip
 
