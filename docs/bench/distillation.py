@@ -1,7 +1,7 @@
 """What distillation gives at equal FLOPs: steps, and both runs side by side.
 
   launch/models.sh
-  PYTHONPATH=. .venv/bin/python docs/bench/distillation.py [--weight=1.0]
+  PYTHONPATH=. .venv/bin/python docs/bench/distillation.py
   PYTHONPATH=. .venv/bin/python docs/bench/distillation.py WORKDIR DISTILLED
 
 Without directories: the FLOPs of `cpt` in configs/smollm2.py:cpu, counted from
@@ -30,7 +30,6 @@ def main() -> None:
   """Prints either."""
   parser = argparse.ArgumentParser()
   parser.add_argument('workdirs', nargs='*')
-  parser.add_argument('--weight', type=float, default=1.0)
   args = parser.parse_args()
   if args.workdirs:
     compare(*args.workdirs)
@@ -44,7 +43,7 @@ def main() -> None:
       load.changed(
         config,
         [
-          f'stage.{STAGE}.distill_weight={args.weight}',
+          f'stage.{STAGE}.distill_weight=1.0',
           f'stage.{STAGE}.num_train_steps={steps}',
         ],
       )

@@ -1,6 +1,6 @@
 """Markdown of a bench.json, for docs/bench/latency.md.
 
-  .venv/bin/python docs/bench/latency.py runs/bench/bench.json
+  PYTHONPATH=. .venv/bin/python docs/bench/latency.py runs/latency/bench.json
 
 Prints the tables; nothing in them is written by hand.
 """

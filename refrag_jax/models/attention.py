@@ -139,7 +139,8 @@ def _put(cache_BMSH, new_B1MH, index_B1):
   """The cache with a position more of each row, in place.
 
   By rows and heads: an update of one place alone XLA makes one of a slice, with
-  a test whether it is inside, and copies the cache for that.
+  a test whether it is inside, and copies the cache for that. So it still does
+  where a device has one row and one key/value head.
   """
   B, M, S, H = cache_BMSH.shape
   slot_X, heads_X = jnp.repeat(index_B1[:, 0], M), jnp.arange(B * M)
