@@ -49,22 +49,43 @@ def sample(
   Returns:
     int32 tokens (B,), and log_softmax of the logits as they came at each.
   """
-  logprob_BV = jax.nn.log_softmax(logits_BV, axis=-1)
   scaled_BV = penalize(logits_BV, seen_BV, settings.repetition_penalty)
-  greedy_B = jnp.argmax(scaled_BV, -1)
-  hot_B = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
-  kept_BV = keep(scaled_BV / hot_B[:, None], settings)
-  keys_B = jax.vmap(
-    lambda seed, position: jax.random.fold_in(jax.random.key(seed), position)
-  )(settings.seed, position_B)
-  noise_BV = jax.vmap(
-    lambda key: jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32)
-  )(keys_B)
-  drawn_B = jnp.argmax(kept_BV + noise_BV, -1)
-  token_B = jnp.where(settings.temperature > 0, drawn_B, greedy_B)
-  token_B = token_B.astype(jnp.int32)
-  chosen_B = jnp.take_along_axis(logprob_BV, token_B[:, None], 1)[:, 0]
-  return token_B, chosen_B
+  hot_B = settings.temperature > 0
+  greedy_B = first_largest(scaled_BV)
+
+  def drawn():
+    temperature_B = jnp.where(hot_B, settings.temperature, 1.0)
+    kept_BV = keep(scaled_BV / temperature_B[:, None], settings)
+    noise_BV = gumbel(settings.seed, position_B, logits_BV.shape[1])
+    return jnp.where(hot_B, first_largest(kept_BV + noise_BV), greedy_B)
+
+  # Noise and thresholds are some 70 passes over the vocabulary: 9 ms of a step
+  # of 75 for eight rows of SmolLM2 on two cores, where every row is greedy.
+  token_B = jax.lax.cond(hot_B.any(), drawn, lambda: greedy_B)
+  chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], 1)[:, 0]
+  return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def first_largest(x_BV: jax.Array) -> jax.Array:
+  """Where each row is largest, int32 (B,), the first of equal values.
+
+  By a maximum and a minimum, which a CPU computes many at once; XLA's argmax
+  there goes one by one.
+  """
+  V = x_BV.shape[1]
+  best_BV = x_BV == x_BV.max(-1, keepdims=True)
+  first_B = jnp.where(best_BV, jnp.arange(V, dtype=jnp.int32), V).min(-1)
+  return jnp.minimum(first_B, V - 1)  # of NaN nothing is the largest
+
+
+def gumbel(seed_B: jax.Array, position_B: jax.Array, V: int) -> jax.Array:
+  """What is drawn at a position, float32 (B, V), of each row's own seed."""
+
+  def of_row(seed, position):
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    return jax.random.gumbel(key, (V,), jnp.float32)
+
+  return jax.vmap(of_row)(seed_B, position_B)
 
 
 def penalize(

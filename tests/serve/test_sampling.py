@@ -105,6 +105,41 @@ def test_at_no_temperature_the_likeliest_is_taken():
   np.testing.assert_allclose(logprob_B, wanted_B, rtol=1e-5)
 
 
+def test_a_warm_row_leaves_the_greedy_ones_alone():
+  x_BV = logits(4)
+  alone_B, alone_logprob_B = draw(x_BV, temperature=0.0)
+  warm = np.array([0, 50, 0, 0, 50, 0, 0])
+  token_B, logprob_B = draw(x_BV, temperature=warm, seed=3)
+  np.testing.assert_array_equal(token_B[warm == 0], alone_B[warm == 0])
+  np.testing.assert_array_equal(
+    logprob_B[warm == 0], alone_logprob_B[warm == 0]
+  )
+  assert (token_B != alone_B).any()
+
+
+def test_where_all_are_greedy_no_threshold_is_sought():
+  """It is under a condition of the program, which the host does not know."""
+  lowered = jax.jit(sampling.sample).lower(
+    logits(), np.zeros((B, V), bool), settings(), np.zeros(B, np.int32)
+  )
+  before, branches = str(lowered.as_text()).split('stablehlo.case', 1)
+  assert 'stablehlo.while' not in before.split('func.func public @main')[1]
+  assert '@keep' in branches or 'stablehlo.while' in branches
+
+
+def test_of_equals_the_first_is_the_largest():
+  x_BV = logits(10)
+  x_BV[0, [7, 3, 30]] = 90.0
+  x_BV[1] = sampling.NEG
+  x_BV[2] = -np.inf
+  x_BV[3, 5] = np.inf
+  found_B = np.asarray(sampling.first_largest(x_BV))
+  np.testing.assert_array_equal(found_B, x_BV.argmax(1))
+  x_BV[4] = np.nan  # a model that has diverged
+  found_B = np.asarray(sampling.first_largest(x_BV))
+  assert ((found_B >= 0) & (found_B < V)).all()
+
+
 def test_log_probabilities_are_the_models_whatever_is_asked():
   x_BV = logits(5)
   token_B, logprob_B = draw(x_BV, temperature=0.3, top_k=4, top_p=0.7, seed=9)
