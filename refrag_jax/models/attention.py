@@ -104,8 +104,8 @@ def decode(
   """Attention of one position more of each row, with those in the cache.
 
   Args:
-    kind: of KINDS; with `cudnn` the cache is read by a kernel of JAX's Pallas
-      library where its shape allows, else by plain products as with the others.
+    kind: of KINDS; with `cudnn` and `splash` the cache is read by a kernel of
+      JAX's Pallas library where it can, else by plain products as with others.
     cache: {'k', 'v'}: (B, M, S, H), position p in slot p. A head's keys lie
       side by side, as they are read.
     query: where each row's new position stands; beyond S nothing is written.
@@ -128,6 +128,8 @@ def decode(
   look = functools.partial(_decode, live=key.index_BT.shape[1])
   if kind == 'cudnn' and triton_takes(S, H):
     look = triton_decode
+  elif kind == 'splash' and paged_takes(S, H, window):
+    look = paged_decode
   look = functools.partial(look, window=window)
   out_B1NH = sharding.per_device(
     look, (by_position, in_cache, in_cache, ('batch', None)), by_position
@@ -457,6 +459,40 @@ def triton_decode(
   return out_XGH.reshape(B, 1, N, H)
 
 
+def paged_takes(S: int, H: int, window: int) -> bool:
+  """Whether `paged_decode` can read a cache (.., S, H) with such a window."""
+  return not S % PAGED_LEAST and not H % LANES and not window
+
+
+def paged_decode(q_B1NH, k_BMSH, v_BMSH, index_B1, window: int) -> jax.Array:
+  """The kernel in JAX's Pallas library for a TPU's cache, (B, 1, N, H).
+
+  It reads each row up to its own position and not beyond. Its pages are the
+  blocks of a slot, one after the other, of each head by itself.
+
+  Args:
+    index_B1: int32; a row that stands beyond S reads nothing and gets zeros.
+    window: 0; the kernel has none.
+  """
+  del window
+  from jax.experimental.pallas.ops.tpu import paged_attention
+
+  B, _, N, H = q_B1NH.shape
+  M, S = k_BMSH.shape[1:3]
+  X, page = B * M, math.gcd(S, PAGED_BLOCK)
+  pages = lambda x: x.reshape(1, -1, page, H)
+  end_B = jnp.where(index_B1[:, 0] < S, index_B1[:, 0] + 1, 0)
+  out_XGH = paged_attention.paged_attention(
+    q_B1NH.reshape(X, N // M, H) * H**-0.5,
+    pages(k_BMSH),
+    pages(v_BMSH),
+    jnp.repeat(end_B, M),
+    jnp.arange(X * S // page, dtype=jnp.int32).reshape(X, -1),
+    pages_per_compute_block=1,
+  )
+  return out_XGH.reshape(B, 1, N, H)
+
+
 def splash(
   q_BTNH, k_BSMH, v_BSMH, query, key, window: int, interpret: bool = False
 ) -> jax.Array:
@@ -510,6 +546,8 @@ def splash(
 # the library's own numbers.
 TRITON_BLOCK, TRITON_LEAST, TRITON_SPLITS = 128, 16, 16
 LANES = 128  # a TPU's registers: the kernel's blocks are multiples of it
+# Keys of a page at most and at least: a tile of 16-bit values has 16 rows.
+PAGED_BLOCK, PAGED_LEAST = 512, 16
 KERNELS = {'cudnn': cudnn, 'splash': splash}
 ATTENTION = {'blockwise': blockwise} | KERNELS
 KINDS = ('dense', *ATTENTION)

@@ -283,6 +283,44 @@ def test_a_cache_that_the_gpu_kernel_cannot_read_is_read_plainly(monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize('S', [16, 1536])  # one page, and three
+@pytest.mark.parametrize('M', [1, 2])
+def test_the_tpu_kernel_of_a_step_equals_the_plain_products(S, M):
+  """In plain JAX; it multiplies in bfloat16, so that is what both are given."""
+  from jax.experimental.pallas import tpu
+
+  B, N, H = 4, 6, attention.LANES
+  narrow = lambda x: x.astype(jnp.bfloat16)
+  q_B1NH, *held = map(narrow, arrays(B=B, T=S, S=S, N=N, M=M, H=H))
+  k_BMSH, v_BMSH = (x.swapaxes(1, 2) for x in held)
+  at_B1 = jnp.array([[0], [7], [S - 1], [S]], jnp.int32)  # the last: nobody
+  args = (q_B1NH[:, :1], k_BMSH, v_BMSH, at_B1)
+  want = attention._decode(*args, live=S, window=0)
+  with tpu.force_tpu_interpret_mode():
+    got = jax.jit(attention.paged_decode, static_argnums=4)(*args, 0)
+  np.testing.assert_allclose(
+    got[:3].astype(jnp.float32), want[:3].astype(jnp.float32), atol=0.02
+  )
+  assert (got[3] == 0).all()
+
+
+@pytest.mark.parametrize('window', [0, 6])
+@pytest.mark.parametrize(('S', 'H'), [(4608, 128), (24, 128), (16, 64)])
+def test_the_tpu_kernel_reads_what_it_can_and_the_rest_is_read_plainly(
+  S, H, window, monkeypatch
+):
+  read = lambda q_B1NH, *_, window: q_B1NH + 100
+  monkeypatch.setattr(attention, 'paged_decode', read)
+  q_B1NH, k_B1MH, v_B1MH = arrays(T=1, S=1, H=H)
+  out_B1NH, _ = attention.decode(
+    'splash', q_B1NH, k_B1MH, v_B1MH,
+    dict.fromkeys('kv', jnp.ones((4, 2, S, H))),
+    Places(jnp.full((4, 1), 3)), Places(index(S)), window,
+  )  # fmt: skip
+  whole = (S, H, window) == (4608, 128, 0)
+  assert (out_B1NH > 50).all() == whole
+
+
 @pytest.mark.parametrize('kind', attention.KERNELS)
 @pytest.mark.parametrize('case', ['packed', 'cache'])
 def test_fused_kernels_leave_what_they_do_not_know_to_blocks(
