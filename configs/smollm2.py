@@ -22,13 +22,13 @@ PRESETS = {
 DURATIONS = {
   '': 'some hours on one card of 80 GB, by estimate',
   'laptop': 'an hour on two CPU cores, by estimate',
-  'cpu': 'two hours on two CPU cores',
+  'cpu': 'an hour on two CPU cores',
   'k4': 'some hours on one card of 80 GB, by estimate',
   'k16': 'some hours on one card of 80 GB, by estimate',
 }
 DECODER = 'models/SmolLM2-135M-Instruct.Q4_1.gguf'
 ENCODER = 'models/all-MiniLM-L6-v2'
-# stage: (steps, batch) on a card, of two hours, of the laptop's look; a control
+# stage: (steps, batch) on a card, of an hour, of the laptop's look; a control
 # arm follows the stage that it mirrors.
 BUDGETS = {
   'reconstruct': ((4000, 256), (500, 32), (150, 32)),

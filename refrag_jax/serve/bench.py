@@ -300,7 +300,9 @@ def _baselines(config: Config, params: dict) -> dict[str, baselines.Generate]:
     section = config.bench
     longest = max(section.contexts) + section.question_tokens
     out['llama_cpp'] = llama_cpp_baseline.load(
-      section.llama_cpp, longest + section.output_tokens
+      section.llama_cpp,
+      longest + section.output_tokens,
+      config.model.decoder.vocab_size,
     )
   return out
 

@@ -14,11 +14,15 @@ from refrag_jax.errors import UserError
 from refrag_jax.serve.baselines import Generate
 
 
-def load(path: str, positions: int) -> Generate:
+def load(path: str, positions: int, vocab_size: int) -> Generate:
   """Reads the file, with room for so many positions.
 
+  Args:
+    vocab_size: the decoder's; a file of another is another model's.
+
   Raises:
-    UserError: llama-cpp-python is not installed, or cannot read the file.
+    UserError: llama-cpp-python is not installed, or cannot read the file, or it
+      has another vocabulary.
   """
   try:
     import llama_cpp
@@ -35,6 +39,11 @@ def load(path: str, positions: int) -> Generate:
     )  # fmt: skip
   except (ValueError, OSError) as e:
     raise UserError(f'config.bench.llama_cpp: {path}: {e}') from None
+  if model.n_vocab() != vocab_size:
+    raise UserError(
+      f'config.bench.llama_cpp: {path} has a vocabulary of {model.n_vocab()}, '
+      f'and the decoder of {vocab_size}: give the same decoder'
+    )
   return lambda ids_BT, number: generate(model, ids_BT, number)
 
 

@@ -134,7 +134,12 @@ def test_baselines_stand_beside_it(folder, tmp_path, monkeypatch):
     def __init__(self, path, n_ctx, **_):
       if path == 'broken.gguf':
         raise ValueError('Failed to load model from file')
-      assert path == 'file.gguf' and n_ctx == 32 + 4 + 3
+      assert n_ctx == 32 + 4 + 3
+      self.path = path
+
+    def n_vocab(self):
+      known = cfg.model.decoder.vocab_size
+      return known + (self.path != 'file.gguf')
 
     def reset(self):
       asked.append([])
@@ -165,6 +170,9 @@ def test_baselines_stand_beside_it(folder, tmp_path, monkeypatch):
   broken = config(folder, llama_cpp='broken.gguf', **changes)
   with pytest.raises(UserError, match='broken.gguf: Failed to load'):
     bench.run(broken, str(tmp_path), '')
+  other = config(folder, llama_cpp='other.gguf', **changes)
+  with pytest.raises(UserError, match='other.gguf has a vocabulary of'):
+    bench.run(other, str(tmp_path), '')
   monkeypatch.setitem(sys.modules, 'llama_cpp', None)
   with pytest.raises(UserError, match='pip install llama-cpp-python'):
     bench.run(broken, str(tmp_path), '')
