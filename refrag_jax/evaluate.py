@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,16 +100,10 @@ def run(config: Config, workdir: str) -> int:
     check_split(config, paths)
   check_windows(session)
   paths = with_decoder_before(session, paths, os.path.dirname(directory))
-  with (
-    jax.set_mesh(session.mesh),
-    stop_on_signal() as stop,
-    watchdog.watch(hang_seconds),
-    tell_of_pauses(),
-  ):
-    evals, left_out, checkpoints = run_evals(session, paths, stop)
   path = os.path.join(workdir, 'results.json')
   old = files.read_json(path) if os.path.exists(path) else {}
-  if jax.process_index() == 0:
+
+  def write(evals, left_out, checkpoints):
     new = head(session)
     del new['result_fingerprint']
     if _is_of_run(old, config, workdir):
@@ -129,6 +123,17 @@ def run(config: Config, workdir: str) -> int:
     new['left_out'] = left_out
     new['checkpoints'] = old.get('checkpoints', {}) | checkpoints
     files.write_json(path, old | new)
+
+  with (
+    jax.set_mesh(session.mesh),
+    stop_on_signal() as stop,
+    watchdog.watch(hang_seconds),
+    tell_of_pauses(),
+  ):
+    for found in run_evals(session, paths, stop):
+      if jax.process_index() == 0:
+        write(*found)
+  if jax.process_index() == 0:
     report.write(workdir, EVALS)
   say(f'done: {path}, {workdir}/report.html')
   return 0
@@ -158,19 +163,23 @@ def write_results(session: Session, stop: threading.Event) -> None:
         os.remove(os.path.join(session.workdir, 'documents.json'))
   kept = old.get('evals', {})  # which would come out the same
   missing = [name for name in session.config.evals if name not in kept]
-  evals, left_out, checkpoints = run_evals(session, paths, stop, missing)
-  new = head(session)
-  if kept:
-    new |= _added(old, evals, new)
-  out = new | {
-    'contents': old.get('contents', {}) | contents(session),
-    'stages': stages,
-    'evals': kept | evals,
-    'left_out': [*old.get('left_out', []), *left_out],
-    'checkpoints': old.get('checkpoints', {}) | checkpoints,
-  }
-  if jax.process_index() == 0:
-    files.write_json(path, out)
+
+  def write(evals, left_out, checkpoints):
+    new = head(session)
+    if kept:
+      new |= _added(old, evals, new)
+    out = new | {
+      'contents': old.get('contents', {}) | contents(session),
+      'stages': stages,
+      'evals': kept | evals,
+      'left_out': [*old.get('left_out', []), *left_out],
+      'checkpoints': old.get('checkpoints', {}) | checkpoints,
+    }
+    if jax.process_index() == 0:
+      files.write_json(path, out)
+
+  for found in run_evals(session, paths, stop, missing):
+    write(*found)
 
 
 def _added(
@@ -205,15 +214,16 @@ def run_evals(
   paths: dict[str, str],
   stop: threading.Event,
   names: Sequence[str] | None = None,
-) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+) -> Iterator[tuple[dict[str, Any], list[str], dict[str, Any]]]:
   """Runs evals on the checkpoints at `paths`, by stage.
 
   Args:
     names: which; None takes `config.evals`.
 
-  Returns:
-    The tables, eval -> data set; what was left out of them, and why; and the
-    checkpoint of each role that they have rows of.
+  Yields:
+    After each eval (once, where there is none), of all until then: the tables,
+    eval -> data set; what was left out of them, and why; and the checkpoint of
+    each role that they have rows of.
   """
   loaded: dict[str, Any] = {}
   params = _loader(session, paths, loaded)
@@ -231,16 +241,18 @@ def run_evals(
       except UserError as e:  # the others are measured all the same
         where = '' if part is context else f' of {next(iter(part.datasets))}'
         context.leave_out(f'eval {name}{where}', str(e))
+    if name == 'selection' and evals[name]:
+      examples = selection.policy_pictures(context)
+      path = os.path.join(session.workdir, 'policy_scores.json')
+      if jax.process_index() == 0:
+        files.write_json(path, {'examples': examples})
     if not evals[name]:
       context.leave_out(f'eval {name}', 'no checkpoint that it measures')
-  if 'selection' in evals:
-    examples = selection.policy_pictures(context)
-    path = os.path.join(session.workdir, 'policy_scores.json')
     if jax.process_index() == 0:
-      files.write_json(path, {'examples': examples})
-  if jax.process_index() == 0:
-    write_documents(context)
-  return evals, context.left_out, loaded
+      write_documents(context)
+    yield evals, context.left_out, loaded
+  if not evals:
+    yield {}, [], {}
 
 
 def check_sources(config: Config) -> None:

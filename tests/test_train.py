@@ -415,6 +415,30 @@ def test_fewer_evals_throw_no_result_away(done, tmp_path, monkeypatch):
     assert after['evals'][name] == numbers['evals'][name]
 
 
+def test_a_stopped_eval_takes_none_before_it_along(done, tmp_path, monkeypatch):
+  cfg, workdir, numbers = copied(done, tmp_path)
+  for name in ('results.json', 'documents.json'):
+    os.remove(f'{workdir}/{name}')
+
+  def stopped(_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    second = evaluate.EVALS['reconstruction']
+    patch.setitem(
+      evaluate.EVALS, 'reconstruction', second._replace(run=stopped)
+    )
+    with pytest.raises(KeyboardInterrupt):
+      training.run(cfg, workdir)
+  assert list(files.read_json(f'{workdir}/results.json')['evals']) == [
+    'copying'
+  ]
+  seen = evals_run(monkeypatch)
+  training.run(cfg, workdir)
+  assert seen == [('reconstruction',)]
+  assert files.read_json(f'{workdir}/results.json')['evals'] == numbers['evals']
+
+
 def test_what_is_only_seen_makes_no_result_stale(done, tmp_path, monkeypatch):
   cfg, workdir, _ = copied(done, tmp_path)
   monkeypatch.setattr(training, 'run_stages', None)

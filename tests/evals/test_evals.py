@@ -630,7 +630,7 @@ def test_text_of_ones_own_needs_no_training_text(
 
   def run_evals(opened, paths, stop):
     seen.update(evaluate._datasets(opened))
-    return {}, [], {}
+    yield {}, [], {}
 
   monkeypatch.setattr(evaluate, 'run_evals', run_evals)
   cfg = toy_run.config(
@@ -672,7 +672,7 @@ def test_one_more_eval_keeps_the_others(session, monkeypatch, tmp_path):
       context = surroundings(opened, {})
       context.documents[name] = {'toy': [2.0]}
       evaluate.write_documents(context)
-      return {name: {'toy': 2}}, [], {}
+      yield {name: {'toy': 2}}, [], {}
 
     monkeypatch.setattr(evaluate, 'run_evals', run_evals)
     evaluate.run(config, str(tmp_path))
@@ -789,7 +789,7 @@ def test_a_text_that_fails_leaves_the_others(session, params, monkeypatch):
   )
   monkeypatch.setattr(evaluate, '_loader', lambda *_: params.get)
   cfg = toy_run.replaced(session.config, evals=('log_perplexity',))
-  evals, left_out, _ = evaluate.run_evals(
+  ((evals, left_out, _),) = evaluate.run_evals(
     session._replace(config=cfg), {}, threading.Event()
   )
   assert evals == {'log_perplexity': {'long': {'row': 1}}}
@@ -896,7 +896,7 @@ def test_other_data_is_added_to_a_runs_results(session, monkeypatch, tmp_path):
     context = surroundings(opened, {})._replace(datasets={})
     context.documents['copying'] = {'other': [2.0]}
     evaluate.write_documents(context)
-    return {'copying': {'other': 2}}, [], {}
+    yield {'copying': {'other': 2}}, [], {}
 
   monkeypatch.setattr(evaluate, 'run_evals', run_evals)
   (tmp_path / 'other.txt').write_text('Other words. ' * 900)
