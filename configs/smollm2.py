@@ -31,7 +31,7 @@ ENCODER = 'models/all-MiniLM-L6-v2'
 # stage: (steps, batch) on a card, of an hour, of the laptop's look; a control
 # arm follows the stage that it mirrors.
 BUDGETS = {
-  'reconstruct': ((4000, 256), (500, 32), (150, 32)),
+  'reconstruct': ((4000, 256), (500, 32), (300, 32)),
   'cpt': ((4000, 256), (300, 32), (60, 32)),
   'mixed': ((1000, 256), (150, 32), (40, 32)),
   'grpo': ((500, 64), (60, 16), (10, 16)),
