@@ -20,6 +20,7 @@ Figure 4 compares them at equal latency.
 import dataclasses
 import os
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ from refrag_jax.evals.eval import Eval
 from refrag_jax.models import losses, policy
 from refrag_jax.models.refrag import Refrag
 from refrag_jax.report import tables
+from refrag_jax.runtime import progress
 
 
 class Row(NamedTuple):
@@ -97,17 +99,34 @@ def run(context: common.Context) -> dict:
   roles = dict.fromkeys(row.role for row in ROWS.values())
   if not config.eval.num_questions or not any(map(context.available, roles)):
     return {}
-  out = {}
-  for path in files(config):
+  out, asked = {}, files(config)
+  tally = progress.Tally('eval qa', 'rows')
+  total = len(asked) * len(rows_of(config))
+  for n, path in enumerate(asked):
+    before = n * len(rows_of(config))
+    heard = lambda row, before=before: tally('questions', before + row, total)
     try:
-      out[path] = of_file(context, path)
+      out[path] = of_file(context, path, heard)
     except UserError as e:  # the others are measured all the same
       context.leave_out(f'qa of {path}', str(e))
   return out
 
 
-def of_file(context: common.Context, path: str) -> dict[str, Any]:
-  """Rows of one file of questions; of one trained on, the held-out side."""
+def rows_of(config: Config) -> tuple[str, ...]:
+  """Names of the rows that are asked for."""
+  return config.eval.question_rows or tuple(ROWS)
+
+
+def of_file(
+  context: common.Context,
+  path: str,
+  heard: Callable[[int], None] = lambda row: None,
+) -> dict[str, Any]:
+  """Rows of one file of questions; of one trained on, the held-out side.
+
+  Args:
+    heard: is told before each row how many of them are done.
+  """
   config = context.session.config
   trained = {os.path.realpath(name): name for name in config.data.questions}
   path = trained.get(os.path.realpath(path), path)
@@ -115,8 +134,8 @@ def of_file(context: common.Context, path: str) -> dict[str, Any]:
   source = questions.build(config, split, (path,))
   marked = 'gold' in source.kinds
   rows, costs, notes = {}, {}, []
-  wanted = config.eval.question_rows or tuple(ROWS)
-  for name in wanted:
+  for n, name in enumerate(rows_of(config)):
+    heard(n)
     row = ROWS[name]
     kind = row.passages if marked or row.passages != GIVEN else 'given'
     name = name if marked or name != GIVEN else 'given'

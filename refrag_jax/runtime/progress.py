@@ -140,8 +140,8 @@ class Progress:
 class Tally:
   """Work that is done in parts: now and then a line, to the watchdog each."""
 
-  def __init__(self, what: str):
-    self._what = what
+  def __init__(self, what: str, unit: str = 'shards'):
+    self._what, self._unit = what, unit
     self._last: tuple | None = None
     self._began = self._said = time.monotonic()
     self._done_before = 0
@@ -161,7 +161,7 @@ class Tally:
     if now - self._said < SAY_EVERY:
       return
     self._said = now
-    parts = [f'{self._what}: {stage}', f'{done} of {total} shards']
+    parts = [f'{self._what}: {stage}', f'{done} of {total} {self._unit}']
     eta = eta_seconds(now - self._began, done - self._done_before, total - done)
     if eta is not None:
       parts.append(f'eta {format_duration(eta)}')

@@ -120,7 +120,9 @@ def test_some_rows_alone(context, tables):
   )
   some = context.session._replace(config=toy_run.replaced(config, eval=ev))
   path = next(path for path in tables if path.endswith('texts.jsonl'))
-  found = qa.of_file(context._replace(session=some), path)
+  heard = []
+  found = qa.of_file(context._replace(session=some), path, heard.append)
+  assert heard == [0, 1]  # for who waits
   rows = {name: row for name, row in found.items() if isinstance(row, dict)}
   assert rows.keys() == set(wanted)
   for name in wanted:
