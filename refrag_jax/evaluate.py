@@ -175,11 +175,11 @@ def write_results(session: Session, stop: threading.Event) -> None:
       'left_out': [*old.get('left_out', []), *left_out],
       'checkpoints': old.get('checkpoints', {}) | checkpoints,
     }
-    if jax.process_index() == 0:
-      files.write_json(path, out)
+    files.write_json(path, out)
 
   for found in run_evals(session, paths, stop, missing):
-    write(*found)
+    if jax.process_index() == 0:
+      write(*found)
 
 
 def _added(

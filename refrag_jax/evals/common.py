@@ -147,7 +147,7 @@ def map_batches(
     rows: of a batch; 0 takes the config's.
 
   Raises:
-    Stopped: asked to stop; evals start over, they keep no state.
+    Stopped: asked to stop; the eval under way starts over, it keeps no state.
   """
   mesh = context.session.mesh
   vote = once(context, context.stop, 'vote', lambda: sharding.Vote(mesh))

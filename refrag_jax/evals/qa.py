@@ -118,9 +118,7 @@ def rows_of(config: Config) -> tuple[str, ...]:
 
 
 def of_file(
-  context: common.Context,
-  path: str,
-  heard: Callable[[int], None] = lambda row: None,
+  context: common.Context, path: str, heard: Callable[[int], None]
 ) -> dict[str, Any]:
   """Rows of one file of questions; of one trained on, the held-out side.
 

@@ -124,7 +124,7 @@ def test_where_all_are_greedy_no_threshold_is_sought():
   )
   before, branches = str(lowered.as_text()).split('stablehlo.case', 1)
   assert 'stablehlo.while' not in before.split('func.func public @main')[1]
-  assert '@keep' in branches or 'stablehlo.while' in branches
+  assert 'stablehlo.while' in branches
 
 
 def test_of_equals_the_first_is_the_largest():
